@@ -1,0 +1,134 @@
+"""Margin heads: embeddings (B, dim) → logits (B, classes), with the label (training) or without it (recognition).
+
+Notation: cos_c = ê·ŵ_c is the cosine between embedding e and class weight w_c, θ_c its angle, s the scale, m the
+margin, y the label. Logits are float32 and computed outside autocast: bfloat16 resolves a cosine near 1 to 1/256, which
+times s = 64 is a quarter of a logit.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Head(nn.Module):
+    """What all heads share. Without more, the label changes nothing and the loss is the logits' cross entropy.
+
+    `options` are the keyword arguments that rebuild the head: `HEADS[name](embed_dim, num_classes, **head.options)`.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int, **options: float) -> None:
+        super().__init__()
+        self.options = options
+        self.weight = nn.Parameter(torch.empty(num_classes, embed_dim))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
+        """embeddings (B, dim) → logits (B, classes): with `labels` (B,) the training logits, else label-free ones."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            # At least float32: a float64 model stays float64, a bfloat16 copy still multiplies in float32.
+            dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
+            logits = self.logits(embeddings.to(dtype))
+        return logits if labels is None else self.add_margin(logits, labels)
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """Label-free logits (B, classes), in the embeddings' type."""
+        raise NotImplementedError
+
+    def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Label-free logits (B, classes) → training logits, so that one forward pass gives both readings."""
+        return logits
+
+    def loss_of_logits(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """The training loss, from **label-free** logits. `reduction` as in `torch.nn.functional.cross_entropy`."""
+        return F.cross_entropy(self.add_margin(logits, labels), labels, reduction=reduction)
+
+    def loss(self, embeddings: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        """The training loss of embeddings (B, dim) with labels (B,)."""
+        return self.loss_of_logits(self(embeddings), labels, reduction)
+
+    def extra_repr(self) -> str:
+        num_classes, embed_dim = self.weight.shape
+        return ", ".join([f"{embed_dim}, {num_classes}", *(f"{name}={value}" for name, value in self.options.items())])
+
+
+class Softmax(Head):
+    """A plain linear layer with bias."""
+
+    def __init__(self, embed_dim: int, num_classes: int) -> None:
+        super().__init__(embed_dim, num_classes)
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        return F.linear(embeddings, self.weight.to(embeddings.dtype), self.bias.to(embeddings.dtype))
+
+
+class CosineHead(Head):
+    """Label-free logits s·cos_c; what the label adds is left to the subclass."""
+
+    def logits(self, embeddings: Tensor) -> Tensor:
+        weight = self.weight.to(embeddings.dtype)
+        return self.options["scale"] * F.linear(F.normalize(embeddings), F.normalize(weight))
+
+
+class CosFace(CosineHead):
+    """Training logits s·(cos_c − m·[c = y]) (arXiv 1801.09414)."""
+
+    def __init__(self, embed_dim: int, num_classes: int, scale: float = 64.0, margin: float = 0.35) -> None:
+        super().__init__(embed_dim, num_classes, scale=scale, margin=margin)
+
+    def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits - self.options["scale"] * self.options["margin"] * _is_label(logits, labels).to(logits.dtype)
+
+
+class ArcFace(CosineHead):
+    """Training logits s·cos(θ_c + m·[c = y]) (arXiv 1801.07698).
+
+    Beyond θ + m = π the cosine would rise again; there the logit is s·(cos θ − m·sin(π − m)), which keeps falling.
+    """
+
+    def __init__(self, embed_dim: int, num_classes: int, scale: float = 64.0, margin: float = 0.5) -> None:
+        super().__init__(embed_dim, num_classes, scale=scale, margin=margin)
+
+    def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
+        scale, margin = self.options["scale"], self.options["margin"]
+        cos = logits / scale
+        # (1 − cos)(1 + cos) is exact near ±1, where 1 − cos² cancels. The bound keeps the root's gradient finite at ±1
+        # and passes none through: there only the term cos θ · cos m is left.
+        sin = ((1 - cos) * (1 + cos)).clamp_min(1e-12).sqrt()
+        inside = cos > math.cos(math.pi - margin)
+        with_margin = torch.where(
+            inside, cos * math.cos(margin) - sin * math.sin(margin), cos - margin * math.sin(math.pi - margin)
+        )
+        return torch.where(_is_label(logits, labels), scale * with_margin, logits)
+
+
+class SFace(CosineHead):
+    """Sigmoid-constrained hypersphere loss (arXiv 2205.12010).
+
+    loss = −[r_y]·s·cos_y + Σ_{c≠y} [r_c]·s·cos_c, r_y = σ(k(θ_y − a)), r_c = σ(k(b − θ_c)), [·] without gradient: the
+    own class pulls until θ_y < a, the others push until θ_c > b. There is no softmax and no margin, so the training
+    logits are the label-free ones (`add_margin` is the identity) and both readings of the accuracy agree.
+    """
+
+    def __init__(
+        self, embed_dim: int, num_classes: int, scale: float = 64.0, k: float = 80.0, a: float = 0.80, b: float = 1.22
+    ) -> None:
+        super().__init__(embed_dim, num_classes, scale=scale, k=k, a=a, b=b)
+
+    def loss_of_logits(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+        own = _is_label(logits, labels)
+        scale, k, a, b = (self.options[name] for name in ("scale", "k", "a", "b"))
+        theta = (logits.detach() / scale).clamp(-1, 1).acos()
+        weight = torch.where(own, -torch.sigmoid(k * (theta - a)), torch.sigmoid(k * (b - theta)))
+        losses = (weight * logits).sum(dim=1)
+        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+
+
+def _is_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """[c = y] as a mask (B, classes). Unlike scatter and one_hot: no device synchronisation, deterministic on CUDA."""
+    return labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+
+
+HEADS = {"cosface": CosFace, "arcface": ArcFace, "sface": SFace, "softmax": Softmax}

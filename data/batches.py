@@ -1,0 +1,86 @@
+"""Index tensors → batches on the device.
+
+An epoch is one or more passes; a pass runs one or more streams of training images side by side. A stream is a tensor of
+positions in the training set; every batch of a pass holds the same number of images of each of its streams, so shapes
+never change within a pass.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.image_set import ImageSet
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of an epoch over `streams` (name → positions in the training set), `batch_size` images of each a step.
+
+    It lasts as long as its longest stream; shorter ones start over in a new order.
+    """
+
+    streams: dict[str, Tensor]
+    batch_size: int
+    name: str = "train"
+
+    @property
+    def steps(self) -> int:
+        return max(-(-len(indices) // self._size(indices)) for indices in self.streams.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images of each stream in one batch: the batch size, or the whole stream where that is smaller."""
+        return {name: self._size(indices) for name, indices in self.streams.items()}
+
+    def _size(self, indices: Tensor) -> int:
+        return min(self.batch_size, len(indices))
+
+    def schedule(self, generator: torch.Generator) -> Tensor:
+        """Shuffle: (steps, sum of sizes) positions, the streams one after another in every row."""
+        columns = []
+        for name, indices in self.streams.items():
+            needed = self.steps * self.sizes[name]
+            rounds = -(-needed // len(indices))
+            shuffled = [indices[torch.randperm(len(indices), generator=generator)] for _ in range(rounds)]
+            columns.append(torch.cat(shuffled)[:needed].view(self.steps, -1))
+        return torch.cat(columns, dim=1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's images: uint8 (B, 3, H, W), labels (B,), positions in the training set (B,), all on the device."""
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    sizes: dict[str, int]
+    pass_name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def split(self, rows: Tensor) -> dict[str, Tensor]:
+        """Split (B, …) into the pass's streams, by name."""
+        return dict(zip(self.sizes, rows.split(list(self.sizes.values())), strict=True))
+
+
+def batches(train_set: ImageSet, plan: Pass, generator: torch.Generator, device: torch.device) -> Iterator[Batch]:
+    """Yield the pass's batches. A set that lies on the device is gathered there; else batches travel, pinned."""
+    schedule = plan.schedule(generator)
+    home = train_set.images.device
+    for indices in schedule.to(home):
+        images, labels = train_set.images[indices], train_set.labels[indices]
+        if home != device:
+            images, labels, indices = (
+                t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
+                for t in (images, labels, indices)
+            )
+        yield Batch(images, labels, indices, plan.sizes, plan.name)
+
+
+def random_flip(images: Tensor) -> Tensor:
+    """Mirror each image left to right with probability one half: (B, 3, H, W) → the same."""
+    mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)

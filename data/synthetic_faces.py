@@ -1,0 +1,217 @@
+"""The embedded default data set: drawn identities, any number and size, the same from the same seed, no download.
+
+An identity is what stays: the geometry of a face (outline, eyes, brows, nose, mouth, hair line and their
+proportions), its skin and hair tone. Everything else is drawn anew for every image: pose, lighting, expression,
+glasses, clothes, background, occlusion, blur and noise.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from data.face_renderer import BACKGROUND_GRID, HAIR_TONES, IRIS_TONES, SKIN_TONES, palette, render
+from data.image_set import ImageSet
+from util.errors import UsageError
+
+VERSION = 1  # raised with every change of the pictures, so that cached ones are drawn again
+
+# Lengths in half image widths, angles in radians; each is uniform over its range. Left and right are always alike, so
+# that a mirrored face is the same identity.
+IDENTITY = {
+    "face_width": (0.49, 0.66),
+    "face_height": (0.68, 0.86),
+    "jaw_taper": (0.0, 0.36),
+    "jaw_square": (0.0, 0.9),
+    "head_depth": (0.5, 0.6),
+    "ear_size": (0.09, 0.17),
+    "eye_x": (0.19, 0.31),
+    "eye_y": (-0.16, 0.04),
+    "eye_width": (0.075, 0.15),
+    "eye_height": (0.04, 0.105),
+    "eye_tilt": (-0.3, 0.4),
+    "eye_socket": (0.0, 0.7),
+    "iris_size": (0.04, 0.06),
+    "iris_tone": (0.0, 1.0),
+    "lash": (0.004, 0.018),
+    "brow_gap": (0.11, 0.21),
+    "brow_length": (0.10, 0.18),
+    "brow_thickness": (0.01, 0.065),
+    "brow_tilt": (-0.07, 0.08),
+    "brow_arch": (-0.02, 0.08),
+    "nose_length": (0.22, 0.40),
+    "nose_width": (0.07, 0.16),
+    "nose_bridge": (0.03, 0.075),
+    "nose_height": (0.25, 0.8),
+    "nostril": (0.012, 0.032),
+    "mouth_gap": (0.12, 0.21),
+    "mouth_width": (0.14, 0.27),
+    "upper_lip": (0.015, 0.065),
+    "lower_lip": (0.025, 0.085),
+    "lip_tone": (0.0, 1.0),
+    "cheek_flush": (0.0, 0.6),
+    "beard": (-1.1, 0.9),
+    "beard_low": (-0.03, 0.12),
+    "beard_arch": (-0.05, 0.5),
+    "moustache": (-1.1, 0.9),
+    "hair_line": (0.35, 0.85),
+    "hair_arch": (-0.25, 0.6),
+    "hair_peak": (-0.1, 0.15),
+    "hair_top": (0.02, 0.18),
+    "hair_side": (-0.04, 0.16),
+    "hair_length": (-0.3, 1.3),
+    "strands": (25.0, 70.0),
+    "curl": (0.0, 3.0),
+    "gloss": (0.0, 1.0),
+    "hair_tone": (0.0, 1.0),
+    "skin_tone": (0.0, 1.0),
+}
+
+VARIATION = {
+    "shift_x": (-0.04, 0.04),
+    "shift_y": (-0.04, 0.04),
+    "scale": (0.95, 1.05),
+    "roll": (-0.09, 0.09),
+    "yaw": (-0.34, 0.34),
+    "pitch": (-0.14, 0.14),
+    "smile": (-0.04, 0.08),
+    "mouth_open": (-0.09, 0.07),
+    "eye_open": (0.45, 1.15),
+    "gaze_x": (-0.03, 0.03),
+    "gaze_y": (-0.012, 0.012),
+    "brow_raise": (-0.015, 0.03),
+    "frown": (-0.02, 0.012),
+    "strand_phase": (0.0, 2 * math.pi),
+    "light_x": (-0.75, 0.75),
+    "light_y": (-0.6, 0.3),
+    "light": (0.35, 1.1),
+    "ambient": (0.22, 0.5),
+    "exposure": (0.65, 1.3),
+    "patchiness": (0.05, 0.35),
+    "blur": (-0.6, 0.45),
+    "noise": (0.004, 0.02),
+    "glasses": (0.0, 1.0),
+    "lens_width": (0.15, 0.21),
+    "lens_height": (0.10, 0.16),
+    "lens_square": (0.0, 1.0),
+    "lens_tint": (-1.4, 0.6),
+    "frame": (0.010, 0.022),
+    "frame_tone": (0.02, 0.5),
+    "occluder": (0.0, 1.0),
+    "occluder_x": (-0.8, 0.8),
+    "occluder_y": (-0.8, 0.9),
+    "occluder_angle": (0.0, math.pi),
+    "occluder_width": (0.1, 0.35),
+    "occluder_height": (0.06, 0.18),
+}
+VARIATION_COLOURS = {"cast": (0.82, 1.16), "backdrop_colour": (0.1, 0.9), "clothes_colour": (0.1, 0.8), "occluder_colour": (0.0, 1.0)}
+GLASSES_SHARE, OCCLUDED_SHARE = 0.2, 0.12
+TRAIN, TEST, IDENTITIES, NOISE = 1, 2, 3, 4  # the streams of random numbers of one seed
+CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def synthetic_faces(
+    identities: int = 100,
+    train_per_identity: int = 24,
+    test_per_identity: int = 6,
+    image_size: int = 56,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[ImageSet, ImageSet]:
+    """Draws a training and a test set with the same identities and different variations, on `device`.
+
+    Image k of identity i depends on (seed, i, k, train or test) alone, not on how many are drawn; the random numbers
+    are drawn on the CPU, so that every device draws the same faces up to the rounding of its arithmetic.
+    Raises UsageError for fewer than 2 identities, fewer than 1 image, images below 16×16 or a negative seed.
+    """
+    _check(identities, train_per_identity, test_per_identity, image_size, seed)
+    device = torch.device(device)
+    who = np.stack([_uniform(seed, identity, IDENTITIES, 1, len(IDENTITY))[0] for identity in range(identities)])
+    classes = tuple(f"id{identity:03d}" for identity in range(identities))
+    sets = []
+    for stream, count in ((TRAIN, train_per_identity), (TEST, test_per_identity)):
+        how = np.concatenate(
+            [_uniform(seed, identity, stream, count, _variation_width()) for identity in range(identities)]
+        )
+        labels = torch.arange(identities).repeat_interleave(count)
+        images = _draw(who[labels.numpy()], how, image_size, seed, device)
+        sets.append(ImageSet("synthetic_faces", images, labels.to(device), classes))
+    return sets[0], sets[1]
+
+
+def contact_sheet(image_set: ImageSet, identities: int = 8, per_identity: int = 8) -> Tensor:
+    """The first images of the first identities, one row an identity, as one uint8 picture (3, H, W)."""
+    rows = []
+    for label in range(min(identities, len(image_set.classes))):
+        images = image_set.images[(image_set.labels == label).nonzero().flatten()[:per_identity]]
+        missing = per_identity - len(images)
+        rows.append(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]))
+    return make_grid(torch.cat(rows), nrow=per_identity, padding=2, pad_value=255)
+
+
+def _check(identities: int, train_per_identity: int, test_per_identity: int, image_size: int, seed: int) -> None:
+    for name, value, least in (
+        ("identities", identities, 2),
+        ("train_per_identity", train_per_identity, 1),
+        ("test_per_identity", test_per_identity, 1),
+        ("image_size", image_size, 16),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise UsageError(f"synthetic_faces: {name} is {value}; give at least {least}")
+
+
+def _variation_width() -> int:
+    return len(VARIATION) + 3 * len(VARIATION_COLOURS) + 3 * BACKGROUND_GRID**2 + 2
+
+
+def _uniform(seed: int, identity: int, stream: int, count: int, width: int) -> np.ndarray:
+    """(count, width) numbers in [0, 1); row k is the same for every count above k, as rows are filled in order."""
+    return np.random.default_rng([seed, identity, stream]).random((count, width), dtype=np.float32)
+
+
+def _draw(who: np.ndarray, how: np.ndarray, image_size: int, seed: int, device: torch.device) -> Tensor:
+    images = torch.empty(len(who), 3, image_size, image_size, dtype=torch.uint8, device=device)
+    bank = np.random.default_rng([seed, 0, NOISE]).standard_normal((3, 2 * image_size, 2 * image_size), np.float32)
+    # Every window of the bank is one image's noise: a view, copied only for the windows taken.
+    windows = torch.from_numpy(bank).to(device).unfold(1, image_size, 1).unfold(2, image_size, 1)
+    chunk = max(1, CHUNK_PIXELS.get(device.type, 1 << 18) // (2 * image_size) ** 2)
+    for start in range(0, len(who), chunk):
+        part = slice(start, start + chunk)
+        face, corner = _parameters(torch.from_numpy(who[part]).to(device), torch.from_numpy(how[part]).to(device))
+        corner = (corner * image_size).long()
+        noise = windows[:, corner[:, 0], corner[:, 1]].transpose(0, 1)
+        images[part] = render(face, image_size, noise)
+    return images
+
+
+def _parameters(who: Tensor, how: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Uniform numbers → the renderer's parameters, and each image's place in the noise bank (B, 2) in [0, 1)."""
+    face = _scale(who, IDENTITY) | _scale(how[:, : len(VARIATION)], VARIATION)
+    rest = how[:, len(VARIATION) :]
+    for name, (low, high) in VARIATION_COLOURS.items():
+        face[name], rest = low + (high - low) * rest[:, :3, None, None], rest[:, 3:]
+    background, corner = rest[:, :-2], rest[:, -2:]
+    patches = background.reshape(-1, 3, BACKGROUND_GRID, BACKGROUND_GRID)
+    face["background"] = torch.lerp(face["backdrop_colour"], patches, face["patchiness"]).contiguous()
+    face["skin_colour"] = palette(SKIN_TONES, face["skin_tone"])
+    face["hair_colour"] = palette(HAIR_TONES, face["hair_tone"])
+    face["iris_colour"] = palette(IRIS_TONES, face["iris_tone"])
+    red = who.new_tensor([0.72, 0.25, 0.27]).view(1, 3, 1, 1)
+    face["lip_colour"] = torch.lerp(face["skin_colour"] * 0.72, red, 0.25 + 0.55 * face["lip_tone"])
+    face["frame_colour"] = face["frame_tone"].expand(-1, 3, 1, 1)
+    face["cast"] = face["cast"] * face["exposure"]
+    face["glasses"] = (face["glasses"] < GLASSES_SHARE).float()
+    face["lens_tint"] = face["lens_tint"].clamp(min=0) * face["glasses"]
+    face["occluder"] = (face["occluder"] < OCCLUDED_SHARE).float()
+    face["mouth_open"] = face["mouth_open"].clamp(min=0)
+    face["blur"] = face["blur"].clamp(min=0)
+    face["beard"], face["moustache"] = face["beard"].clamp(min=0), face["moustache"].clamp(min=0)
+    return face, corner
+
+
+def _scale(uniform: Tensor, ranges: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
+    columns = uniform[:, :, None, None, None].unbind(1)
+    return {name: low + (high - low) * column for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)}

@@ -1,0 +1,75 @@
+"""What a forgetting method is: it says what is trained, which passes an epoch makes, and what the loss is.
+
+It never loops over batches, steps an optimizer, logs, saves or evaluates: `util/engine.py` does, the same for all.
+"""
+
+import argparse
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from backbone.recognizer import Recognizer
+from data.batches import Batch, Pass
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from util.hardware import Hardware
+
+
+class Method(ABC):
+    """Constructed once per run, told of each task. Subclass, override `loss`, and register in `methods/__init__.py`."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # as the paper's tables write it
+    # Defaults of the shared optimisation arguments (lr, weight_decay, opt, warmup_epochs), in AdamW's units.
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
+        self.args = args
+        self.hardware = hardware
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the method's own options, as one group."""
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        """Raise UsageError for values that cannot work, before anything is loaded."""
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
+        """Choose what is trained; take snapshots of `model`; compute a teacher's outputs once.
+
+        By default everything but the head: a head that moved would forget by itself, the backbone keeping the identity.
+        """
+        self.task = task
+        self.train_set = train_set
+        model.requires_grad_(True)
+        model.head.requires_grad_(False)
+
+    def passes(self, epoch: int) -> list[Pass]:
+        """The streams epoch `epoch` (from 0) runs: by default one pass of paired batches of D_f and D_r."""
+        streams = {"forget": self.task.forget_indices, "remain": self.task.remain_indices}
+        return [Pass(streams, self.args.batch_size)]
+
+    def begin_epoch(self, model: Recognizer, epoch: int) -> None:
+        """Before each epoch: schedules of coefficients, running averages."""
+
+    @abstractmethod
+    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss of one batch, each a scalar; "total" is differentiated, all are logged."""
+
+    def epoch_metrics(self, model: Recognizer) -> dict[str, float]:
+        """Further numbers to log after an epoch."""
+        return {}
+
+    def end_task(self, model: Recognizer) -> dict[str, Any]:
+        """Merge adapters, update importance. What the task leaves beside the model:
+        "adapters": the tensors of its adapter file; "groups": {"norms", "zero_ratio"} for results.json."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beyond the model that entered the task and the parameters in training."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

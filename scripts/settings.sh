@@ -1,0 +1,77 @@
+# Sourced by run_*.sh and test_sub.sh: the variables they share, the two settings, and pre-training where it is needed.
+#
+#   DATA        folder with train/ and test/, or synthetic_faces. Default: CASIA-100 if it lies at
+#               data/faces_webface_112x112_sub100_train_test and there is a GPU, else synthetic_faces (drawn, no download)
+#   CHECKPOINT  a pre-trained recogniser, ours or published. Default: exps/pretrain-<data>-<model>/checkpoint.pth, which
+#               is trained first where it does not exist
+#   OUTPUT      folder for the results. Default: exps/<method>-<data>-<setting>-seed<seed>
+#   SEED        class order, samples, batches; default 1337, the published one (pre-training always uses 1337)
+#   SETTING     paper or small. Default: paper with a GPU and a data folder, else small
+#   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any plain ViT
+#   EPOCHS      epochs of a forgetting task; PRETRAIN_EPOCHS those of pre-training
+#   GPUS        CUDA devices to deal runs out over, as "0 1 2"; default: the first one
+#   METHODS     methods to run, as "gs_lora"
+#   CONTINUAL_<method>, SINGLE_STEP_<method>  that method's options, below
+# Arguments after -- go to train_forget.py as they are.
+
+_caller=$PWD
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+# Paths are relative to where the script was called from.
+_absolute() { case "$1" in "" | /*) echo "$1" ;; *) echo "$_caller/$1" ;; esac; }
+_has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+CASIA=data/faces_webface_112x112_sub100_train_test
+SEED=${SEED:-1337}
+METHODS=${METHODS:-gs_lora}
+if [ -z "${DATA:-}" ]; then
+  if _has_gpu && [ -d "$CASIA" ]; then DATA="$PWD/$CASIA"; else DATA=synthetic_faces; fi
+elif [ "$DATA" != synthetic_faces ]; then
+  DATA=$(_absolute "$DATA")
+fi
+if [ -z "${SETTING:-}" ]; then
+  if _has_gpu && [ "$DATA" != synthetic_faces ]; then SETTING=paper; else SETTING=small; fi
+fi
+
+case "$SETTING" in
+paper) # arXiv 2403.11530 and 2501.09705
+  MODEL=${MODEL:-face_vit_p8s8_d6}
+  PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-1200} --batch-size 480 --lr 3e-4 --warmup-epochs 10"
+  FORGET="--epochs ${EPOCHS:-100} --batch-size 48 --data-ratio 0.1"
+  CONTINUAL_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-4 --bound 105 --beta 0.2 0.25 0.25 0.2"
+  SINGLE_STEP_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-2 --sparsity-warmup-epochs 20 --bound 110 --beta 0.15"
+  ;;
+small) # minutes on two CPU cores
+  MODEL=${MODEL:-face_vit_tiny}
+  PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-60} --batch-size 96 --lr 1e-3"
+  FORGET="--epochs ${EPOCHS:-30} --batch-size 48 --data-ratio 0.3"
+  CONTINUAL_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-4 --bound 105 --beta 0.2"
+  SINGLE_STEP_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-2 --sparsity-warmup-epochs 6 --bound 110 --beta 0.15"
+  ;;
+*)
+  echo "SETTING=$SETTING is unknown: paper or small" >&2
+  exit 2
+  ;;
+esac
+
+CHECKPOINT=$(_absolute "${CHECKPOINT:-}")
+OUTPUT=$(_absolute "${OUTPUT:-}")
+[ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
+[ "${1:-}" != "--" ] || shift
+
+# Sets CHECKPOINT, pre-training first where there is none. Arguments: a suffix of the folder's name and further options,
+# for models that are pre-trained differently.
+pretrain_if_missing() {
+  local folder
+  folder="exps/pretrain-$(basename "$DATA")-$MODEL${1:-}"
+  [ -z "$CHECKPOINT" ] || return 0
+  if [ ! -f "$folder/checkpoint.pth" ]; then
+    "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --output-dir "$folder" "${@:2}" || exit $?
+  fi
+  CHECKPOINT="$PWD/$folder/checkpoint.pth"
+}
+
+# A finished run of the same name is replaced, unless the arguments ask to resume it.
+replace() {
+  case " $* " in *" --resume "* | *" --resume-from "*) ;; *) echo --overwrite ;; esac
+}

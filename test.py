@@ -1,0 +1,151 @@
+"""Evaluate a checkpoint, ours or a published one: recognition in both readings, per class and group, and verification.
+
+python test.py --checkpoint FILE --data DIR
+python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
+python test.py --checkpoint RUN/checkpoints/task_2.pth --results RUN/results.json          the groups of that run
+Leaves test.json, per_class.csv and roc.png in --output-dir.
+"""
+
+import argparse
+import csv
+import io
+from pathlib import Path
+
+from backbone.lora import apply_adapters, load_adapters
+from data.image_set import ImageSet
+from util.arguments import HelpFormatter, add_data_arguments, add_hardware_arguments, load_data_of, run_main
+from util.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.errors import UsageError
+from util.evaluate import Predictions, embed_images, predictions_of
+from util.files import write_json, write_text
+from util.hardware import choose_hardware
+from util.results import load_results
+from util.tables import markdown_table, percent
+from util.verification import FALSE_ACCEPT_RATES, verify
+
+Groups = dict[str, list[int]]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="ours or in the published layout")
+    parser.add_argument(
+        "--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="adapter files to add, in the order of tasks"
+    )
+    parser.add_argument("--head", help="head of a published checkpoint, which does not name its own; none: cosface")
+    add_data_arguments(parser)
+    group = parser.add_argument_group("groups of classes")
+    group.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
+    group.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
+    group.add_argument("--task", type=int, help="task of --results; none: the checkpoint's own, or the last")
+    group = parser.add_argument_group("verification")
+    group.add_argument("--pairs", type=int, default=20000, help="genuine and impostor pairs to draw, each; 0: none")
+    group.add_argument("--seed", type=int, default=0, help="seed of the pairs")
+    add_hardware_arguments(parser)
+    parser.add_argument("--output-dir", type=Path, help="none: exps/test-<folder>-<checkpoint>")
+    args = parser.parse_args(argv)
+    if args.pairs < 0:
+        raise UsageError(f"--pairs {args.pairs} is out of range: at least 0")
+    if args.forget_classes is not None and args.results is not None:
+        raise UsageError("--forget-classes and --results both name the groups: give one of them")
+    return args
+
+
+def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, test_set: ImageSet) -> Groups:
+    """Named groups of class ids, from --forget-classes, --results, or what the checkpoint itself has forgotten."""
+    everything = range(len(test_set.classes))
+    if args.forget_classes is not None:
+        forget = [class_id(name.strip(), test_set.classes) for name in args.forget_classes.split(",")]
+        return {"forgotten": forget, "remaining": [c for c in everything if c not in forget]}
+    if args.results is not None:
+        return groups_of_results(args, checkpoint, test_set)
+    if not checkpoint.forgotten:
+        return {}
+    *earlier, latest = checkpoint.forgotten
+    old = [c for classes in earlier for c in classes]
+    return named_groups([c for c in everything if c not in {*old, *latest}], latest, old)
+
+
+def groups_of_results(args: argparse.Namespace, checkpoint: Checkpoint, test_set: ImageSet) -> Groups:
+    tasks = load_results(args.results)["tasks"]
+    wanted = args.task or len(args.adapters) or len(checkpoint.forgotten) or len(tasks)
+    chosen = next((task for task in tasks if task["task"] == wanted), None)
+    if chosen is None:
+        raise UsageError(f"{args.results} has no task {wanted}: it has {', '.join(str(t['task']) for t in tasks) or 'none'}")
+    forget, remain = chosen["forget_classes"], chosen["remain_classes"]
+    if max(*forget, *remain) >= len(test_set.classes):
+        raise UsageError(f"{args.results} is of another data set: it names class {max(*forget, *remain)}")
+    old = [c for c in range(len(test_set.classes)) if c not in {*forget, *remain}]
+    return named_groups(remain, forget, old)
+
+
+def named_groups(remain: list[int], forget: list[int], old: list[int]) -> Groups:
+    groups = {"remaining": remain, "forgotten last": forget, "forgotten earlier": old}
+    return {name: classes for name, classes in groups.items() if classes}
+
+
+def class_id(name: str, classes: tuple[str, ...]) -> int:
+    """A class by its name, or by its number where no class has that name."""
+    if name in classes:
+        return classes.index(name)
+    if name.isdigit() and int(name) < len(classes):
+        return int(name)
+    raise UsageError(f"--forget-classes: no class {name!r}; classes are 0 to {len(classes) - 1} or {classes[0]!r}, …")
+
+
+def per_class_csv(predictions: Predictions, classes: tuple[str, ...], groups: Groups) -> str:
+    group_of = {c: name for name, members in groups.items() for c in members}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "name", "group", "images", "acc", "margin_acc"])
+    for c, name in enumerate(classes):
+        accuracies = ["" if value is None else round(value, 4) for value in predictions.accuracies([c]).values()]
+        writer.writerow([c, name, group_of.get(c, ""), int((predictions.labels == c).sum()), *accuracies])
+    return text.getvalue()
+
+
+def main(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    hardware = choose_hardware(args.device, args.precision)
+    checkpoint = load_checkpoint(args.checkpoint, args.head)
+    for path in args.adapters:
+        apply_adapters(checkpoint.model.backbone, load_adapters(path), path)
+    _, test_set = load_data_of(args, checkpoint.model.architecture.image_size, hardware.device)
+    check_classes(checkpoint, test_set, args.checkpoint)
+    groups = class_groups(args, checkpoint, test_set)
+    model = checkpoint.model.to(hardware.device)
+
+    embeddings = embed_images(model, test_set, hardware)
+    predictions = predictions_of(model, embeddings, test_set.labels)
+    measured, rows, curves = {}, [], {}
+    for name, classes in ({"all": list(range(len(test_set.classes)))} | groups).items():
+        chosen = predictions.among(classes)
+        measured[name] = {"classes": classes, "images": int(chosen.sum()), **predictions.accuracies(classes)}
+        pairs = verify(embeddings[chosen.to(embeddings.device)], predictions.labels[chosen], args.pairs, args.seed)
+        if pairs is not None:
+            curves[name] = pairs.pop("curve")
+        measured[name]["verification"] = pairs
+        rows.append(_row(name, measured[name]))
+    header = ["Group", "Classes", "Images", "Acc %", "Margin acc %", "AUC %", *(f"TAR@{r:g} %" for r in FALSE_ACCEPT_RATES)]
+    print(markdown_table(header, rows))
+
+    output = args.output_dir or Path("exps") / f"test-{args.checkpoint.parent.name}-{args.checkpoint.stem}"
+    sources = {"checkpoint": str(args.checkpoint), "adapters": [str(path) for path in args.adapters]}
+    write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
+    write_text(output / "per_class.csv", per_class_csv(predictions, test_set.classes, groups))
+    if curves:
+        from util.figures import roc_figure, save_figure
+
+        save_figure(roc_figure(curves), output / "roc.png")
+    print(f"\nper class, figures and numbers: {output}")
+
+
+def _row(name: str, values: dict) -> list[str]:
+    pairs = values["verification"] or {}
+    rates = [percent(pairs.get(key)) for key in ("auc", *(f"tar_at_far_{rate:g}" for rate in FALSE_ACCEPT_RATES))]
+    accuracies = [percent(values["acc"]), percent(values["margin_acc"])]
+    return [name, str(len(values["classes"])), str(values["images"]), *accuracies, *rates]
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,184 @@
+"""Every head against scalar arithmetic written from the papers' formulas."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from backbone.heads import HEADS, ArcFace, CosFace, SFace
+
+CLASSES, DIM = 6, 5
+LABELS = torch.arange(CLASSES)
+
+
+def make(name: str) -> torch.nn.Module:
+    torch.manual_seed(7)
+    head = HEADS[name](DIM, CLASSES).double()
+    if name == "softmax":
+        torch.nn.init.normal_(head.bias)
+    return head
+
+
+def embeddings_for(head: torch.nn.Module) -> torch.Tensor:
+    """One embedding per label: along, against, close to and far from the label's weight."""
+    torch.manual_seed(8)
+    embeddings = torch.randn(CLASSES, DIM, dtype=torch.float64)
+    embeddings[0] = 3 * head.weight[0].detach()
+    embeddings[1] = -0.5 * head.weight[1].detach()
+    embeddings[2] = -head.weight[2].detach() + 0.05 * embeddings[2]
+    embeddings[3] = head.weight[3].detach() + 0.05 * embeddings[3]
+    return embeddings
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    value = float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+    return max(-1.0, min(1.0, value))
+
+
+def expected_logit(name: str, head: torch.nn.Module, e: np.ndarray, c: int, label: int | None) -> float:
+    w = head.weight[c].detach().numpy()
+    if name == "softmax":
+        return float(w @ e) + head.bias[c].item()
+    cos = cosine(e, w)
+    if name == "cosface" and c == label:
+        return 64 * (cos - 0.35)
+    if name == "arcface" and c == label:
+        theta = math.acos(cos)
+        return 64 * (math.cos(theta + 0.5) if theta + 0.5 <= math.pi else cos - 0.5 * math.sin(math.pi - 0.5))
+    return 64 * cos
+
+
+def expected_loss(name: str, head: torch.nn.Module, e: np.ndarray, label: int) -> float:
+    if name == "sface":
+        total = 0.0
+        for c in range(CLASSES):
+            cos = cosine(e, head.weight[c].detach().numpy())
+            theta = math.acos(cos)
+            if c == label:
+                total -= 64 * cos / (1 + math.exp(-80 * (theta - 0.80)))
+            else:
+                total += 64 * cos / (1 + math.exp(80 * (theta - 1.22)))
+        return total
+    logits = [expected_logit(name, head, e, c, label) for c in range(CLASSES)]
+    return max(logits) + math.log(sum(math.exp(x - max(logits)) for x in logits)) - logits[label]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_for_every_label_and_without(name):
+    head = make(name)
+    embeddings = embeddings_for(head)
+    for labels in (None, LABELS, LABELS.flip(0)):
+        each_label = [None] * CLASSES if labels is None else labels.tolist()
+        expected = [
+            [expected_logit(name, head, e.numpy(), c, label) for c in range(CLASSES)]
+            for e, label in zip(embeddings, each_label, strict=True)
+        ]
+        np.testing.assert_allclose(head(embeddings, labels).detach().numpy(), expected, atol=2e-4)
+
+
+def test_arcface_reaches_beyond_pi_in_these_tests():
+    head = make("arcface")
+    cos = head(embeddings_for(head)).diagonal() / 64
+    assert (cos < math.cos(math.pi - 0.5)).sum() == 2
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_margin_is_added_to_label_free_logits(name):
+    head = make(name)
+    embeddings = embeddings_for(head)
+    torch.testing.assert_close(head.add_margin(head(embeddings), LABELS), head(embeddings, LABELS), rtol=0, atol=0)
+    if name in ("softmax", "sface"):
+        assert torch.equal(head(embeddings), head(embeddings, LABELS))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_loss_and_its_reductions(name):
+    head = make(name)
+    embeddings = embeddings_for(head)
+    expected = np.array([expected_loss(name, head, e.numpy(), i) for i, e in enumerate(embeddings)])
+    each = head.loss(embeddings, LABELS, reduction="none").detach().numpy()
+    np.testing.assert_allclose(each, expected, rtol=1e-6, atol=2e-4)
+    np.testing.assert_allclose(head.loss(embeddings, LABELS, reduction="sum").item(), expected.sum(), rtol=1e-5)
+    np.testing.assert_allclose(head.loss(embeddings, LABELS).item(), expected.mean(), rtol=1e-5)
+    from_logits = head.loss_of_logits(head(embeddings), LABELS)
+    torch.testing.assert_close(from_logits, head.loss(embeddings, LABELS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["softmax", "cosface", "arcface"])
+def test_gradient_against_finite_differences(name):
+    head = make(name)
+    embeddings = embeddings_for(head)[2:].requires_grad_()
+    assert torch.autograd.gradcheck(lambda e: head(e, LABELS[2:]), embeddings, atol=1e-4)
+
+
+def test_sface_gradient_treats_its_weights_as_constants():
+    head = make("sface")
+    embeddings = embeddings_for(head).requires_grad_()
+    (gradient,) = torch.autograd.grad(head.loss(embeddings, LABELS, reduction="sum"), embeddings)
+    expected = torch.zeros_like(embeddings)
+    for i in range(CLASSES):
+        for c in range(CLASSES):
+            e, w = embeddings[i].detach(), head.weight[c].detach()
+            cos = cosine(e.numpy(), w.numpy())
+            theta = math.acos(cos)
+            r = -1 / (1 + math.exp(-80 * (theta - 0.80))) if c == i else 1 / (1 + math.exp(80 * (theta - 1.22)))
+            expected[i] += r * 64 * (w / w.norm() - cos * e / e.norm()) / e.norm()
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cosface", "arcface", "sface"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_float32_gradient_is_finite_and_small_where_the_cosine_is_one(name, sign):
+    torch.manual_seed(0)
+    head = HEADS[name](64, CLASSES)
+    for scale in (1.0, 0.37, 1e3):
+        embeddings = (sign * scale * head.weight.detach()).requires_grad_()
+        head.zero_grad()
+        head.loss(embeddings, LABELS).backward()
+        assert embeddings.grad.isfinite().all() and head.weight.grad.isfinite().all()
+        assert (embeddings.grad.norm(dim=1) * embeddings.norm(dim=1)).max() < 100
+
+
+def test_arcface_gradient_at_exactly_one():
+    head = ArcFace(2, 2)
+    logits = torch.tensor([[64.0, 0.0], [0.0, -64.0], [64.1, 0.0]], requires_grad=True)
+    with_margin = head.add_margin(logits, torch.tensor([0, 1, 0]))
+    with_margin.sum().backward()
+    assert with_margin[0, 0].item() == pytest.approx(64 * math.cos(0.5), abs=1e-3)
+    torch.testing.assert_close(
+        logits.grad, torch.tensor([[math.cos(0.5), 1.0], [1.0, 1.0], [math.cos(0.5), 1.0]]), rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_logits_are_float32_under_autocast(name):
+    head = make(name).float()
+    embeddings = embeddings_for(head).float()
+    plain = head(embeddings, LABELS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(head(embeddings, LABELS), plain)
+        assert head(embeddings.bfloat16()).dtype == torch.float32
+    for dtype in (torch.bfloat16, torch.float16):
+        assert head.to(dtype)(embeddings.to(dtype), LABELS).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_weights_are_xavier_uniform(name):
+    head = HEADS[name](200, 100)
+    bound = math.sqrt(6 / 300)
+    assert head.weight.shape == (100, 200)
+    assert 0.99 * bound < head.weight.abs().max() <= bound
+    assert head.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert [key for key, _ in head.named_parameters()] == (["weight", "bias"] if name == "softmax" else ["weight"])
+
+
+def test_options_rebuild_a_head():
+    assert CosFace(4, 3).options == {"scale": 64.0, "margin": 0.35}
+    assert SFace(4, 3).options == {"scale": 64.0, "k": 80.0, "a": 0.80, "b": 1.22}
+    head = CosFace(4, 3, scale=10.0, margin=0.1)
+    again = HEADS["cosface"](4, 3, **head.options)
+    again.load_state_dict(head.state_dict())
+    embeddings = torch.randn(3, 4)
+    assert torch.equal(again(embeddings, torch.arange(3)), head(embeddings, torch.arange(3)))
+    torch.testing.assert_close((head(embeddings) - head(embeddings, torch.arange(3))).diagonal(), torch.ones(3))

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from data.batches import Pass, batches, random_flip
+
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_pass_shows_every_image_of_the_longest_stream_and_cycles_the_shorter(make_images):
+    images = make_images(num_classes=6, per_class=10)
+    plan = Pass({"forget": torch.arange(0, 10), "remain": torch.arange(10, 60)}, batch_size=8)
+    assert plan.steps == 7
+    seen = {"forget": [], "remain": []}
+    for batch in batches(images, plan, generator(), CPU):
+        assert batch.sizes == {"forget": 8, "remain": 8}
+        parts = batch.split(batch.indices)
+        for name, indices in parts.items():
+            assert len(indices.unique()) == len(indices) or name == "forget"
+            seen[name] += indices.tolist()
+        assert torch.equal(batch.images, images.images[batch.indices])
+        assert torch.equal(batch.labels, images.labels[batch.indices])
+    assert set(seen["remain"]) == set(range(10, 60))
+    assert set(seen["forget"]) == set(range(10))
+    assert len(seen["forget"]) == len(seen["remain"]) == 56
+    # Shorter streams start over only when every image had its turn.
+    assert sorted(seen["forget"][:10]) == list(range(10))
+
+
+def test_streams_smaller_than_a_batch_are_taken_whole():
+    plan = Pass({"forget": torch.arange(5), "remain": torch.arange(5, 25)}, batch_size=8)
+    assert plan.sizes == {"forget": 5, "remain": 8}
+    assert plan.steps == 3
+    schedule = plan.schedule(generator())
+    assert schedule.shape == (3, 13)
+    assert all(sorted(row[:5].tolist()) == list(range(5)) for row in schedule)
+
+
+def test_three_streams_run_side_by_side():
+    plan = Pass({"forget": torch.arange(4), "remain": torch.arange(4, 12), "again": torch.arange(4, 12)}, batch_size=4)
+    schedule = plan.schedule(generator())
+    assert schedule.shape == (2, 12)
+    assert not torch.equal(schedule[:, 4:8], schedule[:, 8:])
+
+
+def test_the_order_depends_on_the_generator_alone():
+    plan = Pass({"train": torch.arange(50)}, batch_size=16)
+    assert torch.equal(plan.schedule(generator(3)), plan.schedule(generator(3)))
+    assert not torch.equal(plan.schedule(generator(3)), plan.schedule(generator(4)))
+
+
+def test_flips_mirror_about_half_of_the_images():
+    images = torch.randint(0, 255, (400, 3, 4, 4), dtype=torch.uint8)
+    torch.manual_seed(0)
+    flipped = random_flip(images)
+    same = (flipped == images).flatten(1).all(dim=1)
+    mirrored = (flipped == images.flip(-1)).flatten(1).all(dim=1)
+    assert bool((same | mirrored).all())
+    assert mirrored.float().mean().item() == pytest.approx(0.5, abs=0.1)

@@ -1,0 +1,94 @@
+import random
+
+import pytest
+import torch
+
+from data.tasks import class_order, forgetting_tasks
+from util.errors import UsageError
+
+LABELS = torch.arange(100).repeat_interleave(30)[torch.randperm(3000, generator=torch.Generator().manual_seed(5))]
+
+
+def tasks(labels=LABELS, num_classes=100, **options):
+    return forgetting_tasks(labels, num_classes, **({"num_tasks": 4, "per_task": 20, "seed": 1337} | options))
+
+
+def test_the_published_class_order():
+    # The first ten of the shuffle that the published code makes with its default seed.
+    assert class_order(100, 1337)[:10] == [83, 17, 10, 9, 89, 52, 7, 32, 37, 77]
+    expected = list(range(100))
+    random.Random(1337).shuffle(expected)
+    assert class_order(100, 1337) == expected
+
+
+def test_the_papers_sequence_of_tasks():
+    order = class_order(100, 1337)
+    sequence = tasks()
+    assert [task.setting for task in sequence] == ["100-20", "80-20", "60-20", "40-20"]
+    for number, task in enumerate(sequence, start=1):
+        kept = 100 - 20 * number
+        assert set(task.remain) == set(order[:kept])
+        assert set(task.forget) == set(order[kept : kept + 20])
+        assert set(task.old) == set(order[kept + 20 :])
+
+
+@pytest.mark.parametrize("options", [{}, {"few_shot": 4}, {"num_missing": 5}, {"data_ratio": 1.0}, {"num_tasks": 1}])
+def test_training_images_are_of_the_right_classes_only(options):
+    for task in tasks(**options):
+        assert set(LABELS[task.forget_indices].tolist()) == set(task.forget)
+        assert set(LABELS[task.remain_indices].tolist()) == set(task.remain) - set(task.missing)
+        indices = torch.cat([task.forget_indices, task.remain_indices])
+        assert len(indices.unique()) == len(indices)
+        assert not set(LABELS[indices].tolist()) & set(task.old)
+
+
+@pytest.mark.parametrize(
+    ("options", "per_class"), [({"data_ratio": 0.1}, 3), ({"few_shot": 4}, 4), ({"data_ratio": 0.001}, 1)]
+)
+def test_every_class_lends_its_share(options, per_class):
+    for task in tasks(**options):
+        counts = torch.bincount(LABELS[torch.cat([task.forget_indices, task.remain_indices])], minlength=100)
+        assert counts[list(task.forget + task.remain)].unique().tolist() == [per_class]
+
+
+def test_missing_classes_remain_in_every_task():
+    sequence = tasks(num_missing=5)
+    assert len({task.missing for task in sequence}) == 1
+    assert len(sequence[0].missing) == 5
+    assert all(set(task.missing) <= set(task.remain) for task in sequence)
+
+
+def test_a_task_is_a_pure_function_of_its_arguments():
+    def fingerprint(**options):
+        return [(task.forget, task.forget_indices.tolist(), task.remain_indices.tolist()) for task in tasks(**options)]
+
+    first = fingerprint()
+    random.seed(0)
+    torch.manual_seed(0)
+    assert fingerprint() == first
+    assert fingerprint(num_tasks=2) == first[:2]
+    assert fingerprint(seed=1) != first
+    # A class that stays known does not lend the same images to every task.
+    stays = sorted(set(tasks()[3].remain))[0]
+    drawn = [set(task.remain_indices[LABELS[task.remain_indices] == stays].tolist()) for task in tasks()]
+    assert len({frozenset(images) for images in drawn}) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_tasks": 5}, "5 tasks of 20 classes forget 100 of 100: at least one must remain"),
+        ({"per_task": 0}, "--forget-per-task 0 must both be at least 1"),
+        ({"num_tasks": 0}, "--num-tasks 0"),
+        ({"data_ratio": 0.0}, "--data-ratio 0.0 is out of range"),
+        ({"data_ratio": 1.5}, "--data-ratio 1.5 is out of range"),
+        ({"data_ratio": float("nan")}, "--data-ratio nan is out of range"),
+        ({"few_shot": 0}, "--few-shot 0 is out of range"),
+        ({"few_shot": 31}, "has 30 training images, fewer than the 31"),
+        ({"num_missing": 20}, "--missing-classes 20 is out of range: 20 classes remain"),
+        ({"num_missing": -1}, "--missing-classes -1 is out of range"),
+    ],
+)
+def test_impossible_requests_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        tasks(**options)

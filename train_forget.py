@@ -1,0 +1,136 @@
+"""Forget classes task by task: checkpoint → tasks → method → engine → results.
+
+python train_forget.py --checkpoint FILE --data DIR                     four tasks, each forgets a fifth of the classes
+python train_forget.py --checkpoint FILE --data DIR --num-tasks 1       single-step forgetting of a tenth
+python train_forget.py --checkpoint FILE --data DIR --resume            continue an interrupted run
+Leaves config.json, results.json, table.md, figure.png, TensorBoard events, checkpoints/ and adapters/ in --output-dir.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask, forgetting_tasks
+from methods import METHODS, method_class
+from methods.base import Method
+from util.arguments import (
+    HelpFormatter,
+    add_data_arguments,
+    add_hardware_arguments,
+    add_optimization_arguments,
+    check_optimization,
+    describe_run,
+    load_data_of,
+    run_main,
+)
+from util.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.continual import ContinualRun
+from util.errors import UsageError
+from util.files import write_json
+from util.hardware import choose_hardware
+from util.results import RunFolder
+from util.tables import paper_tables
+
+# Of the optimisation options, where neither the command nor the method says otherwise.
+SHARED_DEFAULTS = {"lr": 1e-4, "weight_decay": 0.05, "warmup_epochs": 0, "opt": "adamw"}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    chooser = argparse.ArgumentParser(add_help=False)
+    chooser.add_argument("--method", default="gs_lora")
+    method = method_class(chooser.parse_known_args(argv)[0].method)
+    args = build_parser(method).parse_args(argv)
+    for key, value in (SHARED_DEFAULTS | method.defaults).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    check_optimization(args)
+    method.check_arguments(args)
+    if args.save_every < 1 or args.eval_every < 0:
+        raise UsageError("--save-every must be at least 1, --eval-every at least 0")
+    if args.resume and (args.overwrite or args.resume_from is not None):
+        raise UsageError("--resume continues the run of --output-dir: it excludes --overwrite and --resume-from")
+    return args
+
+
+def build_parser(method: type[Method]) -> argparse.ArgumentParser:
+    """The shared options and those of one method."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="gs_lora", help="how to forget; --help shows its options")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the pre-trained recogniser")
+    parser.add_argument("--head", help="head of a published checkpoint, which does not name its own; none: cosface")
+    add_data_arguments(parser)
+    group = parser.add_argument_group("forgetting protocol")
+    group.add_argument("--num-tasks", type=int, default=4, help="requests to forget, one after another")
+    group.add_argument(
+        "--forget-per-task", type=int, help="classes a task forgets; none: a fifth of all, a tenth with --num-tasks 1"
+    )
+    group.add_argument("--data-ratio", type=float, default=0.1, help="share of a class's training images a method sees")
+    group.add_argument("--few-shot", type=int, metavar="N", help="exactly N images a class instead of --data-ratio")
+    group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
+    add_optimization_arguments(parser, epochs=100, batch_size=48)
+    add_hardware_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-dir", type=Path, help="none: exps/<method>-<dataset>-<setting>-seed<seed>")
+    group.add_argument("--eval-every", type=int, default=0, metavar="N", help="log test accuracies every N epochs; 0: no")
+    group.add_argument("--save-every", type=int, default=5, metavar="N", help="epochs between two saves for --resume")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
+    group.add_argument("--resume", action="store_true", help="continue the interrupted run that --output-dir holds")
+    group.add_argument(
+        "--resume-from", type=Path, metavar="FILE", help="start after the tasks that this task_<t>.pth has forgotten"
+    )
+    method.add_arguments(parser)
+    return parser
+
+
+def make_tasks(args: argparse.Namespace, train_set: ImageSet) -> list[ForgettingTask]:
+    num_classes = len(train_set.classes)
+    share = 10 if args.num_tasks == 1 else 5
+    return forgetting_tasks(
+        train_set.labels,
+        num_classes,
+        num_tasks=args.num_tasks,
+        per_task=max(1, round(num_classes / share)) if args.forget_per_task is None else args.forget_per_task,
+        seed=args.seed,
+        data_ratio=args.data_ratio,
+        few_shot=args.few_shot,
+        num_missing=args.missing_classes,
+    )
+
+
+def load_pretrained(args: argparse.Namespace) -> Checkpoint:
+    checkpoint = load_checkpoint(args.checkpoint, args.head)
+    if checkpoint.forgotten:
+        count = sum(map(len, checkpoint.forgotten))
+        raise UsageError(
+            f"{args.checkpoint} has already forgotten {count} classes: give the pre-trained one with --checkpoint, "
+            f"this one with --resume-from"
+        )
+    return checkpoint
+
+
+def main(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    hardware = choose_hardware(args.device, args.precision)
+    pretrained = load_pretrained(args)
+    data = load_data_of(args, pretrained.model.architecture.image_size, hardware.device)
+    check_classes(pretrained, data[0], args.checkpoint)
+    tasks = make_tasks(args, data[0])
+    name = f"{args.method}-{data[0].name}-{tasks[0].setting}-seed{args.seed}"
+    folder = RunFolder(args.output_dir or Path("exps") / name)
+    folder.prepare(args.overwrite, args.resume)
+    write_json(folder.config, describe_run(args, hardware.describe()))
+
+    model = pretrained.model.to(hardware.device)
+    print(
+        f"{METHODS[args.method].title} on {data[0].name}: {len(tasks)} × {len(tasks[0].forget)} of "
+        f"{len(data[0].classes)} classes, {model.architecture.model}, {hardware.describe()} → {folder.path}",
+        flush=True,
+    )
+    results = ContinualRun(args, METHODS[args.method](args, hardware), model, data, tasks, folder).run()
+    print(f"\n{paper_tables([results], [METHODS[args.method].title])}\n\nresults, checkpoints and figure: {folder.path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

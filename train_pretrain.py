@@ -1,0 +1,120 @@
+"""Pre-train a recogniser: data → backbone and margin head → engine.
+
+python train_pretrain.py                                     the tiny model on drawn faces, minutes on a CPU
+python train_pretrain.py --data DIR --model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4 --warmup-epochs 10
+                                                             the paper's model and schedule
+Leaves checkpoint.pth, config.json and TensorBoard events in --output-dir.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from backbone.heads import HEADS
+from backbone.recognizer import Architecture, build_recognizer, default_image_size
+from methods.pretrain import Pretrain
+from util.arguments import (
+    HelpFormatter,
+    add_data_arguments,
+    add_hardware_arguments,
+    add_optimization_arguments,
+    check_optimization,
+    describe_run,
+    load_data_of,
+    run_main,
+)
+from util.checkpoint import Checkpoint, load_weights, save_checkpoint, save_published, torch_load
+from util.engine import Optimization, Trainer, derived_seed
+from util.errors import UsageError
+from util.evaluate import predict
+from util.files import write_json
+from util.hardware import choose_hardware
+from util.monitor import Monitor
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    add_data_arguments(parser)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
+    group.add_argument("--image-size", type=int, help="pixels; none: the model's own")
+    group.add_argument("--depth", type=int, help="number of blocks; none: the model's own")
+    group.add_argument("--head", choices=HEADS, default="cosface", help="margin head")
+    group.add_argument("--drop-rate", type=float, help="dropout after the embedding and in the blocks; none: the model's")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
+    group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
+    add_optimization_arguments(
+        parser, epochs=60, batch_size=96, lr=1e-3, weight_decay=0.05, opt="adamw"
+    )
+    add_hardware_arguments(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")
+    group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
+    args = parser.parse_args(argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = args.epochs // 10
+    check_optimization(args)
+    if args.depth is not None and args.depth < 1:
+        raise UsageError(f"--depth {args.depth} is out of range: at least 1")
+    if args.drop_rate is not None and not 0 <= args.drop_rate < 1:
+        raise UsageError(f"--drop-rate {args.drop_rate} is out of range: at least 0, below 1")
+    return args
+
+
+def build_model(args: argparse.Namespace, num_classes: int, image_size: int):
+    options = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
+    options |= {} if args.depth is None else {"depth": args.depth}
+    torch.manual_seed(derived_seed(args.seed))
+    architecture = Architecture(args.model, num_classes, image_size, args.head, options)
+    model = build_recognizer(architecture, args.pretrained)
+    if args.weights is not None:
+        state = torch_load(args.weights)
+        state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
+        prefixed = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
+        load_weights(model.backbone, prefixed, args.weights)
+    return model
+
+
+def main(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    hardware = choose_hardware(args.device, args.precision)
+    image_size = args.image_size or default_image_size(args.model)
+    train_set, test_set = load_data_of(args, image_size, hardware.device)
+    model = build_model(args, len(train_set.classes), image_size).to(hardware.device)
+    output = args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}"
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "config.json", describe_run(args, hardware.describe()))
+    print(
+        f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
+        f"{len(train_set.classes)} classes, {len(train_set)} images of {image_size}×{image_size}, {hardware.describe()}"
+    )
+
+    method = Pretrain(args, hardware)
+    task = SimpleNamespace(remain_indices=torch.arange(len(train_set)))
+    method.begin_task(model, task, train_set)
+    settings = Optimization(
+        args.epochs, args.lr, args.min_lr, args.weight_decay, args.warmup_epochs, args.opt, args.clip_grad
+    )
+    trainer = Trainer(model, method, train_set, settings, args.seed)
+    start = time.perf_counter()
+    with SummaryWriter(output) as writer, Monitor(writer, "pretrain", "pre-training", args.epochs) as monitor:
+        done = trainer.train(monitor)
+
+    accuracies = predict(model, test_set, hardware).accuracies(range(len(test_set.classes)))
+    info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
+    save_checkpoint(output / "checkpoint.pth", Checkpoint(model, train_set.classes, info=info))
+    if args.published_layout:
+        save_published(output / "published.pth", model)
+    print(
+        f"test accuracy {accuracies['acc']:.2f}% plain, {accuracies['margin_acc']:.2f}% margin, after "
+        f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({done.images_per_second:.0f} images/s): "
+        f"{output / 'checkpoint.pth'}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

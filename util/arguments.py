@@ -1,0 +1,163 @@
+"""Arguments that the scripts share, and the frame every script runs in."""
+
+import argparse
+import errno
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from data import load_data
+from data.image_set import ImageSet
+from util.errors import RunError, UsageError
+
+SYNTHETIC = "synthetic_faces"
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in the help text, wide enough to read."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", default=SYNTHETIC, metavar="DIR", help=f"folder with train/ and test/, or {SYNTHETIC} (drawn, no download)"
+    )
+    group.add_argument("--cache-dir", type=Path, help="where decoded images are kept (default: the user's cache folder)")
+    group.add_argument("--identities", type=int, default=100, help=f"{SYNTHETIC}: number of classes")
+    group.add_argument("--train-per-identity", type=int, default=24, help=f"{SYNTHETIC}: training images a class")
+    group.add_argument("--test-per-identity", type=int, default=6, help=f"{SYNTHETIC}: test images a class")
+    group.add_argument("--data-seed", type=int, default=0, help=f"{SYNTHETIC}: seed of the identities and their images")
+
+
+def load_data_of(args: argparse.Namespace, image_size: int, device: torch.device) -> tuple[ImageSet, ImageSet]:
+    """The training and the test set that the data arguments name, the training set on the device if that has room."""
+    train_set, test_set = load_data(
+        args.data,
+        image_size,
+        identities=args.identities,
+        train_per_identity=args.train_per_identity,
+        test_per_identity=args.test_per_identity,
+        seed=args.data_seed,
+        cache_dir=args.cache_dir,
+        device=device,
+    )
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * train_set.images.nbytes:
+        return train_set.to(device), test_set.to(device)
+    return train_set, test_set
+
+
+def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument(
+        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it"
+    )
+
+
+def add_optimization_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """Optimisation options; `defaults` replace those below. None means: the method's own."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, help="epochs (of each task)")
+    group.add_argument("--batch-size", type=int, help="images of each stream in a step")
+    group.add_argument("--lr", type=float, help="peak learning rate; none: the method's own")
+    group.add_argument("--min-lr", type=float, default=1e-5, help="learning rate at the end of the cosine")
+    group.add_argument("--weight-decay", type=float, help="AdamW's weight decay; none: the method's own, 0.05")
+    group.add_argument("--warmup-epochs", type=int, help="epochs of linear warm-up; none: 0 to forget, a tenth to pre-train")
+    group.add_argument("--opt", help="optimizer, a name of timm's; none: the method's own, adamw")
+    group.add_argument("--clip-grad", type=float, help="clip the gradient's norm to this (default: no clipping)")
+    group.add_argument("--seed", type=int, default=1337, help="seeds class order, samples, batches and dropout")
+    parser.set_defaults(**defaults)
+
+
+def check_optimization(args: argparse.Namespace) -> None:
+    """Raise UsageError for optimisation values that cannot work."""
+    if args.epochs < 1 or args.batch_size < 1:
+        raise UsageError(f"--epochs {args.epochs} and --batch-size {args.batch_size} must be at least 1")
+    if not args.lr > 0 or args.weight_decay < 0 or args.min_lr < 0:
+        raise UsageError("--lr must be above 0, --weight-decay and --min-lr at least 0")
+    if not 0 <= args.warmup_epochs <= args.epochs:
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs} is out of range: 0 to --epochs ({args.epochs})")
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed} is out of range: at least 0")
+
+
+def run_main(main: Callable[[list[str] | None], None]) -> None:
+    """Run a script's main and end with one line instead of a traceback for what a user can cause.
+
+    Exit code 2 for wrong usage, 1 for a failed run, 130 when interrupted.
+    """
+    name = Path(sys.argv[0]).name
+    try:
+        main(None)
+    except (UsageError, RunError) as error:
+        _fail(name, str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail(name, "interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(name, f"cannot write: {error.strerror}{where}; files already complete are kept", 1)
+
+
+def _fail(name: str, message: str, code: int) -> None:
+    print(f"{name}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def describe_run(args: argparse.Namespace, hardware_line: str) -> dict:
+    """The content of config.json: every argument, package versions, git commit, device, seed."""
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return {
+        "script": Path(sys.argv[0]).name,
+        "arguments": arguments,
+        "seed": args.seed,
+        "device": hardware_line,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with "+" appended where files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", root, *words], capture_output=True, text=True, check=True, env=environment, timeout=10
+        ).stdout.strip()
+        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON file. Raises UsageError if it is missing, RunError if it is no JSON object."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"no file {path}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise RunError(f"{path}: not a JSON object")
+    return data

@@ -1,0 +1,177 @@
+"""A run of forgetting tasks, one after another: train, evaluate, and write down what each of them left."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from backbone.lora import save_adapters
+from backbone.recognizer import Recognizer
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import Method
+from util.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, torch_load, torch_save
+from util.engine import Optimization, Trainer
+from util.errors import UsageError
+from util.evaluate import accuracies_after, accuracies_before, predict
+from util.monitor import Monitor
+from util.results import RunFolder, load_results, new_results, save_results, task_entry
+from util.tables import percent
+
+# Options that may differ between an interrupted run and the one that continues it.
+FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "save_every", "eval_every"}
+
+
+class ContinualRun:
+    """The model on its way through the tasks; `folder` is where everything is left."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        method: Method,
+        model: Recognizer,
+        data: tuple[ImageSet, ImageSet],
+        tasks: list[ForgettingTask],
+        folder: RunFolder,
+    ) -> None:
+        self.args, self.method, self.model, self.tasks, self.folder = args, method, model, tasks, folder
+        self.train_set, self.test_set = data
+        self.hardware = method.hardware
+        self.parameters = model.num_parameters()
+        self.forgotten: list[list[int]] = []
+        self.results: dict | None = None
+        self.settings = Optimization(
+            args.epochs, args.lr, args.min_lr, args.weight_decay, args.warmup_epochs, args.opt, args.clip_grad
+        )
+
+    def run(self) -> dict:
+        """Carry out the tasks that are left, and return the content of results.json.
+
+        Raises UsageError if what the run is to continue from does not belong to it, RunError if a loss is not finite.
+        """
+        self.pretrained = predict(self.model, self.test_set, self.hardware)
+        if self.args.resume_from is not None:
+            self._enter(self.args.resume_from)
+        elif self.args.resume and self.folder.results.exists():
+            self.results = load_results(self.folder.results)
+            self._enter(self.folder.checkpoint(self.results["tasks"][-1]["task"]))
+        with SummaryWriter(self.folder.path) as writer:
+            for task in self.tasks[len(self.forgotten) :]:
+                self._forget(task, writer)
+            self._draw(writer)
+        return self.results
+
+    def _enter(self, path: Path) -> None:
+        """Take over a model that has already forgotten this run's first tasks."""
+        checkpoint = load_checkpoint(path)
+        expected = [list(task.forget) for task in self.tasks[: len(checkpoint.forgotten)]]
+        if not checkpoint.forgotten or checkpoint.forgotten != expected:
+            raise UsageError(
+                f"{path} has not forgotten what the first tasks of this run forget: check --seed, --num-tasks and "
+                f"--forget-per-task"
+            )
+        load_weights(self.model, checkpoint.model.state_dict(), path)
+        self.forgotten = checkpoint.forgotten
+
+    def _forget(self, task: ForgettingTask, writer: SummaryWriter) -> None:
+        self.hardware.reset_peak_memory()
+        start = time.perf_counter()
+        trainer = self._trainer(task)
+        label = f"task {task.number}/{len(self.tasks)} {task.setting}"
+        with Monitor(writer, f"task_{task.number}", label, self.args.epochs, trainer.epoch) as monitor:
+            done = trainer.train(monitor, lambda trainer: self._after_epoch(trainer, task, writer))
+        left = self.method.end_task(self.model)
+        self.forgotten = [*self.forgotten, list(task.forget)]
+        trained = time.perf_counter()
+
+        before = accuracies_before(self.pretrained, task)
+        after = accuracies_after(predict(self.model, self.test_set, self.hardware), task, before)
+        costs = {
+            "train_seconds": round(trained - start, 3),
+            "eval_seconds": round(time.perf_counter() - trained, 3),
+            "images_per_second": round(done.images_per_second, 1),
+            "peak_memory_mb": round(self.hardware.peak_memory_mb(), 1),
+        }
+        self._keep(task, left, task_entry(task, before, after, left.get("groups"), costs))
+        for name, value in after.items():
+            if value is not None:
+                writer.add_scalar(f"tasks/{name}", value, task.number)
+        self._report(label, before, after, costs)
+
+    def _trainer(self, task: ForgettingTask) -> Trainer:
+        """Prepare a task, and go to where an interrupted run left it."""
+        self.method.begin_task(self.model, task, self.train_set)
+        self.model.to(self.hardware.device)
+        if self.results is None:
+            self.results = self._new_results()
+        trainer = Trainer(self.model, self.method, self.train_set, self.settings, self.args.seed, task.number)
+        if self.args.resume and self.folder.last.exists():
+            state = torch_load(self.folder.last)
+            self._check_same_run(state)
+            if state["task"] == task.number:
+                trainer.load_state_dict(state)
+        return trainer
+
+    def _new_results(self) -> dict:
+        architecture, trainable = self.model.architecture, self.model.num_trainable()
+        model = {
+            "name": architecture.model,
+            "parameters": self.parameters,
+            "trainable": trainable,
+            "tunable_ratio": round(trainable / self.parameters, 6),
+        }
+        accuracies = self.pretrained.accuracies(range(len(self.test_set.classes)))
+        return new_results(self.method.name, self.args.seed, self.train_set, self.test_set, model, accuracies)
+
+    def _after_epoch(self, trainer: Trainer, task: ForgettingTask, writer: SummaryWriter) -> None:
+        if trainer.epoch % self.args.save_every == 0 or trainer.epoch == self.args.epochs:
+            torch_save(self.folder.last, trainer.state_dict() | {"arguments": self._arguments()})
+        if self.args.eval_every and trainer.epoch % self.args.eval_every == 0:
+            now = predict(self.model, self.test_set, self.hardware)
+            for name, value in accuracies_after(now, task, accuracies_before(self.pretrained, task)).items():
+                if value is not None:
+                    writer.add_scalar(f"task_{task.number}/test/{name}", value, trainer.epoch)
+
+    def _arguments(self) -> str:
+        arguments = {key: str(value) for key, value in vars(self.args).items() if key not in FREE_ON_RESUME}
+        return json.dumps(arguments, sort_keys=True)
+
+    def _check_same_run(self, state: dict) -> None:
+        saved, now = json.loads(state.get("arguments", "{}")), json.loads(self._arguments())
+        different = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
+        if different:
+            key = different[0]
+            raise UsageError(
+                f"--resume: {self.folder.path} was started with other options: --{key.replace('_', '-')} "
+                f"{saved.get(key)}, now {now.get(key)}; repeat the first command, or use --overwrite"
+            )
+
+    def _keep(self, task: ForgettingTask, left: dict, entry: dict) -> None:
+        """Write a finished task. results.json comes last: a task it names has all of its files."""
+        if "adapters" in left:
+            metadata = {"method": self.method.name, "task": str(task.number), "setting": task.setting}
+            save_adapters(self.folder.adapters(task.number), left["adapters"], metadata)
+        info = {"dataset": self.train_set.name, "method": self.method.name, "task": task.number, **entry["after"]}
+        checkpoint = Checkpoint(self.model, self.train_set.classes, self.forgotten, info)
+        save_checkpoint(self.folder.checkpoint(task.number), checkpoint)
+        self.results["tasks"].append(entry)
+        save_results(self.folder, self.results, self.method.title)
+
+    def _draw(self, writer: SummaryWriter) -> None:
+        # matplotlib takes a second to import: not before training has begun.
+        from util.figures import run_figure, save_figure
+
+        figure = run_figure(self.results)
+        writer.add_figure("run", figure, close=False)
+        save_figure(figure, self.folder.figure)
+
+    def _report(self, label: str, before: dict, after: dict, costs: dict) -> None:
+        old = "" if after["acc_old"] is None else f", Acc_o {percent(after['acc_old'])}"
+        print(
+            f"{label}: H {percent(after['h_mean'])}, Acc_r {percent(before['acc_remain'])} → "
+            f"{percent(after['acc_remain'])}, Acc_f {percent(before['acc_forget'])} → {percent(after['acc_forget'])}{old}"
+            f" · {costs['train_seconds']:.0f} s, {costs['images_per_second']:.0f} images/s",
+            flush=True,
+        )

@@ -1,0 +1,152 @@
+"""The loop: every epoch, every pass, every batch, for pre-training and for all methods alike.
+
+Nothing in here reads a number back from the device between two epochs.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+
+from backbone.recognizer import Recognizer
+from data.batches import Pass, batches
+from data.image_set import ImageSet
+from methods.base import Method
+from util.errors import RunError, UsageError
+from util.hardware import Hardware
+from util.monitor import Monitor
+
+
+@dataclass
+class Optimization:
+    """How one task's parameters are optimised. Rates are per update, `warmup_epochs` and `epochs` count epochs."""
+
+    epochs: int
+    lr: float
+    min_lr: float
+    weight_decay: float
+    warmup_epochs: int
+    opt: str
+    clip_grad: float | None
+
+
+@dataclass
+class Throughput:
+    """What a call of `train` did: seconds in the loop, and images that went through it."""
+
+    seconds: float = 0.0
+    images: int = 0
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds if self.seconds else 0.0
+
+
+class Trainer:
+    """One task's training: model, method, optimizer and schedule, and the position in it."""
+
+    def __init__(
+        self, model: Recognizer, method: Method, train_set: ImageSet, settings: Optimization, seed: int, task: int = 0
+    ) -> None:
+        self.model, self.method, self.train_set, self.settings = model, method, train_set, settings
+        self.hardware: Hardware = method.hardware
+        self.seed, self.task = seed, task
+        self.epoch = self.updates = 0
+        self.steps = [sum(plan.steps for plan in method.passes(epoch)) for epoch in range(settings.epochs)]
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        try:
+            # Handed the module, timm spares biases and norms the weight decay and leaves frozen parameters out.
+            self.optimizer = create_optimizer_v2(
+                model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
+            )
+        except ValueError as error:
+            raise UsageError(f"--opt {settings.opt}: {error}") from None
+        warmup = sum(self.steps[: settings.warmup_epochs])
+        self.scheduler = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(1, sum(self.steps) - warmup),
+            lr_min=min(settings.min_lr, settings.lr),
+            warmup_t=warmup,
+            warmup_lr_init=0.0,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        torch.manual_seed(derived_seed(seed, task))
+
+    def train(self, monitor: Monitor, after_epoch: Callable[["Trainer"], None] | None = None) -> Throughput:
+        """Run the remaining epochs; `after_epoch` is called after each (to save, to evaluate).
+
+        Raises RunError if a part of the loss was not finite, naming the part and the step.
+        """
+        done = Throughput()
+        while self.epoch < self.settings.epochs:
+            start = time.perf_counter()
+            self._train_epoch(monitor)
+            monitor.end_epoch(self.optimizer.param_groups[0]["lr"], self.method.epoch_metrics(self.model))
+            self.hardware.synchronize()
+            done.seconds += time.perf_counter() - start
+            done.images += monitor.images
+            if after_epoch is not None:
+                after_epoch(self)
+        return done
+
+    def _train_epoch(self, monitor: Monitor) -> None:
+        self.model.train()
+        self.method.begin_epoch(self.model, self.epoch)
+        monitor.begin_epoch(self.epoch, self.settings.epochs, self.steps[self.epoch])
+        for number, plan in enumerate(self.method.passes(self.epoch)):
+            self._train_pass(number, plan, monitor)
+        self.epoch += 1
+
+    def _train_pass(self, number: int, plan: Pass, monitor: Monitor) -> None:
+        # The order of batches depends on the position alone, so that a resumed run sees the same one.
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.task, self.epoch, number))
+        for batch in batches(self.train_set, plan, generator, self.hardware.device):
+            self.scheduler.step_update(self.updates)
+            with self.hardware.autocast():
+                losses = self.method.loss(self.model, batch)
+            losses["total"].backward()
+            if self.settings.clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.updates += 1
+            monitor.step(losses, len(batch))
+
+    def state_dict(self) -> dict:
+        """All that a resumed run needs beyond the data and the model that entered the task."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.hardware.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.hardware.device)
+        return {
+            "task": self.task,
+            "epoch": self.epoch,
+            "updates": self.updates,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict(),
+            "random": random,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken. Raises RunError if the state belongs to another run."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.method.load_state_dict(state["method"])
+            self.epoch, self.updates = state["epoch"], state["updates"]
+            torch.set_rng_state(state["random"]["cpu"].cpu())
+            if "cuda" in state["random"] and self.hardware.device.type == "cuda":
+                torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.hardware.device)
+        except (KeyError, ValueError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            raise RunError(f"checkpoints/last.pth belongs to another run ({line}); use --overwrite to start anew") from None
+
+
+def derived_seed(*parts: int) -> int:
+    """A 64-bit seed from a run's seed and a position in it; neighbouring positions give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,74 @@
+"""What the machine offers: the device, and the precision its matrix products run in."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device a run uses and whether its forward passes run under bf16 autocast."""
+
+    device: torch.device
+    bf16: bool
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{_cpu_threads()} CPU threads"
+        return f"{self.device.type} ({name}), {'bf16 autocast' if self.bf16 else 'fp32'}"
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_mb(self) -> float:
+        """Most memory held at once since `reset_peak_memory`: on a GPU allocated there, else of the whole process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        return _peak_resident_mb()
+
+    def reset_peak_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def choose_hardware(device: str = "auto", precision: str = "auto") -> Hardware:
+    """Resolve --device (auto, cpu, cuda, cuda:N) and --precision (auto, bf16, fp32)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device!r} is not a device; use auto, cpu, cuda or cuda:0") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device!r} is not supported; use auto, cpu, cuda or cuda:0")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(chosen))
+    return Hardware(chosen, bf16)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware: CUDA from Ampere on, CPUs with avx512_bf16 or amx."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # torch has no public query for these two; without them autocast would emulate, slower than fp32.
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
+
+
+def _cpu_threads() -> int:
+    return torch.get_num_threads()
+
+
+def _peak_resident_mb() -> float:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
