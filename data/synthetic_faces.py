@@ -70,12 +70,12 @@ IDENTITY = {
 }
 
 VARIATION = {
-    "shift_x": (-0.04, 0.04),
-    "shift_y": (-0.04, 0.04),
-    "scale": (0.95, 1.05),
-    "roll": (-0.09, 0.09),
-    "yaw": (-0.34, 0.34),
-    "pitch": (-0.14, 0.14),
+    "shift_x": (-0.045, 0.045),
+    "shift_y": (-0.045, 0.045),
+    "scale": (0.945, 1.055),
+    "roll": (-0.1, 0.1),
+    "yaw": (-0.36, 0.36),
+    "pitch": (-0.15, 0.15),
     "smile": (-0.04, 0.08),
     "mouth_open": (-0.09, 0.07),
     "eye_open": (0.45, 1.15),
@@ -89,7 +89,7 @@ VARIATION = {
     "light": (0.35, 1.1),
     "ambient": (0.22, 0.5),
     "exposure": (0.65, 1.3),
-    "patchiness": (0.05, 0.35),
+    "patchiness": (0.05, 0.5),
     "blur": (-0.6, 0.45),
     "noise": (0.004, 0.02),
     "glasses": (0.0, 1.0),
@@ -106,7 +106,12 @@ VARIATION = {
     "occluder_width": (0.1, 0.35),
     "occluder_height": (0.06, 0.18),
 }
-VARIATION_COLOURS = {"cast": (0.82, 1.16), "backdrop_colour": (0.1, 0.9), "clothes_colour": (0.1, 0.8), "occluder_colour": (0.0, 1.0)}
+VARIATION_COLOURS = {
+    "cast": (0.82, 1.16),
+    "backdrop_colour": (0.1, 0.9),
+    "clothes_colour": (0.1, 0.8),
+    "occluder_colour": (0.0, 1.0),
+}
 GLASSES_SHARE, OCCLUDED_SHARE = 0.2, 0.12
 TRAIN, TEST, IDENTITIES, NOISE = 1, 2, 3, 4  # the streams of random numbers of one seed
 CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -214,4 +219,6 @@ def _parameters(who: Tensor, how: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 def _scale(uniform: Tensor, ranges: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
     columns = uniform[:, :, None, None, None].unbind(1)
-    return {name: low + (high - low) * column for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)}
+    return {
+        name: low + (high - low) * column for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)
+    }

@@ -49,4 +49,5 @@ _set_up() {
   _stamp_of "$PYTHON" >"$stamp"
 }
 
-_set_up || exit 1
+# PYTHON set by the caller is taken as it is.
+[ -n "${PYTHON:-}" ] || _set_up || exit 1

@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from backbone.lora import save_adapters
@@ -13,7 +14,7 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
 from util.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, torch_load, torch_save
-from util.engine import Optimization, Trainer
+from util.engine import Optimization, Trainer, derived_seed
 from util.errors import UsageError
 from util.evaluate import accuracies_after, accuracies_before, predict
 from util.monitor import Monitor
@@ -102,6 +103,8 @@ class ContinualRun:
 
     def _trainer(self, task: ForgettingTask) -> Trainer:
         """Prepare a task, and go to where an interrupted run left it."""
+        # Before begin_task draws anything, so that a task does not depend on how the earlier ones were run.
+        torch.manual_seed(derived_seed(self.args.seed, task.number))
         self.method.begin_task(self.model, task, self.train_set)
         self.model.to(self.hardware.device)
         if self.results is None:

@@ -75,7 +75,6 @@ class Trainer:
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        torch.manual_seed(derived_seed(seed, task))
 
     def train(self, monitor: Monitor, after_epoch: Callable[["Trainer"], None] | None = None) -> Throughput:
         """Run the remaining epochs; `after_epoch` is called after each (to save, to evaluate).

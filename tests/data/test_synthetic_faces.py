@@ -77,7 +77,14 @@ def test_every_nuisance_changes_the_image(monkeypatch, name):
     columns = [*VARIATION, *(colour for colour in [*VARIATION_COLOURS, "background"] for _ in range(3))]
     place = [number for number, column in enumerate(columns) if column == name]
     how = np.full((2, module._variation_width()), 0.7, np.float32)
-    shown = {"glasses": 0.0, "occluder": 0.0, "occluder_x": 0.9, "occluder_y": 0.1, "lens_tint": 1.0, "backdrop_colour": 0.2}
+    shown = {
+        "glasses": 0.0,
+        "occluder": 0.0,
+        "occluder_x": 0.9,
+        "occluder_y": 0.1,
+        "lens_tint": 1.0,
+        "backdrop_colour": 0.2,
+    }
     for number, column in enumerate(columns):
         how[:, number] = shown.get(column, 0.7)
     how[1, place] = 0.95 if name in ("glasses", "occluder") else 0.05
@@ -89,7 +96,13 @@ def test_every_nuisance_changes_the_image(monkeypatch, name):
 @pytest.mark.parametrize("name", module.IDENTITY)
 def test_every_feature_of_an_identity_shows(name):
     who = np.full((2, len(module.IDENTITY)), 0.5, np.float32)
-    for visible, value in {"beard": 0.95, "moustache": 0.9, "skin_tone": 0.2, "hair_tone": 0.1, "hair_length": 0.1}.items():
+    for visible, value in {
+        "beard": 0.95,
+        "moustache": 0.9,
+        "skin_tone": 0.2,
+        "hair_tone": 0.1,
+        "hair_length": 0.1,
+    }.items():
         who[:, [*module.IDENTITY].index(visible)] = value
     who[:, [*module.IDENTITY].index(name)] = 0.05, 0.95
     how = np.full((2, module._variation_width()), 0.65, np.float32)

@@ -1,0 +1,139 @@
+"""What bad input gets: one clear line, the right exit code, nothing half-written."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.test_command_lines import SMALL, colours, command, forget_options, results_of, run_folder, trained  # noqa: F401
+
+
+def refused(result, code: int, message: str) -> None:
+    found, _, err = result
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert found == code
+    assert len(lines) == 1, err
+    assert message in lines[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-tasks", 5], "5 tasks of 2 classes forget 10 of 10: at least one must remain"),
+        (["--forget-per-task", 11], "at least one must remain"),
+        (["--forget-per-task", 0], "must both be at least 1"),
+        (["--data-ratio", 1.5], "--data-ratio 1.5 is out of range"),
+        (["--few-shot", 13], "has 12 training images, fewer than the 13"),
+        (["--missing-classes", 6], "--missing-classes 6 is out of range"),
+        (["--rank", 1000], "--rank 1000 is out of range: the adapted layers allow 1 to 128"),
+        (["--epochs", 0], "--epochs 0"),
+        (["--lr", "nan"], "--lr must be above 0"),
+        (["--method", "amnesia"], "unknown method 'amnesia'"),
+        (["--device", "abacus"], "--device 'abacus' is not a device"),
+        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--opt", "no_such"], "--opt no_such"),
+        (["--checkpoint", "absent.pth"], "no checkpoint file absent.pth"),
+        (["--data", "absent"], "absent"),
+        (["--head", "arcface"], "was trained with --head cosface, not arcface"),
+        (["--resume", "--overwrite"], "it excludes --overwrite"),
+    ],
+)
+def test_impossible_requests(options, message, trained, colours, command, tmp_path):  # noqa: F811
+    output = tmp_path / "run"
+    refused(command("train_forget.py", *forget_options(trained, colours, output), *options), 2, message)
+    assert not list(tmp_path.rglob("*.pth"))
+    assert not (output / "results.json").exists()
+
+
+def test_a_damaged_image_is_named_and_nothing_is_written(trained, colours, command, tmp_path):  # noqa: F811
+    data = shutil.copytree(colours, tmp_path / "damaged")
+    victim = next((data / "train" / "c4").iterdir())
+    victim.write_bytes(victim.read_bytes()[:100])
+    message = f"{data}: 1 of 160 images cannot be decoded: {victim.relative_to(data)}"
+    refused(command("train_forget.py", *forget_options(trained, data, tmp_path / "run")), 1, message)
+    refused(command("train_pretrain.py", "--data", data, *SMALL, "--output-dir", tmp_path / "p"), 1, message)
+    assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
+
+
+def test_checkpoints_that_do_not_fit(trained, colours, command, tmp_path):  # noqa: F811
+    fewer = shutil.copytree(colours, tmp_path / "fewer")
+    for split in ("train", "test"):
+        shutil.rmtree(fewer / split / "c9")
+    message = "knows 10 classes, the data set fewer has 9"
+    refused(command("train_forget.py", *forget_options(trained, fewer, tmp_path / "run")), 2, message)
+    refused(command("test.py", "--checkpoint", trained, "--data", fewer, "--output-dir", tmp_path / "t"), 2, message)
+
+    renamed = shutil.copytree(colours, tmp_path / "renamed")
+    for split in ("train", "test"):
+        (renamed / split / "c9").rename(renamed / split / "d9")
+    message = "was trained on other classes than renamed: 'c9' there, 'd9' here"
+    refused(command("test.py", "--checkpoint", trained, "--data", renamed, "--output-dir", tmp_path / "t"), 2, message)
+
+    whole = torch.load(trained, weights_only=True)
+    broken = {
+        "missing": (lambda d: d["model"].pop("backbone.cls_token"), 2, "backbone.cls_token is missing"),
+        "shape": (lambda d: d["model"].update({"head.weight": torch.zeros(3, 3)}), 2, "has shape (3, 3), not (10, 128)"),
+        "model": (lambda d: d["architecture"].update(model="no_such"), 2, "unknown model 'no_such'"),
+        "incomplete": (lambda d: d.pop("classes"), 1, "damaged checkpoint"),
+        "foreign": (lambda d: d.pop("format"), 2, "is no checkpoint of a face recogniser"),
+    }
+    for name, (spoil, code, message) in broken.items():
+        data = torch.load(trained, weights_only=True)
+        spoil(data)
+        torch.save(data, tmp_path / f"{name}.pth")
+        options = ("--checkpoint", tmp_path / f"{name}.pth", "--data", colours, "--output-dir", tmp_path / "t")
+        refused(command("test.py", *options), code, message)
+    assert set(whole) == {"format", "architecture", "classes", "forgotten", "info", "model"}
+    assert not (tmp_path / "t").exists()
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_damaged_and_dangerous_files_are_refused(trained, colours, command, tmp_path):  # noqa: F811
+    truncated, dangerous, text = tmp_path / "truncated.pth", tmp_path / "dangerous.pth", tmp_path / "text.pth"
+    truncated.write_bytes(trained.read_bytes()[:5000])
+    torch.save({"format": Malicious()}, dangerous)
+    text.write_text("not a checkpoint")
+    for path in (truncated, dangerous, text):
+        result = command("test.py", "--checkpoint", path, "--data", colours, "--output-dir", tmp_path / "t")
+        refused(result, 1, str(path))
+        assert "code ran" not in result[1]
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"\xff" * 64)
+    options = ("--checkpoint", trained, "--adapters", damaged, "--data", colours, "--output-dir", tmp_path / "t")
+    refused(command("test.py", *options), 1, "not a readable safetensors file")
+
+
+def test_a_loss_that_is_not_finite_keeps_what_was_finished(trained, colours, command, tmp_path):  # noqa: F811
+    options = [*forget_options(trained, colours, tmp_path / "run"), "--lr", "1e30", "--precision", "fp32"]
+    refused(command("train_forget.py", *options), 1, "the loss is not finite")
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert not list((tmp_path / "run").rglob("*.pth"))
+
+
+def test_a_full_disk_gets_one_line_and_leaves_the_last_good_state(trained, colours, command, tmp_path, monkeypatch):  # noqa: F811
+    import errno
+
+    from util import files
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    refused(command("train_forget.py", *forget_options(trained, colours, tmp_path / "run")), 1, "No space left on device")
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and "tfevents" not in path.name]
+
+
+def test_results_of_another_run(run_folder, trained, colours, command, tmp_path):  # noqa: F811
+    base = ("--checkpoint", trained, "--data", colours, "--output-dir", tmp_path / "t")
+    results = run_folder / "results.json"
+    refused(command("test.py", *base, "--results", results, "--task", 9), 2, "has no task 9: it has 1, 2")
+    refused(command("test.py", *base, "--results", tmp_path / "absent.json"), 2, "no file")
+    (tmp_path / "other.json").write_text('{"schema": 99}')
+    refused(command("test.py", *base, "--results", tmp_path / "other.json"), 1, "not a results.json of schema 1")
+    refused(command("test.py", *base, "--forget-classes", "c3,nobody"), 2, "no class 'nobody'")
+    assert results_of(run_folder)["tasks"]

@@ -1,0 +1,257 @@
+"""The three scripts through their own command lines, on small images whose mean colour tells the class."""
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data.tasks import class_order
+
+ROOT = Path(__file__).parents[1]
+# 4×4 tokens of 16 pixels: an epoch takes milliseconds.
+SMALL = ("--image-size", "32", "--depth", "2")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script as a user would; returns exit code, standard output and standard error."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def write_folder(root: Path, train, test) -> Path:
+    for split, images in (("train", train), ("test", test)):
+        for number, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+            folder = root / split / images.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> Path:
+    from tests.conftest import coloured_images
+
+    train, test = coloured_images(10, 12, 32), coloured_images(10, 4, 32, seed=1)
+    return write_folder(tmp_path_factory.mktemp("data") / "colours", train, test)
+
+
+@pytest.fixture
+def trained(colours, command, tmp_path_factory, request) -> Path:
+    """A pre-trained checkpoint, made once a session."""
+    folder = tmp_path_factory.getbasetemp() / "pretrained"
+    if not (folder / "checkpoint.pth").exists():
+        options = ("--epochs", 40, "--batch-size", 24, "--lr", "2e-3", "--output-dir", folder)
+        code, out, err = command("train_pretrain.py", "--data", colours, *SMALL, *options)
+        assert code == 0, err
+        assert "test accuracy" in out
+    return folder / "checkpoint.pth"
+
+
+def forget_options(trained: Path, colours: Path, output: Path) -> list:
+    options = ["--checkpoint", trained, "--data", colours, "--output-dir", output, "--forget-per-task", 2]
+    return [*options, "--num-tasks", 2, "--epochs", 12, "--batch-size", 12, "--data-ratio", 1.0, "--rank", 4, "--lr", "1e-2"]
+
+
+@pytest.fixture
+def run_folder(trained, colours, command, tmp_path_factory) -> Path:
+    """A finished run of two tasks, made once a session."""
+    folder = tmp_path_factory.getbasetemp() / "run"
+    if not (folder / "figure.png").exists():
+        code, out, err = command("train_forget.py", *forget_options(trained, colours, folder), "--eval-every", 6)
+        assert code == 0, err
+        assert "task 2/2 8-2" in out
+        assert "| GS-LoRA" in out
+    return folder
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_leaves_every_file_and_the_whole_schema(run_folder, trained, colours):
+    names = {str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.is_file()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert len(events) == 1
+    assert names - events == {
+        *("config.json", "results.json", "table.md", "figure.png"),
+        *("checkpoints/task_1.pth", "checkpoints/task_2.pth", "checkpoints/last.pth"),
+        *("adapters/task_1.safetensors", "adapters/task_2.safetensors"),
+    }
+    results = results_of(run_folder)
+    assert results["schema"] == 1
+    assert results["method"] == "gs_lora"
+    assert results["dataset"] == {"name": "colours", "classes": 10, "train_images": 120, "test_images": 40}
+    trainable = 2 * 2 * 4 * (128 + 512)
+    assert results["model"]["trainable"] == trainable
+    assert results["model"]["tunable_ratio"] == pytest.approx(trainable / results["model"]["parameters"], abs=1e-6)
+    assert results["pretrained"]["acc"] >= 90
+    order = class_order(10, 1337)
+    for number, task in enumerate(results["tasks"], start=1):
+        assert task["task"] == number
+        assert set(task["forget_classes"]) == set(order[10 - 2 * number : 12 - 2 * number])
+        assert set(task["remain_classes"]) == set(order[: 10 - 2 * number])
+        assert task["train_images"] == {"forget": 24, "remain": 12 * (10 - 2 * number)}
+        assert set(task["before"]) == {f"{m}acc_{g}" for m in ("", "margin_") for g in ("remain", "forget")}
+        keys = ("acc_remain", "acc_forget", "acc_old", "acc_missing", "h_mean")
+        assert set(task["after"]) == {f"{margin}{key}" for margin in ("", "margin_") for key in keys}
+        assert (task["after"]["acc_old"] is None) == (number == 1)
+        assert task["after"]["acc_missing"] is None
+        assert set(task["groups"]["norms"]) == {"blocks.0", "blocks.1"}
+        assert {"train_seconds", "eval_seconds", "images_per_second", "peak_memory_mb"} <= set(task)
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["arguments"]["rank"] == 4
+    assert config["seed"] == 1337
+    assert torch.__version__.startswith(config["packages"]["torch"])
+
+
+def test_forgetting_works_and_the_rest_stays(run_folder):
+    for task in results_of(run_folder)["tasks"]:
+        assert task["before"]["acc_forget"] >= 75
+        assert task["after"]["acc_forget"] <= 25
+        assert task["after"]["acc_remain"] >= task["before"]["acc_remain"] - 15
+
+
+def test_reloaded_and_rebuilt_models_give_the_same_accuracies(run_folder, trained, colours, command, tmp_path):
+    for number, task in enumerate(results_of(run_folder)["tasks"], start=1):
+        adapters = [run_folder / "adapters" / f"task_{n}.safetensors" for n in range(1, number + 1)]
+        sources = {
+            "merged": ("--checkpoint", run_folder / "checkpoints" / f"task_{number}.pth"),
+            "rebuilt": ("--checkpoint", trained, "--adapters", *adapters),
+        }
+        for name, source in sources.items():
+            output = tmp_path / f"{name}{number}"
+            options = ("--data", colours, "--results", run_folder / "results.json", "--output-dir", output)
+            code, _, err = command("test.py", *source, *options)
+            assert code == 0, err
+            groups = json.loads((output / "test.json").read_text())["groups"]
+            for group, key in (("remaining", "remain"), ("forgotten last", "forget"), ("forgotten earlier", "old")):
+                for reading in ("", "margin_"):
+                    expected = task["after"][f"{reading}acc_{key}"]
+                    assert groups.get(group, {}).get(f"{reading}acc") == expected
+            assert (output / "roc.png").stat().st_size > 0
+
+
+def test_leaving_an_adapter_off_undoes_its_task(run_folder, trained, colours, command, tmp_path):
+    options = ("--data", colours, "--results", run_folder / "results.json", "--task", 1, "--output-dir", tmp_path)
+    command("test.py", "--checkpoint", trained, *options)
+    groups = json.loads((tmp_path / "test.json").read_text())["groups"]
+    before = results_of(run_folder)["tasks"][0]["before"]
+    assert groups["forgotten last"]["acc"] == before["acc_forget"]
+
+
+def test_per_class_csv_and_groups_by_name_or_number(trained, colours, command, tmp_path):
+    options = ("--checkpoint", trained, "--data", colours, "--forget-classes", "c3, 5", "--output-dir", tmp_path)
+    code, out, err = command("test.py", *options)
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
+    assert [row["name"] for row in rows if row["group"] == "forgotten"] == ["c3", "c5"]
+    assert {row["images"] for row in rows} == {"4"}
+    groups = json.loads((tmp_path / "test.json").read_text())["groups"]
+    assert groups["all"]["acc"] == pytest.approx(sum(float(row["acc"]) for row in rows) / 10)
+    assert groups["forgotten"]["classes"] == [3, 5]
+    assert "| forgotten" in out
+
+
+def test_an_interrupted_run_resumes_to_the_same_end(run_folder, trained, colours, command, tmp_path, monkeypatch):
+    options = forget_options(trained, colours, tmp_path / "cut")
+    from util import continual
+
+    keep = continual.ContinualRun._after_epoch
+
+    def cut(self, trainer, task, writer):
+        keep(self, trainer, task, writer)
+        if task.number == 2 and trainer.epoch == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(continual.ContinualRun, "_after_epoch", cut)
+    code, _, err = command("train_forget.py", *options)
+    assert code == 130
+    assert err.strip().endswith("train_forget.py: error: interrupted")
+    assert len(results_of(tmp_path / "cut")["tasks"]) == 1
+    monkeypatch.undo()
+
+    code, _, err = command("train_forget.py", *options)
+    assert code == 2
+    assert "use --resume to continue it, --overwrite to replace it" in err
+    code, _, err = command("train_forget.py", *options, "--rank", 8, "--resume")
+    assert code == 2
+    assert "was started with other options: --rank 4, now 8" in err
+    code, out, err = command("train_forget.py", *options, "--resume")
+    assert code == 0, err
+    assert "task 1/2" not in out
+    for number in (1, 2):
+        whole, resumed = (
+            torch.load(folder / "checkpoints" / f"task_{number}.pth", weights_only=True)["model"]
+            for folder in (run_folder, tmp_path / "cut")
+        )
+        assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    expected, found = ([task["after"] for task in results_of(f)["tasks"]] for f in (run_folder, tmp_path / "cut"))
+    assert found == expected
+
+
+def test_resume_from_a_tasks_checkpoint_goes_on_with_the_next(run_folder, trained, colours, command, tmp_path):
+    options = forget_options(trained, colours, tmp_path / "next")
+    source = run_folder / "checkpoints" / "task_1.pth"
+    code, _, err = command("train_forget.py", *options, "--resume-from", source)
+    assert code == 0, err
+    (task,) = results_of(tmp_path / "next")["tasks"]
+    assert task["task"] == 2
+    assert task["after"] == results_of(run_folder)["tasks"][1]["after"]
+    code, _, err = command("train_forget.py", *options, "--overwrite", "--seed", 3, "--resume-from", source)
+    assert code == 2
+    assert "has not forgotten what the first tasks of this run forget" in err
+    code, _, err = command("train_forget.py", *options, "--overwrite", "--checkpoint", source)
+    assert code == 2
+    assert "has already forgotten 2 classes" in err
+
+
+def test_few_shot_missing_classes_and_a_single_step(trained, colours, command, tmp_path):
+    options = [*forget_options(trained, colours, tmp_path), "--num-tasks", 1, "--few-shot", 3, "--missing-classes", 2]
+    code, out, err = command("train_forget.py", *options, "--epochs", 2, "--grouping", "matrix", "--lora-place", "attention")
+    assert code == 0, err
+    (task,) = results_of(tmp_path)["tasks"]
+    assert task["train_images"] == {"forget": 6, "remain": 18}
+    assert task["after"]["acc_missing"] is not None
+    assert "Acc_m" in out
+    names = {f"blocks.{i}.attn.qkv.lora_{m}" for i in range(2) for m in "AB"}
+    assert set(load_file(tmp_path / "adapters" / "task_1.safetensors")) == names == set(task["groups"]["norms"])
+
+
+def test_the_published_layout_goes_out_and_comes_back(colours, command, tmp_path):
+    model = ("--model", "face_vit_p8s8_d6", "--image-size", 16, "--depth", 1)
+    options = ("--epochs", 1, "--published-layout", "--output-dir", tmp_path)
+    code, _, err = command("train_pretrain.py", "--data", colours, *model, *options)
+    assert code == 0, err
+    found = {}
+    for name in ("checkpoint", "published"):
+        arguments = ("--checkpoint", tmp_path / f"{name}.pth", "--data", colours, "--precision", "fp32")
+        code, _, err = command("test.py", *arguments, "--output-dir", tmp_path / name)
+        assert code == 0, err
+        found[name] = json.loads((tmp_path / name / "test.json").read_text())["groups"]["all"]
+    assert found["published"]["acc"] == found["checkpoint"]["acc"]
+
+
+def test_any_timm_vit_is_trained_and_forgets(colours, command, tmp_path):
+    model = ("--model", "vit_tiny_patch16_224", "--image-size", 32, "--depth", 1)
+    code, _, err = command("train_pretrain.py", "--data", colours, *model, "--epochs", 1, "--output-dir", tmp_path)
+    assert code == 0, err
+    options = ("--data", colours, "--num-tasks", 1, "--epochs", 1, "--output-dir", tmp_path / "run")
+    code, _, err = command("train_forget.py", "--checkpoint", tmp_path / "checkpoint.pth", *options)
+    assert code == 0, err
