@@ -1,9 +1,4 @@
-import io
 import os
-import struct
-import zlib
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,51 +6,9 @@ import torch
 from PIL import Image
 
 import data.image_folder
-from data import load_data
 from data.image_folder import image_folder
-from util.errors import RunError, UsageError
-
-SIZE = 16
-FACES = os.environ.get("FACES")
-
-
-def save(image, path, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
-    return path
-
-
-def noise(seed, size=(20, 24)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Two classes, two training images and one test image each."""
-    for seed, name in enumerate(["train/b/1.png", "train/b/2.png", "train/a/1.png", "train/a/2.png"]):
-        save(noise(seed), tmp_path / "faces" / name)
-    for seed, name in enumerate(["test/a/1.png", "test/b/1.png"]):
-        save(noise(10 + seed), tmp_path / "faces" / name)
-    return tmp_path / "faces"
-
-
-@pytest.fixture
-def load(tmp_path):
-    return lambda root, image_size=SIZE, **options: image_folder(root, image_size, tmp_path / "cache", **options)
-
-
-@pytest.fixture
-def decoded(monkeypatch):
-    """How often each file has been decoded."""
-    counts, decode = Counter(), data.image_folder.decode_image
-
-    def count(path, image_size):
-        counts[os.path.relpath(path, Path(path).parents[2])] += 1
-        return decode(path, image_size)
-
-    monkeypatch.setattr(data.image_folder, "decode_image", count)
-    return counts
+from tests.data.conftest import SIZE, noise, save
+from util.errors import RunError
 
 
 def test_sets_labels_and_order(root, load, capsys):
@@ -303,195 +256,17 @@ def test_another_size_another_version_and_another_place_are_decoded_again(tmp_pa
     assert set(decoded.values()) == {4}
 
 
-def test_cache_in_the_way_of_a_file(tmp_path, root, load, capsys):
-    expected = load(root)
-    (tmp_path / "file").write_text("")
-    train, _ = image_folder(root, SIZE, tmp_path / "file")
-    assert torch.equal(train.images, expected[0].images)
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_damaged_images_of_both_splits_are_named_together(tmp_path, root, load):
-    whole = io.BytesIO()
-    noise(0, (64, 64)).save(whole, "JPEG")
-    (root / "train/a/0.jpg").write_bytes(whole.getvalue()[:-200])
-    (root / "train/b/3.png").write_bytes(b"")
-    (root / "test/b/2.png").write_bytes(b"no image at all")
-    (root / "test/b/3.png").symlink_to(root / "nowhere.png")
-    with pytest.raises(RunError) as error:
-        load(root)
-    message = str(error.value)
-    assert message.startswith(f"{root}: 4 of 10 images cannot be decoded: train/a/0.jpg (image file is truncated")
-    assert message.endswith(
-        "train/b/3.png (not an image), test/b/2.png (not an image), test/b/3.png (No such file or directory); "
-        "replace or remove them"
-    )
-    assert "\n" not in message
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_only_the_first_of_many_damaged_images_are_named(root, load):
-    for index in range(40):
-        (root / f"train/b/x{index:02d}.png").write_bytes(b"")
-    with pytest.raises(RunError, match=r"40 of 46 images.*x00\.png.*x04\.png \(not an image\) and 35 more; "):
-        load(root)
-
-
-def png_of_zeros(width, height):
-    """A PNG that claims its size and holds one row of pixels."""
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(width * 3 + 1))) + chunk(b"IEND", b"")
-
-
-@pytest.mark.parametrize("width", [30_000, 10_000])  # above PIL's error, between its warning and its error
-def test_decompression_bomb(root, load, width, recwarn):
-    (root / "train/a/0.png").write_bytes(png_of_zeros(width, width))
-    with pytest.raises(RunError, match=r"1 of 7 images.*train/a/0\.png \(Image size \(\d+ pixels\) exceeds limit"):
-        load(root)
-    assert len(recwarn) == 0
-
-
-@pytest.mark.parametrize("value", [-0.5, 1.5, np.nan])
-def test_float_pixels_of_unknown_range(root, load, value):
-    save(Image.fromarray(np.full((5, 9), value, np.float32)), root / "train/a/0.tiff")
-    with pytest.raises(RunError, match=r"0\.tiff \(pixel values outside 0 to 1\)"):
-        load(root)
-
-
-def empty_folder(root):
-    for path in sorted(root.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-
-
-WRONG_FOLDERS = {
-    "no such folder of images": lambda root: root.rename(root.with_name("moved")),
-    "has no folder train/": lambda root: (root / "train").rename(root / "training"),
-    "has no folder test/": lambda root: (root / "test").rename(root / "val"),
-    "has no folder train/; expected {train,test}/<class>/<image>": empty_folder,
-    "/train: 0 class folders; at least 2 are needed": lambda root: empty_folder(root / "train"),
-    "/train: 1 class folders; at least 2 are needed": lambda root: (root / "train/a").rename(root / "train/.a"),
-    "/train/c: no images (1 such class folders)": lambda root: (root / "train/c").mkdir(),
-    "/test/c: no class of that name in train/ (1 such class folders)": lambda root: (root / "test/c").mkdir(),
-    "/test: no images": lambda root: empty_folder(root / "test"),
-}
-
-
-@pytest.mark.parametrize("message", WRONG_FOLDERS)
-def test_wrong_folder(tmp_path, root, load, message):
-    WRONG_FOLDERS[message](root)
-    with pytest.raises(UsageError) as error:
-        load(root)
-    assert str(error.value).startswith(str(root))
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "cache").exists()
-
-
-def test_root_that_is_a_file(root, load):
-    with pytest.raises(UsageError, match=r"1\.png: no such folder of images"):
-        load(root / "train/a/1.png")
-
-
-def test_image_size_of_nothing(root, load):
-    with pytest.raises(UsageError, match="image size 0"):
-        load(root, 0)
-
-
-def test_folder_that_cannot_be_listed(root, load, monkeypatch):
-    """Root may list everything, so the refusal is made up."""
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("train/b"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UsageError, match=r"train/b: cannot be listed \(Permission denied\)$"):
-        load(root)
-
-
-def test_interrupted_decoding_stops_and_leaves_nothing(tmp_path, root, load, monkeypatch):
-    """Ctrl-C arrives in the main thread, here while the progress bar is moved; most jobs are never started."""
-    for index in range(2000):
-        os.link(root / "train/a/1.png", root / f"train/a/x{index}.png")
-    decoded, decode = [], data.image_folder.decode_image
-
-    class Bar:
-        def __init__(self, **_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, _):
-            raise KeyboardInterrupt
-
-    def count(path, image_size):
-        decoded.append(path)
-        return decode(path, image_size)
-
-    monkeypatch.setattr(data.image_folder, "tqdm", Bar)
-    monkeypatch.setattr(data.image_folder, "decode_image", count)
-    with pytest.raises(KeyboardInterrupt):
-        load(root, workers=1)
-    assert len(decoded) < 1000
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_load_data_reads_folders(root, tmp_path):
-    train, test = load_data(str(root), SIZE, 100, 24, 6, 0, tmp_path / "cache")
-    assert (train.name, len(train), len(test)) == ("faces", 4, 2)
-
-
-def test_load_data_draws_synthetic_faces_once(tmp_path, monkeypatch):
-    faces = pytest.importorskip("data.synthetic_faces")
-    drawn = faces.synthetic_faces(3, 2, 1, 16, 7)
-    for _ in range(2):  # as drawn, and as mapped
-        for expected, got in zip(drawn, load_data("synthetic_faces", 16, 3, 2, 1, 7, tmp_path), strict=True):
-            assert torch.equal(expected.images, got.images) and torch.equal(expected.labels, got.labels)
-            assert (expected.name, expected.classes) == (got.name, got.classes)
-        monkeypatch.setattr(faces, "render", None)
-    with pytest.raises(TypeError):  # another seed must be drawn
-        load_data("synthetic_faces", 16, 3, 2, 1, 8, tmp_path)
-
-
-WRONG_NUMBERS = [
-    (0, 3, 2, 1, 7),
-    (8, 3, 2, 1, 7),
-    (16, 0, 2, 1, 7),
-    (16, -1, 2, 1, 7),
-    (16, 3, 0, 1, 7),
-    (16, 3, 2, 0, 7),
-    (16, 3, 0, 0, 7),
-    (16, 3, 2, 1, -1),
-]
-
-
-@pytest.mark.parametrize("numbers", WRONG_NUMBERS)
-def test_load_data_refuses_impossible_numbers_of_synthetic_faces(tmp_path, numbers):
-    with pytest.raises(UsageError):
-        load_data("synthetic_faces", *numbers, tmp_path)
-
-
-@pytest.mark.skipif(not FACES, reason="FACES names no folder of real faces")
-@pytest.mark.parametrize(("name", "classes", "train_images", "test_images"), [("yaleb38", 38, 1924, 490),
-                                                                              ("orl40", 40, 320, 80)])  # fmt: skip
-def test_real_faces(tmp_path, name, classes, train_images, test_images, decoded):
+@pytest.mark.parametrize(
+    ("name", "classes", "train_images", "test_images"), [("yaleb38", 38, 1924, 490), ("orl40", 40, 320, 80)]
+)
+def test_real_faces(faces, tmp_path, name, classes, train_images, test_images, decoded):
     for _ in range(2):
-        train, test = image_folder(Path(FACES) / name, 112, tmp_path)
+        train, test = image_folder(faces / name, 112, tmp_path)
         assert (len(train.classes), len(train), len(test)) == (classes, train_images, test_images)
         assert train.labels.unique().tolist() == test.labels.unique().tolist() == list(range(classes))
     assert set(decoded.values()) == {1}
     for split, image_set in (("train", train), ("test", test)):
-        folders = sorted(path for path in (Path(FACES) / name / split).iterdir())
+        folders = sorted(path for path in (faces / name / split).iterdir())
         first, last = min(folders[0].iterdir()), max(folders[-1].iterdir())
         for path, image in ((first, image_set.images[0]), (last, image_set.images[-1])):
             with Image.open(path) as original:

@@ -1,0 +1,93 @@
+"""The shell scripts, in a copy of the repository elsewhere, with another folder as the current one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_command_lines import colours, results_of  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ("backbone", "data", "methods", "scripts", "util")
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """A checkout of the code alone, its path holding a space."""
+    target = tmp_path_factory.mktemp("with space") / "checkout"
+    target.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, target)
+    shutil.copy(ROOT / "requirements.txt", target)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "faces_*"))
+    return target
+
+
+@pytest.fixture
+def script(copy, colours, tmp_path, monkeypatch):  # noqa: F811
+    """Run one of the scripts on the small images, with one epoch of everything."""
+
+    def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        data = os.path.relpath(colours, tmp_path)
+        fast = {"PYTHON": sys.executable, "EPOCHS": "1", "PRETRAIN_EPOCHS": "1", "DATA": data, "SETTING": "small"}
+        return subprocess.run(
+            ["bash", copy / "scripts" / name, *arguments],
+            env={**os.environ, **fast, **variables},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def test_continual_forgetting_pretrains_once_and_leaves_its_results(script, copy, tmp_path):
+    first = script("run_cl_forget.sh", OUTPUT="my results")
+    assert first.returncode == 0, first.stderr
+    assert "pre-training face_vit_tiny" in first.stdout
+    assert "Plain accuracy" in first.stdout
+    results = results_of(tmp_path / "my results")
+    assert [task["setting"] for task in results["tasks"]] == ["10-2", "8-2", "6-2", "4-2"]
+    assert (copy / "exps" / "pretrain-colours-face_vit_tiny" / "checkpoint.pth").exists()
+
+    second = script("run_cl_forget.sh", "--", "--num-tasks", "1", SEED="5", CHECKPOINT="")
+    assert second.returncode == 0, second.stderr
+    assert "pre-training" not in second.stdout
+    (folder,) = (copy / "exps").glob("gs_lora-*")
+    assert folder.name == "gs_lora-colours-10-1-seed5"
+
+
+def test_a_sweep_ends_in_one_table_and_one_figure(script, tmp_path):
+    done = script("run_forget.sh", "rank", VALUES="1 4", OUTPUT="sweep")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "sweep" / "table.md").read_text()
+    assert table in done.stdout
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["Pre-train", "1", "4"]
+    assert (tmp_path / "sweep" / "figure.png").stat().st_size > 0
+    trainable = [results_of(tmp_path / "sweep" / rank)["model"]["trainable"] for rank in ("1", "4")]
+    assert trainable[1] == 4 * trainable[0]
+
+
+def test_the_evaluation_script(script, tmp_path):
+    done = script("test_sub.sh", "--", "--forget-classes", "c1", OUTPUT="tested")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "tested" / "test.json").read_text())["groups"]) == {"all", "forgotten", "remaining"}
+
+
+def test_wrong_words_are_refused_at_once(script):
+    for name, arguments, variables, message in (
+        ("run_forget.sh", ["colour"], {}, "unknown sweep 'colour'"),
+        ("run_cl_forget.sh", [], {"SETTING": "huge"}, "SETTING=huge is unknown"),
+        ("run_cl_forget.sh", [], {"DATA": "absent", "CHECKPOINT": "absent.pth"}, "no checkpoint file"),
+    ):
+        done = script(name, *arguments, **variables)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
