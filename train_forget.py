@@ -75,6 +75,7 @@ def build_parser(method: type[Method]) -> argparse.ArgumentParser:
     group.add_argument("--output-dir", type=Path, help="none: exps/<method>-<dataset>-<setting>-seed<seed>")
     group.add_argument("--eval-every", type=int, default=0, metavar="N", help="log test accuracies every N epochs; 0: no")
     group.add_argument("--save-every", type=int, default=5, metavar="N", help="epochs between two saves for --resume")
+    group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth in that layout")
     group.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
     group.add_argument("--resume", action="store_true", help="continue the interrupted run that --output-dir holds")
     group.add_argument(

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.tasks import class_order
+from util.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 # 4×4 tokens of 16 pixels: an epoch takes milliseconds.
@@ -246,6 +247,18 @@ def test_the_published_layout_goes_out_and_comes_back(colours, command, tmp_path
         assert code == 0, err
         found[name] = json.loads((tmp_path / name / "test.json").read_text())["groups"]["all"]
     assert found["published"]["acc"] == found["checkpoint"]["acc"]
+
+
+def test_a_forgetting_run_in_the_published_layout(colours, command, tmp_path):
+    model = ("--model", "face_vit_p12s8_d6", "--image-size", 16, "--depth", 1)
+    command("train_pretrain.py", "--data", colours, *model, "--epochs", 1, "--output-dir", tmp_path)
+    options = ("--data", colours, "--num-tasks", 1, "--epochs", 1, "--published-layout", "--output-dir", tmp_path / "run")
+    code, _, err = command("train_forget.py", "--checkpoint", tmp_path / "checkpoint.pth", *options)
+    assert code == 0, err
+    ours, published = (load_checkpoint(tmp_path / "run" / name / "task_1.pth") for name in ("checkpoints", "published"))
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model.eval()(images), published.model.eval()(images), rtol=1e-5, atol=1e-4)
 
 
 def test_any_timm_vit_is_trained_and_forgets(colours, command, tmp_path):

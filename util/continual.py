@@ -13,7 +13,15 @@ from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
-from util.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, torch_load, torch_save
+from util.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_published,
+    torch_load,
+    torch_save,
+)
 from util.engine import Optimization, Trainer, derived_seed
 from util.errors import UsageError
 from util.evaluate import accuracies_after, accuracies_before, predict
@@ -159,6 +167,8 @@ class ContinualRun:
         info = {"dataset": self.train_set.name, "method": self.method.name, "task": task.number, **entry["after"]}
         checkpoint = Checkpoint(self.model, self.train_set.classes, self.forgotten, info)
         save_checkpoint(self.folder.checkpoint(task.number), checkpoint)
+        if self.args.published_layout:
+            save_published(self.folder.published(task.number), self.model)
         self.results["tasks"].append(entry)
         save_results(self.folder, self.results, self.method.title)
 

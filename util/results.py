@@ -43,6 +43,9 @@ class RunFolder:
     def checkpoint(self, task: int) -> Path:
         return self.path / "checkpoints" / f"task_{task}.pth"
 
+    def published(self, task: int) -> Path:
+        return self.path / "published" / f"task_{task}.pth"
+
     def adapters(self, task: int) -> Path:
         return self.path / "adapters" / f"task_{task}.safetensors"
 
@@ -63,7 +66,7 @@ class RunFolder:
             old.unlink(missing_ok=True)
         for events in self.path.glob("events.out.tfevents.*"):
             events.unlink()
-        for folder in (self.last.parent, self.adapters(0).parent):
+        for folder in (self.last.parent, self.adapters(0).parent, self.published(0).parent):
             shutil.rmtree(folder, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
 

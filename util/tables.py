@@ -35,25 +35,25 @@ def paper_tables(runs: Sequence[dict], labels: Sequence[str] | None = None) -> s
 def paper_table(runs: Sequence[dict], reading: str = "", labels: Sequence[str] | None = None) -> str:
     """One reading ("" or "margin_") of runs with the same tasks: the pre-trained row, then a row per run."""
     first = runs[0]["tasks"]
-    has_missing = any(task["after"]["acc_missing"] is not None for task in first)
     header = ["Method", "Tunable"]
     before = ["Pre-train", "–"]
-    for number, task in enumerate(first):
-        columns = _columns(number, has_missing)
+    for task in first:
+        columns = _columns(task)
         header += [f"{task['setting']} {columns[0][0]}"] + [title for title, _ in columns[1:]]
         before += [percent(task["before"].get(f"{reading}{key}")) for _, key in columns]
     rows = [before]
     for index, run in enumerate(runs):
         row = [labels[index] if labels else run["method"], f"{100 * run['model']['tunable_ratio']:.2f}%"]
-        for number, task in enumerate(run["tasks"]):
-            row += [percent(task["after"][f"{reading}{key}"]) for _, key in _columns(number, has_missing)]
+        for like, task in zip(first, run["tasks"], strict=False):
+            row += [percent(task["after"][f"{reading}{key}"]) for _, key in _columns(like)]
         rows.append(row + ["…"] * (len(header) - len(row)))
     return markdown_table(header, rows)
 
 
-def _columns(number: int, has_missing: bool) -> list[tuple[str, str]]:
-    """Nothing is old in the first task, so that column starts with the second."""
-    return [column for column in COLUMNS if number > 0 or column[1] != "acc_old"] + [MISSING] * has_missing
+def _columns(task: dict) -> list[tuple[str, str]]:
+    """Title and key of a task's columns: nothing is old in the first task, and seldom is a class missing."""
+    optional = {"acc_old", "acc_missing"}
+    return [(t, key) for t, key in (*COLUMNS, MISSING) if key not in optional or task["after"][key] is not None]
 
 
 def sweep_table(name: str, labels: Sequence[str], runs: Sequence[dict]) -> str:
