@@ -9,13 +9,12 @@ Leaves checkpoint.pth, config.json and TensorBoard events in --output-dir.
 import argparse
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from backbone.heads import HEADS
-from backbone.recognizer import Architecture, build_recognizer, default_image_size
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size
 from methods.pretrain import Pretrain
 from util.arguments import (
     HelpFormatter,
@@ -27,7 +26,7 @@ from util.arguments import (
     load_data_of,
     run_main,
 )
-from util.checkpoint import Checkpoint, load_weights, save_checkpoint, save_published, torch_load
+from util.checkpoint import Checkpoint, load_backbone, save_checkpoint, save_published
 from util.engine import Optimization, Trainer, derived_seed
 from util.errors import UsageError
 from util.evaluate import predict
@@ -65,17 +64,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def build_model(args: argparse.Namespace, num_classes: int, image_size: int):
+def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Recognizer:
     options = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
     options |= {} if args.depth is None else {"depth": args.depth}
     torch.manual_seed(derived_seed(args.seed))
     architecture = Architecture(args.model, num_classes, image_size, args.head, options)
     model = build_recognizer(architecture, args.pretrained)
     if args.weights is not None:
-        state = torch_load(args.weights)
-        state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
-        prefixed = {key.removeprefix("backbone."): value for key, value in state.items() if not key.startswith("head.")}
-        load_weights(model.backbone, prefixed, args.weights)
+        load_backbone(model, args.weights)
     return model
 
 
@@ -94,8 +90,7 @@ def main(argv: list[str] | None) -> None:
     )
 
     method = Pretrain(args, hardware)
-    task = SimpleNamespace(remain_indices=torch.arange(len(train_set)))
-    method.begin_task(model, task, train_set)
+    method.begin_task(model, None, train_set)
     settings = Optimization(
         args.epochs, args.lr, args.min_lr, args.weight_decay, args.warmup_epochs, args.opt, args.clip_grad
     )

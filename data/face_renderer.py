@@ -5,7 +5,7 @@ face, so that features painted in (u, v) turn, foreshorten and disappear as the 
 shade it. Lengths are in half image widths, x to the right, y downwards; (0, 0) is the middle of the head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,20 @@ BLUR = (1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9)
 
 @dataclass
 class _Drawing:
-    """The pixels of B faces: image-plane head coordinates, frontal-face coordinates, normals, and what is painted."""
+    """The pixels of B faces: coordinates on the head in the image plane (x, y) and on the frontal face (u, v), the
+    normals there, what is painted so far, and how much of each pixel is head, hair behind it, other parts of the body.
+    """
 
     x: Tensor
     y: Tensor
     u: Tensor
     v: Tensor
     normal: list[Tensor]
-    head: Tensor
-    body: Tensor
-    hair: Tensor
     canvas: Tensor
     edge: float
+    head: Tensor = field(init=False)
+    hair: Tensor = field(init=False)
+    body: Tensor = field(init=False)
 
     def cover(self, distance: Tensor, softness: float = 1.0) -> Tensor:
         """Signed distance (negative inside) → coverage in [0, 1], antialiased over the edge width."""
@@ -101,7 +103,7 @@ def _place(face: dict[str, Tensor], size: int) -> _Drawing:
     v = y * face["pitch"].cos() + depth * (face["head_depth"] * face["pitch"].sin())
     edge = 1.5 * 2 / size
     canvas = F.interpolate(face["background"], size=(size, size), mode="bilinear", align_corners=True)
-    drawing = _Drawing(x, y, u, v, [normal_x, height, depth], depth, depth, depth, canvas, edge)
+    drawing = _Drawing(x, y, u, v, [normal_x, height, depth], canvas, edge)
     drawing.head = drawing.cover((squared.sqrt_() - 1) * 0.6)
     return drawing
 

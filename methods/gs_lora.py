@@ -93,10 +93,8 @@ class GSLoRA(Method):
         total = remain + self.beta * forget + self.alpha * sparsity
         return {"total": total, "remain": remain, "forget": forget, "sparsity": sparsity}
 
-    @torch.no_grad()
     def epoch_metrics(self, model: Recognizer) -> dict[str, float]:
-        norms = lora.group_norms(self.groups).tolist()
-        return {f"group_norm/{name}": norm for name, norm in zip(self.groups, norms, strict=True)}
+        return {f"group_norm/{name}": norm for name, norm in self._norms().items()}
 
     def end_task(self, model: Recognizer) -> dict[str, Any]:
         zero = self._drop_negligible_groups(model)

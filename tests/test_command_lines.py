@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.tasks import class_order
 from util.checkpoint import load_checkpoint
@@ -259,6 +260,26 @@ def test_a_forgetting_run_in_the_published_layout(colours, command, tmp_path):
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(ours.model.eval()(images), published.model.eval()(images), rtol=1e-5, atol=1e-4)
+
+
+def test_backbone_weights_from_local_files(trained, colours, command, tmp_path):
+    options = ("--data", colours, "--epochs", 1, "--lr", "1e-12", "--output-dir", tmp_path)
+    # A checkpoint of ours, at another image size: the position embeddings are resampled.
+    code, _, err = command("train_pretrain.py", *options, "--image-size", 48, "--depth", 2, "--weights", trained)
+    assert code == 0, err
+    before, after = load_checkpoint(trained).model.backbone, load_checkpoint(tmp_path / "checkpoint.pth").model.backbone
+    torch.testing.assert_close(after.blocks[1].mlp.fc1.weight, before.blocks[1].mlp.fc1.weight)
+    assert (before.pos_embed.shape[1], after.pos_embed.shape[1]) == (17, 37)
+    # A timm model with its own classifier.
+    donor = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)
+    save_file(donor.state_dict(), tmp_path / "donor.safetensors")
+    model = ("--model", "vit_tiny_patch16_224", "--image-size", 32, "--weights", tmp_path / "donor.safetensors")
+    code, _, err = command("train_pretrain.py", *options, *model, "--depth", 1)
+    assert code == 0, err
+    torch.testing.assert_close(load_checkpoint(tmp_path / "checkpoint.pth").model.backbone.norm.weight, donor.norm.weight)
+    code, _, err = command("train_pretrain.py", *options, *model, "--depth", 2)
+    assert code == 2
+    assert "donor.safetensors does not fit the model: blocks.1.norm1.weight is missing" in err
 
 
 def test_any_timm_vit_is_trained_and_forgets(colours, command, tmp_path):

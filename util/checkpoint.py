@@ -1,11 +1,16 @@
 """Checkpoints: what a trained recogniser is on disk. Loading never runs code from the file."""
 
+import contextlib
 import pickle
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import timm
 import torch
+from safetensors import SafetensorError
+from timm.models.vision_transformer import checkpoint_filter_fn
 
 from backbone.lora import apply_adapters
 from backbone.published import from_published, is_published, published_architecture, to_published
@@ -125,6 +130,23 @@ def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
     model.load_state_dict(state)
 
 
+def load_backbone(model: Recognizer, path: Path) -> None:
+    """Start from backbone weights in a local file: timm's (.safetensors, .bin, .pth) or a checkpoint of ours.
+
+    A classifier is left out; position embeddings of another image size are resampled as timm does.
+    Raises UsageError if the file is missing or does not fit, RunError if it is damaged.
+    """
+    with _readable(path):
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+    ours = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    plain = {key: value for key, value in (ours or state).items() if not key.startswith(("head.", "head_dist."))}
+    try:
+        fitted = checkpoint_filter_fn(plain, model.backbone)
+    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from None
+    load_weights(model.backbone, fitted, path)
+
+
 def torch_save(path: Path, data: dict) -> None:
     """`torch.save`, whole or not at all."""
     with atomic_write(path) as file:
@@ -136,13 +158,20 @@ def torch_load(path: Path):
 
     Raises UsageError if there is no such file, RunError if it is damaged or holds anything that could run code.
     """
+    with _readable(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what reading a damaged or dangerous file raises into one line."""
     if not Path(path).is_file():
         raise UsageError(f"no checkpoint file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        yield
     except pickle.UnpicklingError:
         raise RunError(f"{path}: refused: it holds more than tensors and plain values, or is no checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{path}: damaged or truncated checkpoint: {line}") from None
 
