@@ -7,7 +7,7 @@ export PYTHONUNBUFFERED=1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 _requirements="requirements.txt ${SETUP_EXTRA:-}"
-_stamp_of() { echo "$1 $(cat $_requirements | cksum)"; }
+_stamp_of() { printf '%s\n' "$1" "$(cat $_requirements | cksum)"; }
 
 _imports_all() { # interpreter: can it import every package (really: a broken build is found by importing, not by looking)?
   "$1" - $_requirements >/dev/null 2>&1 <<'PY'
@@ -25,14 +25,15 @@ _set_up() {
   local stamp=".setup${SETUP_EXTRA:+-dev}" started=$SECONDS
   # A stamp from an earlier call spares the check, which imports torch and takes seconds.
   if [ -f "$stamp" ]; then
-    PYTHON=$(cut -d' ' -f1 <"$stamp")
+    PYTHON=$(head -n 1 "$stamp")
     [ -x "$PYTHON" ] && [ "$(cat "$stamp")" = "$(_stamp_of "$PYTHON")" ] && return
   fi
   PYTHON=$(command -v python3) || { echo "setup: python3 is missing: install Python 3.10 or newer" >&2; return 1; }
   PYTHON=$("$PYTHON" -c 'import sys; print(sys.executable)')
   if ! _imports_all "$PYTHON"; then
     exec 9>.setup-lock
-    flock 9 # a second script started at the same time waits here, and then finds the work done
+    # A second script started at the same time waits here, and then finds the work done.
+    ! command -v flock >/dev/null || flock 9
     if [ ! -x .venv/bin/python ] || ! _imports_all .venv/bin/python; then
       echo "setup: installing the packages of $_requirements into .venv, once (1 to 10 minutes, 6 GB with CUDA)" >&2
       [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || return 1
@@ -42,8 +43,7 @@ _set_up() {
       }
       echo "setup: done in $((SECONDS - started)) s" >&2
     fi
-    flock -u 9
-    exec 9>&-
+    exec 9>&- # gives the lock back
     PYTHON="$PWD/.venv/bin/python"
   fi
   _stamp_of "$PYTHON" >"$stamp"
