@@ -47,8 +47,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             setattr(args, key, value)
     check_optimization(args)
     method.check_arguments(args)
-    if args.save_every < 1 or args.eval_every < 0:
-        raise UsageError("--save-every must be at least 1, --eval-every at least 0")
+    if args.save_every < 1 or args.eval_every < 0 or args.min_updates < 0:
+        raise UsageError("--save-every must be at least 1, --eval-every and --min-updates at least 0")
     if args.resume and (args.overwrite or args.resume_from is not None):
         raise UsageError("--resume continues the run of --output-dir: it excludes --overwrite and --resume-from")
     return args
@@ -70,6 +70,9 @@ def build_parser(method: type[Method]) -> argparse.ArgumentParser:
     group.add_argument("--few-shot", type=int, metavar="N", help="exactly N images a class instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
     add_optimization_arguments(parser, epochs=100, batch_size=48)
+    parser.add_argument(
+        "--min-updates", type=int, default=0, metavar="N", help="more epochs for a task whose images make fewer updates"
+    )
     add_hardware_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="none: exps/<method>-<dataset>-<setting>-seed<seed>")

@@ -63,20 +63,20 @@ IDENTITY = {
     "hair_top": (0.02, 0.18),
     "hair_side": (-0.04, 0.16),
     "hair_length": (-0.3, 1.3),
-    "strands": (25.0, 70.0),
-    "curl": (0.0, 3.0),
-    "gloss": (0.0, 1.0),
+    "strands": (22.0, 75.0),
+    "curl": (0.0, 3.5),
+    "gloss": (0.3, 1.3),
     "hair_tone": (0.0, 1.0),
     "skin_tone": (0.0, 1.0),
 }
 
 VARIATION = {
-    "shift_x": (-0.042, 0.042),
-    "shift_y": (-0.042, 0.042),
-    "scale": (0.95, 1.05),
-    "roll": (-0.09, 0.09),
-    "yaw": (-0.35, 0.35),
-    "pitch": (-0.145, 0.145),
+    "shift_x": (-0.06, 0.06),
+    "shift_y": (-0.06, 0.06),
+    "scale": (0.93, 1.07),
+    "roll": (-0.13, 0.13),
+    "yaw": (-0.4, 0.4),
+    "pitch": (-0.17, 0.17),
     "smile": (-0.04, 0.08),
     "mouth_open": (-0.09, 0.07),
     "eye_open": (0.45, 1.15),
@@ -90,7 +90,7 @@ VARIATION = {
     "light": (0.35, 1.1),
     "ambient": (0.22, 0.5),
     "exposure": (0.65, 1.3),
-    "patchiness": (0.1, 0.75),
+    "patchiness": (0.05, 0.35),
     "blur": (-0.6, 0.45),
     "noise": (0.004, 0.02),
     "glasses": (0.0, 1.0),
@@ -108,9 +108,9 @@ VARIATION = {
     "occluder_height": (0.06, 0.18),
 }
 VARIATION_COLOURS = {
-    "cast": (0.65, 1.28),
-    "backdrop_colour": (0.0, 1.0),
-    "clothes_colour": (0.05, 0.9),
+    "cast": (0.82, 1.16),
+    "backdrop_colour": (0.1, 0.9),
+    "clothes_colour": (0.1, 0.8),
     "occluder_colour": (0.0, 1.0),
 }
 GLASSES_SHARE, OCCLUDED_SHARE = 0.18, 0.12

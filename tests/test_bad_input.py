@@ -46,6 +46,25 @@ def test_impossible_requests(options, message, trained, colours, command, tmp_pa
     assert not (output / "results.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--epochs", 0], "--epochs 0"),
+        (["--epochs", 5, "--warmup-epochs", 6], "--warmup-epochs 6 is out of range"),
+        (["--model", "no_such_vit"], "unknown model 'no_such_vit'"),
+        (["--model", "resnet18", "--image-size", 32], "cannot build resnet18"),
+        (["--image-size", 30], "cannot build face_vit_tiny for 30×30 images"),
+        (["--depth", 0], "--depth 0 is out of range"),
+        (["--drop-rate", 1], "--drop-rate 1.0 is out of range"),
+        (["--weights", "absent.pth"], "no checkpoint file absent.pth"),
+        (["--data", "synthetic_faces", "--identities", 1], "identities is 1; give at least 2"),
+    ],
+)
+def test_impossible_pre_training(options, message, colours, command, tmp_path):  # noqa: F811
+    refused(command("train_pretrain.py", "--data", colours, "--output-dir", tmp_path / "p", *options), 2, message)
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_damaged_image_is_named_and_nothing_is_written(trained, colours, command, tmp_path):  # noqa: F811
     data = shutil.copytree(colours, tmp_path / "damaged")
     victim = next((data / "train" / "c4").iterdir())

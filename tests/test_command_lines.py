@@ -236,6 +236,15 @@ def test_few_shot_missing_classes_and_a_single_step(trained, colours, command, t
     assert set(load_file(tmp_path / "adapters" / "task_1.safetensors")) == names == set(task["groups"]["norms"])
 
 
+def test_small_sets_get_more_epochs(trained, colours, command, tmp_path, monkeypatch):
+    options = forget_options(trained, colours, tmp_path)
+    code, _, err = command("train_forget.py", *options, "--num-tasks", 1, "--epochs", 1, "--min-updates", 20)
+    assert code == 0, err
+    state = torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)
+    # 8 classes of 12 images in batches of 12: 8 steps an epoch.
+    assert (state["epoch"], state["updates"]) == (3, 24)
+
+
 def test_the_published_layout_goes_out_and_comes_back(colours, command, tmp_path):
     model = ("--model", "face_vit_p8s8_d6", "--image-size", 16, "--depth", 1)
     options = ("--epochs", 1, "--published-layout", "--output-dir", tmp_path)

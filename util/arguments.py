@@ -68,7 +68,7 @@ def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
 def add_optimization_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
     """Optimisation options; `defaults` replace those below. None means: the method's own."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, help="epochs (of each task)")
+    group.add_argument("--epochs", type=int, help="epochs (of each task); none, to pre-train: 120,000 images in all")
     group.add_argument("--batch-size", type=int, help="images of each stream in a step")
     group.add_argument("--lr", type=float, help="peak learning rate; none: the method's own")
     group.add_argument("--min-lr", type=float, default=1e-5, help="learning rate at the end of the cosine")

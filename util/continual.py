@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,7 +90,7 @@ class ContinualRun:
         start = time.perf_counter()
         trainer = self._trainer(task)
         label = f"task {task.number}/{len(self.tasks)} {task.setting}"
-        with Monitor(writer, f"task_{task.number}", label, self.args.epochs, trainer.epoch) as monitor:
+        with Monitor(writer, f"task_{task.number}", label, trainer.settings.epochs, trainer.epoch) as monitor:
             done = trainer.train(monitor, lambda trainer: self._after_epoch(trainer, task, writer))
         left = self.method.end_task(self.model)
         self.forgotten = [*self.forgotten, list(task.forget)]
@@ -117,7 +118,10 @@ class ContinualRun:
         self.model.to(self.hardware.device)
         if self.results is None:
             self.results = self._new_results()
-        trainer = Trainer(self.model, self.method, self.train_set, self.settings, self.args.seed, task.number)
+        steps = sum(plan.steps for plan in self.method.passes(0))
+        epochs = max(self.args.epochs, -(-self.args.min_updates // steps))
+        settings = replace(self.settings, epochs=epochs)
+        trainer = Trainer(self.model, self.method, self.train_set, settings, self.args.seed, task.number)
         if self.args.resume and self.folder.last.exists():
             state = torch_load(self.folder.last)
             self._check_same_run(state)
@@ -137,7 +141,7 @@ class ContinualRun:
         return new_results(self.method.name, self.args.seed, self.train_set, self.test_set, model, accuracies)
 
     def _after_epoch(self, trainer: Trainer, task: ForgettingTask, writer: SummaryWriter) -> None:
-        if trainer.epoch % self.args.save_every == 0 or trainer.epoch == self.args.epochs:
+        if trainer.epoch % self.args.save_every == 0 or trainer.epoch == trainer.settings.epochs:
             torch_save(self.folder.last, trainer.state_dict() | {"arguments": self._arguments()})
         if self.args.eval_every and trainer.epoch % self.args.eval_every == 0:
             now = predict(self.model, self.test_set, self.hardware)
