@@ -21,6 +21,7 @@ from util.arguments import (
     add_optimization_arguments,
     check_optimization,
     describe_run,
+    hardware_of,
     load_data_of,
     run_main,
 )
@@ -28,7 +29,6 @@ from util.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.continual import ContinualRun
 from util.errors import UsageError
 from util.files import write_json
-from util.hardware import choose_hardware
 from util.results import RunFolder
 from util.tables import paper_tables
 
@@ -116,7 +116,7 @@ def load_pretrained(args: argparse.Namespace) -> Checkpoint:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = choose_hardware(args.device, args.precision)
+    hardware = hardware_of(args)
     pretrained = load_pretrained(args)
     data = load_data_of(args, pretrained.model.architecture.image_size, hardware.device)
     check_classes(pretrained, data[0], args.checkpoint)
@@ -126,7 +126,7 @@ def main(argv: list[str] | None) -> None:
     folder.prepare(args.overwrite, args.resume)
     write_json(folder.config, describe_run(args, hardware.describe()))
 
-    model = pretrained.model.to(hardware.device)
+    model = hardware.place(pretrained.model)
     print(
         f"{METHODS[args.method].title} on {data[0].name}: {len(tasks)} × {len(tasks[0].forget)} of "
         f"{len(data[0].classes)} classes, {model.architecture.model}, {hardware.describe()} → {folder.path}",

@@ -23,6 +23,7 @@ from util.arguments import (
     add_optimization_arguments,
     check_optimization,
     describe_run,
+    hardware_of,
     load_data_of,
     run_main,
 )
@@ -31,7 +32,6 @@ from util.engine import Optimization, Trainer, derived_seed
 from util.errors import UsageError
 from util.evaluate import predict
 from util.files import write_json
-from util.hardware import choose_hardware
 from util.monitor import Monitor
 
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
@@ -86,11 +86,11 @@ def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> 
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = choose_hardware(args.device, args.precision)
+    hardware = hardware_of(args)
     image_size = args.image_size or default_image_size(args.model)
     train_set, test_set = load_data_of(args, image_size, hardware.device)
     choose_epochs(args, len(train_set))
-    model = build_model(args, len(train_set.classes), image_size).to(hardware.device)
+    model = hardware.place(build_model(args, len(train_set.classes), image_size))
     output = args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}"
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "config.json", describe_run(args, hardware.describe()))

@@ -16,6 +16,7 @@ import torch
 from data import load_data
 from data.image_set import ImageSet
 from util.errors import RunError, UsageError
+from util.hardware import Hardware, choose_hardware
 
 SYNTHETIC = "synthetic_faces"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
@@ -63,6 +64,14 @@ def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it"
     )
+    group.add_argument(
+        "--attention", choices=("auto", "fused", "plain"), default="auto", help="auto: fused on CUDA, plain on a CPU"
+    )
+
+
+def hardware_of(args: argparse.Namespace) -> Hardware:
+    """The hardware that the arguments of `add_hardware_arguments` choose."""
+    return choose_hardware(args.device, args.precision, args.attention)
 
 
 def add_optimization_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
