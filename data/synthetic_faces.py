@@ -17,7 +17,7 @@ from data.face_renderer import BACKGROUND_GRID, HAIR_TONES, IRIS_TONES, SKIN_TON
 from data.image_set import ImageSet
 from util.errors import UsageError
 
-VERSION = 1  # raised with every change of the pictures, so that cached ones are drawn again
+VERSION = 2  # raised with every change of the pictures, so that cached ones are drawn again
 
 # Lengths in half image widths, angles in radians; each is uniform over its range. Left and right are always alike, so
 # that a mirrored face is the same identity.
@@ -71,12 +71,12 @@ IDENTITY = {
 }
 
 VARIATION = {
-    "shift_x": (-0.06, 0.06),
-    "shift_y": (-0.06, 0.06),
-    "scale": (0.93, 1.07),
-    "roll": (-0.13, 0.13),
-    "yaw": (-0.4, 0.4),
-    "pitch": (-0.17, 0.17),
+    "shift_x": (-0.05, 0.05),
+    "shift_y": (-0.05, 0.05),
+    "scale": (0.94, 1.06),
+    "roll": (-0.11, 0.11),
+    "yaw": (-0.36, 0.36),
+    "pitch": (-0.15, 0.15),
     "smile": (-0.04, 0.08),
     "mouth_open": (-0.09, 0.07),
     "eye_open": (0.45, 1.15),

@@ -6,10 +6,21 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from data import synthetic_faces as module
 from data.synthetic_faces import VARIATION, VARIATION_COLOURS, contact_sheet, synthetic_faces
 from util.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other by spinning make these small problems 20 times slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(threads)
 
 
 def closest(images, others):
