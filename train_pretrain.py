@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--drop-rate", type=float, help="dropout after the embedding and in the blocks; none: the model's")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
-    add_optimization_arguments(parser, batch_size=96, lr=1e-3, weight_decay=0.05, opt="adamw")
+    add_optimization_arguments(parser, batch_size=48, lr=1e-3, weight_decay=0.05, opt="adamw")
     add_hardware_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")

@@ -6,7 +6,7 @@
 export PYTHONUNBUFFERED=1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
-_requirements="requirements.txt ${SETUP_EXTRA:-}"
+_requirements="requirements.txt${SETUP_EXTRA:+ $SETUP_EXTRA}"
 _stamp_of() { printf '%s\n' "$1" "$(cat $_requirements | cksum)"; }
 
 _imports_all() { # interpreter: can it import every package (really: a broken build is found by importing, not by looking)?
@@ -35,7 +35,7 @@ _set_up() {
     # A second script started at the same time waits here, and then finds the work done.
     ! command -v flock >/dev/null || flock 9
     if [ ! -x .venv/bin/python ] || ! _imports_all .venv/bin/python; then
-      echo "setup: installing the packages of $_requirements into .venv, once (1 to 10 minutes, 6 GB with CUDA)" >&2
+      echo "setup: installing the packages of $_requirements into .venv, once: 1 to 10 minutes, 6 GB with CUDA" >&2
       [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv || return 1
       .venv/bin/python -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' $_requirements) || {
         echo "setup: the installation failed: see the lines above; run the script again to go on" >&2
