@@ -81,6 +81,31 @@ def test_the_evaluation_script(script, tmp_path):
     assert set(json.loads((tmp_path / "tested" / "test.json").read_text())["groups"]) == {"all", "forgotten", "remaining"}
 
 
+@pytest.mark.parametrize(("gpu", "casia"), [(True, True), (True, False), (False, True)])
+def test_the_papers_setting_is_chosen_with_a_gpu_and_its_data(script, copy, tmp_path, gpu, casia):
+    """A stand-in says that there is a GPU, and `echo` stands for Python: the commands are printed, not run."""
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{'echo GPU 0: stand-in' if gpu else 'exit 9'}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    folder = copy / "data" / "faces_webface_112x112_sub100_train_test"
+    if casia:
+        folder.mkdir()
+    try:
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = script("run_cl_forget.sh", PATH=path, PYTHON="echo", DATA="", SETTING="", EPOCHS="", PRETRAIN_EPOCHS="")
+    finally:
+        if casia:
+            folder.rmdir()
+    assert done.returncode == 0, done.stderr
+    pretrain, forget = done.stdout.splitlines()
+    if gpu and casia:
+        assert "--model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4" in pretrain
+        assert f"--data {folder} --num-tasks 4 --seed 1337 --epochs 100 --batch-size 48 --data-ratio 0.1" in forget
+        assert "--alpha 1e-4 --bound 105 --beta 0.2 0.25 0.25 0.2" in forget
+    else:
+        assert "--data synthetic_faces --model face_vit_tiny" in pretrain
+        assert "--data synthetic_faces" in forget
+
+
 def test_wrong_words_are_refused_at_once(script):
     for name, arguments, variables, message in (
         ("run_forget.sh", ["colour"], {}, "unknown sweep 'colour'"),
