@@ -45,8 +45,8 @@ small) # minutes on two CPU cores
   MODEL=${MODEL:-face_vit_tiny}
   PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS} --batch-size 48 --lr 1e-3"
   FORGET="--epochs ${EPOCHS:-10} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 600) --batch-size 16 --data-ratio 1"
-  CONTINUAL_gs_lora="--lr 5e-3 --rank 8 --alpha 1e-4 --sparsity-warmup-epochs 2 --bound 110 --beta 0.2"
-  SINGLE_STEP_gs_lora="--lr 5e-3 --rank 8 --alpha 1e-2 --sparsity-warmup-epochs 2 --bound 110 --beta 0.15"
+  CONTINUAL_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-4 --sparsity-warmup-epochs 2 --bound 120 --beta 0.2"
+  SINGLE_STEP_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-2 --sparsity-warmup-epochs 2 --bound 110 --beta 0.15"
   ;;
 *)
   echo "SETTING=$SETTING is unknown: paper or small" >&2
