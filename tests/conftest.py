@@ -47,8 +47,9 @@ def coloured_images(num_classes: int = 6, per_class: int = 8, image_size: int = 
     """Noisy images whose mean colour tells the class: learnt within a few epochs."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(num_classes).repeat_interleave(per_class)
-    colours = torch.rand(num_classes, 3, 1, 1, generator=torch.Generator().manual_seed(99)) * 200
-    noise = torch.rand(len(labels), 3, image_size, image_size, generator=generator) * 55
+    # Ternary digits of the class number as levels of red, green and blue: no two classes look alike.
+    colours = 90 * torch.stack([torch.arange(num_classes) // base % 3 for base in (1, 3, 9)], dim=1)[:, :, None, None]
+    noise = torch.rand(len(labels), 3, image_size, image_size, generator=generator) * 70
     images = (colours[labels] + noise).to(torch.uint8)
     return ImageSet("colours", images, labels, tuple(f"c{i}" for i in range(num_classes)))
 

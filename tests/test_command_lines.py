@@ -59,7 +59,7 @@ def trained(colours, command, tmp_path_factory, request) -> Path:
     """A pre-trained checkpoint, made once a session."""
     folder = tmp_path_factory.getbasetemp() / "pretrained"
     if not (folder / "checkpoint.pth").exists():
-        options = ("--epochs", 40, "--batch-size", 24, "--lr", "2e-3", "--output-dir", folder)
+        options = ("--epochs", 20, "--batch-size", 24, "--lr", "2e-3", "--output-dir", folder)
         code, out, err = command("train_pretrain.py", "--data", colours, *SMALL, *options)
         assert code == 0, err
         assert "test accuracy" in out
@@ -68,7 +68,8 @@ def trained(colours, command, tmp_path_factory, request) -> Path:
 
 def forget_options(trained: Path, colours: Path, output: Path) -> list:
     options = ["--checkpoint", trained, "--data", colours, "--output-dir", output, "--forget-per-task", 2]
-    return [*options, "--num-tasks", 2, "--epochs", 12, "--batch-size", 12, "--data-ratio", 1.0, "--rank", 4, "--lr", "1e-2"]
+    options += ["--num-tasks", 2, "--epochs", 20, "--batch-size", 12, "--data-ratio", 1.0, "--rank", 4]
+    return [*options, "--sparsity-warmup-epochs", 10]
 
 
 @pytest.fixture
