@@ -75,6 +75,15 @@ def test_a_sweep_ends_in_one_table_and_one_figure(script, tmp_path):
     assert trainable[1] == 4 * trainable[0]
 
 
+def test_the_depth_sweep_pretrains_a_model_for_each_depth(script, copy, tmp_path):
+    done = script("run_forget.sh", "depth", VALUES="1 2", OUTPUT="depths")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pre-training face_vit_tiny") == 2
+    parameters = [results_of(tmp_path / "depths" / depth)["model"]["parameters"] for depth in ("1", "2")]
+    assert parameters[1] - parameters[0] == 12 * 128 * 128 + 10 * 128  # one block: weights, and biases with norms
+    assert (tmp_path / "depths" / "table.md").exists()
+
+
 def test_the_evaluation_script(script, tmp_path):
     done = script("test_sub.sh", "--", "--forget-classes", "c1", OUTPUT="tested")
     assert done.returncode == 0, done.stderr
