@@ -28,6 +28,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """No default where there is none to tell: those help texts say what happens without the option."""
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
