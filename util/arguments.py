@@ -30,7 +30,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        empty = action.default is None or action.default is False
+        return action.help if empty else super()._get_help_string(action)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
