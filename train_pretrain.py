@@ -101,10 +101,7 @@ def main(argv: list[str] | None) -> None:
 
     method = Pretrain(args, hardware)
     method.begin_task(model, None, train_set)
-    settings = Optimization(
-        args.epochs, args.lr, args.min_lr, args.weight_decay, args.warmup_epochs, args.opt, args.clip_grad
-    )
-    trainer = Trainer(model, method, train_set, settings, args.seed)
+    trainer = Trainer(model, method, train_set, Optimization.of(args), args.seed)
     start = time.perf_counter()
     with SummaryWriter(output) as writer, Monitor(writer, "pretrain", "pre-training", args.epochs) as monitor:
         done = trainer.train(monitor)

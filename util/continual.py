@@ -52,9 +52,7 @@ class ContinualRun:
         self.parameters = model.num_parameters()
         self.forgotten: list[list[int]] = []
         self.results: dict | None = None
-        self.settings = Optimization(
-            args.epochs, args.lr, args.min_lr, args.weight_decay, args.warmup_epochs, args.opt, args.clip_grad
-        )
+        self.settings = Optimization.of(args)
 
     def run(self) -> dict:
         """Carry out the tasks that are left, and return the content of results.json.

@@ -3,9 +3,10 @@
 Nothing in here reads a number back from the device between two epochs.
 """
 
+import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -32,6 +33,11 @@ class Optimization:
     warmup_epochs: int
     opt: str
     clip_grad: float | None
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Optimization":
+        """The options of `util.arguments.add_optimization_arguments`."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 @dataclass

@@ -30,7 +30,8 @@ class Hardware:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{_cpu_threads()} CPU threads"
+        is_cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if is_cuda else f"{torch.get_num_threads()} CPU threads"
         attention = "fused" if self.fused_attention else "plain"
         return f"{self.device.type} ({name}), {'bf16 autocast' if self.bf16 else 'fp32'}, {attention} attention"
 
@@ -75,10 +76,6 @@ def has_fast_bf16(device: torch.device) -> bool:
     # torch has no public query for these two; without them autocast would emulate, slower than fp32.
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(probe() for probe in probes if probe is not None)
-
-
-def _cpu_threads() -> int:
-    return torch.get_num_threads()
 
 
 def _peak_resident_mb() -> float:
