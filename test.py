@@ -11,13 +11,13 @@ import csv
 import io
 from pathlib import Path
 
-from backbone.lora import apply_adapters, load_adapters
+from backbone.lora import apply_adapters
 from data.image_set import ImageSet
 from util.arguments import HelpFormatter, add_data_arguments, add_hardware_arguments, hardware_of, load_data_of, run_main
 from util.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.errors import UsageError
 from util.evaluate import Predictions, embed_images, predictions_of
-from util.files import write_json, write_text
+from util.files import load_tensors, write_json, write_text
 from util.results import load_results
 from util.tables import markdown_table, percent
 from util.verification import FALSE_ACCEPT_RATES, verify
@@ -108,7 +108,7 @@ def main(argv: list[str] | None) -> None:
     hardware = hardware_of(args)
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     for path in args.adapters:
-        apply_adapters(checkpoint.model.backbone, load_adapters(path), path)
+        apply_adapters(checkpoint.model.backbone, load_tensors(path), path)
     _, test_set = load_data_of(args, checkpoint.model.architecture.image_size, hardware.device)
     check_classes(checkpoint, test_set, args.checkpoint)
     groups = class_groups(args, checkpoint, test_set)

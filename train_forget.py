@@ -40,8 +40,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     chooser = argparse.ArgumentParser(add_help=False)
     chooser.add_argument("--method", default="gs_lora")
-    method = method_class(chooser.parse_known_args(argv)[0].method)
-    args = build_parser(method).parse_args(argv)
+    chooser.add_argument("--as-published", action="store_true")
+    known = chooser.parse_known_args(argv)[0]
+    method = method_class(known.method)
+    parser = build_parser(method)
+    if known.as_published:
+        parser.set_defaults(**method.published)
+    args = parser.parse_args(argv)
     for key, value in (SHARED_DEFAULTS | method.defaults).items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -58,6 +63,9 @@ def build_parser(method: type[Method]) -> argparse.ArgumentParser:
     """The shared options and those of one method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="gs_lora", help="how to forget; --help shows its options")
+    parser.add_argument(
+        "--as-published", action="store_true", help="the method's published readings and values; further options still count"
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the pre-trained recogniser")
     parser.add_argument("--head", help="head of a published checkpoint, which does not name its own; none: cosface")
     add_data_arguments(parser)

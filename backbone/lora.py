@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) for any timm vision transformer: add, group, merge, save, load.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) for any timm vision transformer: add, group, merge.
 
 An adapted layer computes y = W x + b + (1/r) B A x with W, b frozen, A (r, in) and B (out, r). The adapters stay apart
 from W while they train (a rank-r product is all the backward pass needs) and are added to it exactly at the end of a task.
@@ -8,12 +8,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from util.errors import RunError, UsageError
-from util.files import atomic_write
+from util.errors import UsageError
 
 # Layer names are timm's, which all of its plain vision transformers share.
 PLACES = {"ffn": ("mlp.fc1", "mlp.fc2"), "attention": ("attn.qkv",)}
@@ -172,19 +169,3 @@ def apply_adapters(backbone: nn.Module, tensors: dict[str, Tensor], source: str 
     for name, update in updates.items():
         weight = layers[name].weight
         weight.copy_((weight.cpu().double() + update).to(weight.dtype))
-
-
-def save_adapters(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write adapter tensors and string metadata as one safetensors file, whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(save(tensors, metadata=metadata))
-
-
-def load_adapters(path: Path) -> dict[str, Tensor]:
-    """Read a file that `save_adapters` wrote. Raises UsageError if it is missing, RunError if it is damaged."""
-    if not Path(path).is_file():
-        raise UsageError(f"no adapter file {path}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path}: not a readable safetensors file ({error})") from None

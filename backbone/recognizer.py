@@ -44,9 +44,13 @@ class Recognizer(nn.Module):
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
+    def normalize(self, images: Tensor) -> Tensor:
+        """images uint8 (B, 3, H, W) → what the backbone takes, scaled and shifted as it expects."""
+        return torch.addcmul(self.pixel_shift, images.to(self.pixel_scale.dtype), self.pixel_scale)
+
     def embed(self, images: Tensor) -> Tensor:
-        """images uint8 (B, 3, H, W) → embeddings (B, dim), not normalised."""
-        return self.backbone(torch.addcmul(self.pixel_shift, images.to(self.pixel_scale.dtype), self.pixel_scale))
+        """images uint8 (B, 3, H, W) → embeddings (B, dim), not of unit length."""
+        return self.backbone(self.normalize(images))
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, classes): with `labels` (B,) the training logits, without them the label-free ones."""

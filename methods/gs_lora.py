@@ -12,7 +12,7 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method
+from methods.base import Method, per_task, refuse_negative
 from util.errors import UsageError
 from util.evaluate import predict
 
@@ -27,6 +27,14 @@ class GSLoRA(Method):
     name = "gs_lora"
     title = "GS-LoRA"
     defaults = {"lr": 1e-2}
+    published = {
+        "lr": 1e-2,
+        "rank": 8,
+        "alpha": 1e-4,
+        "sparsity_warmup_epochs": 0,
+        "bound": 105.0,
+        "beta": [0.2, 0.25, 0.25, 0.2],
+    }
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -42,20 +50,25 @@ class GSLoRA(Method):
         group.add_argument(
             "--sparsity-warmup-epochs",
             type=int,
-            default=0,
+            default=2,
             metavar="N",
-            help="epochs with α = 0 at the start of each task (paper: 20 for a single task, 0 for a sequence)",
+            help="epochs with α = 0 at the start of each task (paper: 20 of 100 for a single task, 0 for a sequence)",
         )
         group.add_argument(
             "--beta",
             type=float,
             nargs="+",
-            default=[0.2, 0.25, 0.25, 0.2],
+            default=[0.2],
             metavar="β",
-            help="weight β of the forgetting loss: one for all tasks, or one per task, the last one for any further",
+            help="weight β of the forgetting loss: one for all tasks, or one per task, the last one for any further "
+            "(published: 0.2 0.25 0.25 0.2)",
         )
         group.add_argument(
-            "--bound", type=float, default=105.0, metavar="BND", help="cross entropy past which forgetting is enough"
+            "--bound",
+            type=float,
+            default=120.0,
+            metavar="BND",
+            help="cross entropy past which forgetting is enough (published: 105)",
         )
         group.add_argument(
             "--negligible",
@@ -70,30 +83,30 @@ class GSLoRA(Method):
     def check_arguments(cls, args: argparse.Namespace) -> None:
         if args.rank < 1:
             raise UsageError(f"--rank {args.rank} is out of range: at least 1")
-        if args.alpha < 0 or min(args.beta) < 0 or args.negligible < 0:
-            raise UsageError("--alpha, --beta and --negligible cannot be negative")
-        if args.sparsity_warmup_epochs < 0:
-            raise UsageError("--sparsity-warmup-epochs cannot be negative")
+        refuse_negative(args, "alpha", "beta", "negligible", "sparsity_warmup_epochs")
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
         super().begin_task(model, task, train_set)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
         self.groups = lora.adapter_groups(model.backbone, self.args.grouping)
-        self.beta = self.args.beta[min(task.number, len(self.args.beta)) - 1]
+        self.beta = per_task(self.args.beta, task)
         self.alpha = self.args.alpha
 
     def begin_epoch(self, model: Recognizer, epoch: int) -> None:
         self.alpha = self.args.alpha if epoch >= self.args.sparsity_warmup_epochs else 0.0
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
-        embeddings, labels = batch.split(model.embed(batch.images)), batch.split(batch.labels)
+        return self.terms(model, batch.split(model.embed(batch.images)), batch.split(batch.labels))
+
+    def terms(self, model: Recognizer, embeddings: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parts of the loss, from the embeddings and labels of the streams "forget" and "remain"."""
         remain = model.head.loss(embeddings["remain"], labels["remain"])
         forget = relu(self.args.bound - model.head.loss(embeddings["forget"], labels["forget"]))
         sparsity = lora.group_norms(self.groups).sum()
         total = remain + self.beta * forget + self.alpha * sparsity
         return {"total": total, "remain": remain, "forget": forget, "sparsity": sparsity}
 
-    def epoch_metrics(self, model: Recognizer) -> dict[str, float]:
+    def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
         return {f"group_norm/{name}": norm for name, norm in self._norms().items()}
 
     def end_task(self, model: Recognizer) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from backbone.lora import save_adapters
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
@@ -26,6 +25,7 @@ from util.checkpoint import (
 from util.engine import Optimization, Trainer, derived_seed
 from util.errors import UsageError
 from util.evaluate import accuracies_after, accuracies_before, predict
+from util.files import save_tensors
 from util.monitor import Monitor
 from util.results import RunFolder, load_results, new_results, save_results, task_entry
 from util.tables import percent
@@ -60,6 +60,7 @@ class ContinualRun:
         Raises UsageError if what the run is to continue from does not belong to it, RunError if a loss is not finite.
         """
         self.pretrained = predict(self.model, self.test_set, self.hardware)
+        self.method.begin_run(self.model, self.tasks, self.train_set)
         if self.args.resume_from is not None:
             self._enter(self.args.resume_from)
         elif self.args.resume and self.folder.results.exists():
@@ -82,13 +83,17 @@ class ContinualRun:
             )
         load_weights(self.model, checkpoint.model.state_dict(), path)
         self.forgotten = checkpoint.forgotten
+        state = self.folder.method_state(len(self.forgotten), path.parent)
+        if state.exists():
+            self.method.load_state_dict(torch_load(state).get(self.method.name, {}))
 
     def _forget(self, task: ForgettingTask, writer: SummaryWriter) -> None:
         self.hardware.reset_peak_memory()
         start = time.perf_counter()
         trainer = self._trainer(task)
         label = f"task {task.number}/{len(self.tasks)} {task.setting}"
-        with Monitor(writer, f"task_{task.number}", label, trainer.settings.epochs, trainer.epoch) as monitor:
+        bar = f"{self.method.title} {label}"
+        with Monitor(writer, f"task_{task.number}", bar, trainer.settings.epochs, trainer.epoch) as monitor:
             done = trainer.train(monitor, lambda trainer: self._after_epoch(trainer, task, writer))
         left = self.method.end_task(self.model)
         self.forgotten = [*self.forgotten, list(task.forget)]
@@ -118,6 +123,7 @@ class ContinualRun:
             self.results = self._new_results()
         steps = sum(plan.steps for plan in self.method.passes(0))
         epochs = max(self.args.epochs, -(-self.args.min_updates // steps))
+        self.method.epochs = epochs
         settings = replace(self.settings, epochs=epochs)
         trainer = Trainer(self.model, self.method, self.train_set, settings, self.args.seed, task.number)
         if self.args.resume and self.folder.last.exists():
@@ -163,9 +169,13 @@ class ContinualRun:
 
     def _keep(self, task: ForgettingTask, left: dict, entry: dict) -> None:
         """Write a finished task. results.json comes last: a task it names has all of its files."""
+        metadata = {"method": self.method.name, "task": str(task.number), "setting": task.setting}
         if "adapters" in left:
-            metadata = {"method": self.method.name, "task": str(task.number), "setting": task.setting}
-            save_adapters(self.folder.adapters(task.number), left["adapters"], metadata)
+            save_tensors(self.folder.adapters(task.number), left["adapters"], metadata)
+        if "deposit" in left:
+            save_tensors(self.folder.deposit(task.number), left["deposit"], metadata)
+        if state := self.method.state_dict():
+            torch_save(self.folder.method_state(task.number), {self.method.name: state})
         info = {"dataset": self.train_set.name, "method": self.method.name, "task": task.number, **entry["after"]}
         checkpoint = Checkpoint(self.model, self.train_set.classes, self.forgotten, info)
         save_checkpoint(self.folder.checkpoint(task.number), checkpoint)

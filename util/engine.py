@@ -91,7 +91,7 @@ class Trainer:
         while self.epoch < self.settings.epochs:
             start = time.perf_counter()
             self._train_epoch(monitor)
-            monitor.end_epoch(self.optimizer.param_groups[0]["lr"], self.method.epoch_metrics(self.model))
+            monitor.end_epoch(self.optimizer.param_groups[0]["lr"], self.method.end_epoch(self.model, self.epoch - 1))
             self.hardware.synchronize()
             done.seconds += time.perf_counter() - start
             done.images += monitor.images

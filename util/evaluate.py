@@ -4,7 +4,7 @@ Plain accuracy is what a user of the model sees: the largest cosine wins. Margin
 true class must still win after its margin has been taken off, for which the head needs the label.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +41,18 @@ class Predictions:
 
 
 @torch.inference_mode()
-def embed_images(
-    model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None, batch_size: int = 512
+def map_images(
+    model: Recognizer,
+    function: Callable[[Tensor], Tensor],
+    image_set: ImageSet,
+    hardware: Hardware,
+    indices: Tensor | None = None,
+    batch_size: int = 512,
 ) -> Tensor:
-    """Embeddings float32 (N, dim) of the images (of those at `indices`), in evaluation mode, on the device."""
+    """`function` of the images (of those at `indices`), uint8 (B, 3, H, W) → (B, …), in float32 on the device.
+
+    `model` is in evaluation mode meanwhile.
+    """
     was_training = model.training
     model.eval()
     count = len(image_set) if indices is None else len(indices)
@@ -53,9 +61,16 @@ def embed_images(
         rows = slice(start, start + batch_size)
         images = image_set.images[rows if indices is None else indices[rows].to(image_set.images.device)]
         with hardware.autocast():
-            chunks.append(model.embed(images.to(hardware.device, non_blocking=True)).float())
+            chunks.append(function(images.to(hardware.device, non_blocking=True)).float())
     model.train(was_training)
     return torch.cat(chunks)
+
+
+def embed_images(
+    model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None
+) -> Tensor:
+    """Embeddings float32 (N, dim) of the images (of those at `indices`), in evaluation mode, on the device."""
+    return map_images(model, model.embed, image_set, hardware, indices)
 
 
 @torch.inference_mode()

@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from util.errors import RunError, UsageError
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -40,3 +46,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: dict) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and string metadata as one safetensors file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(save(tensors, metadata=metadata))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a file that `save_tensors` wrote. Raises UsageError if it is missing, RunError if it is damaged."""
+    if not Path(path).is_file():
+        raise UsageError(f"no file {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path}: not a readable safetensors file ({error})") from None

@@ -34,33 +34,42 @@ class Monitor:
     def begin_epoch(self, epoch: int, epochs: int, steps: int) -> None:
         self.epoch, self.steps = epoch, steps
         self.images = 0
-        self.history: list[Tensor] = []
-        self.names: list[str] = []
+        self.steps_done = 0
+        # The passes of an epoch may have other parts of the loss each: (step, values) by names of the parts.
+        self.history: dict[tuple[str, ...], list[tuple[int, Tensor]]] = {}
         self.started = self.refreshed = time.perf_counter()
 
     def step(self, losses: dict[str, Tensor], images: int) -> None:
         """Note one step's losses (scalars on the device) and its number of images."""
-        self.names = list(losses)
-        self.history.append(torch.stack([loss.detach().float() for loss in losses.values()]))
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        self.steps_done += 1
+        self.history.setdefault(tuple(losses), []).append((self.steps_done, values))
         self.images += images
         now = time.perf_counter()
         if not self.bar.disable and now - self.refreshed > REFRESH_SECONDS:
-            self._show(self.history[-1].tolist(), now)
+            self._show(dict(zip(losses, values.tolist(), strict=True)), now)
             self.refreshed = now
 
     def end_epoch(self, lr: float, metrics: dict[str, float]) -> dict[str, float]:
         """Log the epoch's mean losses. Raises RunError if any step's loss was not finite."""
-        history = torch.stack(self.history)
-        if not history.isfinite().all():
-            step = int((~history.isfinite()).any(dim=1).nonzero()[0])
-            # The total is their sum: a part that is at fault says more.
-            bad = [part for part in range(len(self.names)) if not history[step, part].isfinite()]
-            part = next((part for part in bad if self.names[part] != "total"), bad[0])
+        means: dict[str, float] = {}
+        faults = []
+        for names, steps in self.history.items():
+            values = torch.stack([value for _, value in steps])
+            finite = values.isfinite()
+            if not finite.all():
+                row = int((~finite).any(dim=1).nonzero()[0])
+                # The total is their sum: a part that is at fault says more.
+                bad = [part for part in range(len(names)) if not finite[row, part]]
+                part = next((part for part in bad if names[part] != "total"), bad[0])
+                faults.append((steps[row][0], names[part], values[row, part].item()))
+            means |= dict(zip(names, values.mean(dim=0).tolist(), strict=True))
+        if faults:
+            step, name, value = min(faults)
             raise RunError(
-                f"{self.label}: the loss is not finite: part {self.names[part]!r} became {history[step, part].item()} in "
-                f"epoch {self.epoch + 1}, step {step + 1}; lower --lr, or check the data; nothing of this epoch was kept"
+                f"{self.label}: the loss is not finite: part {name!r} became {value} in epoch {self.epoch + 1}, "
+                f"step {step}; lower --lr, or check the data; nothing of this epoch was kept"
             )
-        means = dict(zip(self.names, history.mean(dim=0).tolist(), strict=True))
         now = time.perf_counter()
         scalars = {f"loss/{name}": value for name, value in means.items()} | metrics
         scalars |= {"lr": lr, "images_per_second": self.images / (now - self.started)}
@@ -68,9 +77,9 @@ class Monitor:
             for name, value in scalars.items():
                 self.writer.add_scalar(f"{self.tag}/{name}", value, self.epoch + 1)
         self.bar.update(1)
-        self._show(means.values(), now)
+        self._show(means, now)
         return means
 
-    def _show(self, values, now: float) -> None:
-        losses = " ".join(f"{name} {value:.3f}" for name, value in zip(self.names, values, strict=True))
-        self.bar.set_postfix_str(f"{losses} · {self.images / (now - self.started):.0f} images/s")
+    def _show(self, losses: dict[str, float], now: float) -> None:
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        self.bar.set_postfix_str(f"{shown} · {self.images / (now - self.started):.0f} images/s")

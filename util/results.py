@@ -49,6 +49,13 @@ class RunFolder:
     def adapters(self, task: int) -> Path:
         return self.path / "adapters" / f"task_{task}.safetensors"
 
+    def deposit(self, task: int) -> Path:
+        return self.path / "deposits" / f"task_{task}.safetensors"
+
+    def method_state(self, task: int, checkpoints: Path | None = None) -> Path:
+        """What a method carries from this task to the next, beside the task's checkpoint."""
+        return (checkpoints or self.last.parent) / f"state_{task}.pth"
+
     def prepare(self, overwrite: bool, resume: bool) -> None:
         """Make the folder ready for a new run, or leave an interrupted one for `--resume`.
 
@@ -66,8 +73,8 @@ class RunFolder:
             old.unlink(missing_ok=True)
         for events in self.path.glob("events.out.tfevents.*"):
             events.unlink()
-        for folder in (self.last.parent, self.adapters(0).parent, self.published(0).parent):
-            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.last, self.adapters(0), self.deposit(0), self.published(0)):
+            shutil.rmtree(file.parent, ignore_errors=True)
         self.path.mkdir(parents=True, exist_ok=True)
 
 

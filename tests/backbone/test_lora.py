@@ -9,6 +9,7 @@ from torch import nn
 from backbone import lora
 from backbone.recognizer import Architecture, build_recognizer
 from util.errors import RunError, UsageError
+from util.files import load_tensors, save_tensors
 
 IMAGES = torch.rand(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
@@ -92,13 +93,13 @@ def test_saved_adapters_rebuild_the_merged_model_bit_for_bit_and_leaving_one_off
     for task in (1, 2):
         lora.add_adapters(trained, 4)
         randomise(trained)
-        lora.save_adapters(tmp_path / f"{task}.safetensors", lora.adapter_tensors(trained), {"task": str(task)})
+        save_tensors(tmp_path / f"{task}.safetensors", lora.adapter_tensors(trained), {"task": str(task)})
         lora.merge_adapters(trained)
         states.append(copy.deepcopy(trained.state_dict()))
     for count, expected in enumerate(states):
         rebuilt = make_recognizer().backbone
         for task in range(1, count + 1):
-            lora.apply_adapters(rebuilt, lora.load_adapters(tmp_path / f"{task}.safetensors"))
+            lora.apply_adapters(rebuilt, load_tensors(tmp_path / f"{task}.safetensors"))
         assert all(torch.equal(value, expected[name]) for name, value in rebuilt.state_dict().items())
 
 
@@ -179,6 +180,6 @@ def test_adapters_of_another_model_are_refused_and_change_nothing(backbone, make
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not json")
     with pytest.raises(RunError, match="not a readable safetensors file"):
-        lora.load_adapters(tmp_path / "damaged.safetensors")
-    with pytest.raises(UsageError, match="no adapter file"):
-        lora.load_adapters(tmp_path / "absent.safetensors")
+        load_tensors(tmp_path / "damaged.safetensors")
+    with pytest.raises(UsageError, match="no file"):
+        load_tensors(tmp_path / "absent.safetensors")

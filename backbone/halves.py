@@ -1,0 +1,53 @@
+"""Any plain timm vision transformer as two halves: lower (image → mid features) and upper (mid features → embedding)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from util.errors import UsageError
+
+
+def half_depth(backbone: nn.Module) -> int:
+    """Blocks of the lower half. Raises UsageError for a backbone without at least two blocks."""
+    blocks = getattr(backbone, "blocks", ())
+    if len(blocks) < 2 or not hasattr(backbone, "forward_intermediates"):
+        raise UsageError(f"{type(backbone).__name__} cannot be halved: a plain timm ViT of at least two blocks can")
+    return len(blocks) // 2
+
+
+def lower_half(backbone: nn.Module) -> nn.Module:
+    """A copy of the lower half alone: patch embedding, class token, position embedding and the first blocks."""
+    half = copy.deepcopy(backbone)
+    half.blocks = half.blocks[: half_depth(backbone)]
+    for name in ("norm", "fc_norm", "attn_pool", "head"):
+        if isinstance(getattr(half, name, None), nn.Module):
+            setattr(half, name, nn.Identity())
+    return half
+
+
+def lower_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the lower half, by their names in the backbone."""
+    names = lower_half(backbone).state_dict().keys()
+    return {name: parameter for name, parameter in backbone.named_parameters() if name in names}
+
+
+def mid_features(backbone: nn.Module, images: Tensor, depth: int) -> Tensor:
+    """Images → tokens (B, tokens, dim) after the first `depth` blocks, prefix tokens first."""
+    ((spatial, prefix),) = backbone.forward_intermediates(
+        images,
+        indices=[depth - 1],
+        norm=False,
+        stop_early=True,
+        intermediates_only=True,
+        output_fmt="NLC",
+        return_prefix_tokens=True,
+    )
+    return torch.cat([prefix, spatial], dim=1)
+
+
+def upper_half(backbone: nn.Module, tokens: Tensor, depth: int) -> Tensor:
+    """Tokens (B, tokens, dim) after the first `depth` blocks → embeddings (B, dim)."""
+    for block in backbone.blocks[depth:]:
+        tokens = block(tokens)
+    return backbone.forward_head(backbone.norm(tokens))

@@ -1,0 +1,50 @@
+"""What the methods with a teacher share: its outputs, computed once a task, and the distance between two outputs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.recognizer import Recognizer
+from data.image_set import ImageSet
+from util.evaluate import embed_images
+from util.hardware import Hardware
+
+
+class Teacher:
+    """Outputs of θ₀, the model as it enters the task, on fixed training images.
+
+    θ₀ is in evaluation mode and the images are not augmented, so its outputs are constants of the task: computed here,
+    once, and looked up by the images' positions in the training set.
+    """
+
+    def __init__(self, model: Recognizer, train_set: ImageSet, indices: Tensor, hardware: Hardware) -> None:
+        # Tensors made in inference mode cannot take part in a loss: hence the copies.
+        embeddings = embed_images(model, train_set, hardware, indices).clone()
+        with torch.no_grad():
+            logits = model.head(embeddings)
+        self._embeddings, self._logits = embeddings, logits
+        self._rows = rows_of(indices, len(train_set)).to(hardware.device)
+
+    def embeddings(self, indices: Tensor) -> Tensor:
+        """Positions in the training set (B,) → embeddings (B, dim)."""
+        return self._embeddings[self._rows[indices]]
+
+    def logits(self, indices: Tensor) -> Tensor:
+        """Positions in the training set (B,) → label-free logits (B, classes)."""
+        return self._logits[self._rows[indices]]
+
+
+def rows_of(indices: Tensor, size: int) -> Tensor:
+    """A table (size,) that maps each of `indices` (N,) to its row 0 … N−1, and all else to −1."""
+    rows = torch.full((size,), -1)
+    rows[indices.cpu()] = torch.arange(len(indices))
+    return rows
+
+
+def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL_T(p‖q) = T² · KL(softmax(p/T) ‖ softmax(q/T)), logits (B, classes) each, averaged over the batch.
+
+    T² keeps the gradient's size independent of the temperature (arXiv 1503.02531, section 2).
+    """
+    p, q = (F.log_softmax(logits.float() / temperature, dim=1) for logits in (teacher, student))
+    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)

@@ -1,0 +1,62 @@
+"""FDR: function distance regularisation (Benjamin et al., ICLR 2019, arXiv 1805.08289)."""
+
+import argparse
+
+from torch import Tensor
+
+from backbone.recognizer import Recognizer
+from data.batches import Batch
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import Method, refuse_negative
+from methods.distillation import Teacher
+from methods.relabel import wrong_labels
+
+
+class FDR(Method):
+    """L = CE(z_f, ỹ) + λ · mean ‖p_r − p_r^teacher‖₂, p the softmax of the label-free logits, the mean over the batch.
+
+    The published code takes the raw training logits for p. Their margins, equal on both sides, cancel with CosFace, so
+    `--distill-on logits` takes the label-free ones.
+    """
+
+    name = "fdr"
+    title = "FDR"
+    defaults = {"lr": 1e-3}
+    published = {"lr": 1e-3, "lambda_": 50.0, "distill_on": "logits"}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("FDR (arXiv 1805.08289)")
+        group.add_argument(
+            "--lambda",
+            dest="lambda_",
+            type=float,
+            default=50.0,
+            metavar="λ",
+            help="weight λ of the distance (published: 50, of logits)",
+        )
+        group.add_argument(
+            "--distill-on",
+            choices=("probabilities", "logits"),
+            default="probabilities",
+            help="between what the distance is taken (published: logits)",
+        )
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        refuse_negative(args, "lambda_")
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
+        super().begin_task(model, task, train_set)
+        self.teacher = Teacher(model, train_set, task.remain_indices, self.hardware)
+
+    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+        logits, labels, indices = map(batch.split, (model(batch.images), batch.labels, batch.indices))
+        wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
+        forget = model.head.loss_of_logits(logits["forget"], wrong)
+        outputs = [logits["remain"], self.teacher.logits(indices["remain"])]
+        if self.args.distill_on == "probabilities":
+            outputs = [each.softmax(dim=1) for each in outputs]
+        distance = (outputs[0] - outputs[1]).norm(dim=1).mean()
+        return {"total": forget + self.args.lambda_ * distance, "forget": forget, "distance": distance}

@@ -1,0 +1,120 @@
+"""GS-LoRA++: prototypes and weight averaging (Zhao et al., arXiv 2501.09705)."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from backbone.recognizer import Recognizer
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import per_task, refuse_negative
+from methods.distillation import kl_divergence
+from methods.gs_lora import GSLoRA
+from util.errors import UsageError
+from util.evaluate import embed_images
+
+
+class GSLoRApp(GSLoRA):
+    """GS-LoRA's L + λ_f · ReLU(BND_p − KL(p_y ‖ e_f)) + λ_r · KL(p_y ‖ e_r)
+
+    p_c is the mean embedding of class c under the pre-trained model, over the images that the first task shows; both
+    sides of KL go through a softmax over the embedding's dimensions, averaged over the batch. From epoch `ema_start` on
+    the adapters are averaged once an epoch, and the average is what the task leaves.
+    """
+
+    name = "gs_lora_pp"
+    title = "GS-LoRA++"
+    published = GSLoRA.published | {
+        "lambda_forget": [0.01],
+        "lambda_remain": 0.0,
+        "prototype_bound": 18.0,
+        "ema_decay": 0.9,
+        "ema_start": 30,
+    }
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        super().add_arguments(parser)
+        group = parser.add_argument_group("GS-LoRA++ (arXiv 2501.09705)")
+        group.add_argument(
+            "--lambda-forget",
+            type=float,
+            nargs="+",
+            default=[0.01],
+            metavar="λ",
+            help="weight λ_f of the distance of forgotten images to their prototype: one for all tasks, or one per task",
+        )
+        group.add_argument(
+            "--lambda-remain",
+            type=float,
+            default=0.0,
+            metavar="λ",
+            help="weight λ_r of the distance of remaining images to theirs",
+        )
+        group.add_argument(
+            "--prototype-bound", type=float, default=18.0, metavar="BND", help="KL past which an image is far enough"
+        )
+        group.add_argument("--ema-decay", type=float, default=0.9, help="decay of the moving average, per epoch")
+        group.add_argument(
+            "--ema-start",
+            type=int,
+            default=30,
+            metavar="N",
+            help="epoch (from 0) that averaging starts with; a task of fewer epochs is not averaged",
+        )
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        super().check_arguments(args)
+        refuse_negative(args, "lambda_forget", "lambda_remain", "ema_start")
+        if not 0 <= args.ema_decay < 1:
+            raise UsageError(f"--ema-decay {args.ema_decay} is out of range: at least 0, below 1")
+
+    def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+        first = tasks[0]
+        seen = torch.cat([first.forget_indices, first.remain_indices])
+        embeddings = embed_images(model, train_set, self.hardware, seen).clone()
+        labels = train_set.labels[seen.to(train_set.labels.device)].to(embeddings.device)
+        sums = embeddings.new_zeros(len(train_set.classes), embeddings.shape[1]).index_add(0, labels, embeddings)
+        # Classes without images have no prototype, and are never asked for one.
+        counts = torch.bincount(labels, minlength=len(sums)).clamp(min=1)
+        self.prototypes = sums / counts[:, None]
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
+        super().begin_task(model, task, train_set)
+        self.lambda_forget = per_task(self.args.lambda_forget, task)
+        self.adapters = nn.ParameterList([p for group in self.groups.values() for p in group])
+        self.average = AveragedModel(self.adapters, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
+
+    def terms(self, model: Recognizer, embeddings: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses = super().terms(model, embeddings, labels)
+        distance = {name: kl_divergence(self.prototypes[labels[name]], embeddings[name]) for name in ("forget", "remain")}
+        losses["prototype_forget"] = relu(self.args.prototype_bound - distance["forget"])
+        losses["prototype_remain"] = distance["remain"]
+        added = self.lambda_forget * losses["prototype_forget"] + self.args.lambda_remain * losses["prototype_remain"]
+        return losses | {"total": losses["total"] + added}
+
+    def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
+        if epoch >= self.args.ema_start:
+            self.average.update_parameters(self.adapters)
+        return super().end_epoch(model, epoch)
+
+    @torch.no_grad()
+    def end_task(self, model: Recognizer) -> dict[str, Any]:
+        if self.average.n_averaged > 0:
+            for parameter, average in zip(self.adapters, self.average.module, strict=True):
+                parameter.copy_(average)
+        self.average = None
+        return super().end_task(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.average is None else {"average": self.average.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self.average.load_state_dict(state["average"])

@@ -1,0 +1,124 @@
+"""LIRF: learning with recoverable forgetting (Ye et al., ECCV 2022, arXiv 2207.08224)."""
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.halves import half_depth, lower_half, lower_parameters, mid_features, upper_half
+from backbone.recognizer import Recognizer
+from data.batches import Batch
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import Method, refuse_negative
+from methods.distillation import Teacher, kl_divergence, rows_of
+from methods.relabel import wrong_labels
+from util.errors import UsageError
+from util.evaluate import map_images
+
+
+class LIRF(Method):
+    """L = (1−κ) · CE(z_f, ỹ) + κ · w_kd · KL_T(h_f^teacher ‖ h_f) on the remaining classes' logits
+          − w_at · AT(m_f, m_f^teacher) + w_re · CE(z_r, y_r)
+          + w_dep · [κ · KL_T(h_f^teacher ‖ h_f^deposit) on the forgotten classes' logits + (1−κ) · CE(z_f^deposit, y_f)]
+
+    Student and deposit are two lower halves of the network; the upper half is the teacher's, frozen and shared. m are
+    the tokens between the halves, AT the mean squared difference of their attention maps (arXiv 1612.03928): squared
+    activations averaged over the channels, scaled to unit length. h are label-free logits. The deposit is saved: with
+    it in the student's place the forgotten classes are known again.
+    """
+
+    name = "lirf"
+    title = "LIRF"
+    defaults = {"lr": 1e-4}
+    published = {"lr": 1e-4, "kd_columns": "slices"}
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        group = parser.add_argument_group("LIRF (arXiv 2207.08224)")
+        group.add_argument("--temperature", type=float, default=10.0, metavar="T", help="temperature of the distillations")
+        group.add_argument("--kd-share", type=float, default=0.1, metavar="κ", help="κ, distillation's share beside CE")
+        for name, default, what in (
+            ("attention", 300.0, "w_at of the attention distance"),
+            ("kd", 10.0, "w_kd of the student's distillation"),
+            ("deposit", 0.05, "w_dep of the deposit's losses"),
+            ("replay", 5.0, "w_re of the replay"),
+        ):
+            group.add_argument(f"--{name}-weight", type=float, default=default, metavar="w", help=f"weight {what}")
+        group.add_argument(
+            "--kd-columns",
+            choices=("classes", "slices"),
+            default="classes",
+            help="logits distilled: of the remaining or forgotten classes; published: the columns from, or up to, the "
+            "number of forgotten classes, which in a shuffled order are others",
+        )
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        refuse_negative(args, "attention_weight", "kd_weight", "deposit_weight", "replay_weight")
+        if not args.temperature > 0 or not 0 <= args.kd_share <= 1:
+            raise UsageError("--temperature must be above 0, --kd-share between 0 and 1")
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
+        super().begin_task(model, task, train_set)
+        self.depth = half_depth(model.backbone)
+        self.teacher = Teacher(model, train_set, task.forget_indices, self.hardware)
+        maps = map_images(
+            model,
+            lambda images: attention_map(mid_features(model.backbone, model.normalize(images), self.depth)),
+            train_set,
+            self.hardware,
+            task.forget_indices,
+        )
+        self.teacher_maps = maps.clone()
+        device = self.hardware.device
+        self.rows = rows_of(task.forget_indices, len(train_set)).to(device)
+        forgotten = torch.zeros(len(train_set.classes), dtype=torch.bool)
+        forgotten[list(task.forget) if self.args.kd_columns == "classes" else range(len(task.forget))] = True
+        remaining = ~forgotten
+        remaining[list(task.old)] &= self.args.kd_columns == "slices"
+        self.forgotten, self.remaining = (mask.nonzero().flatten().to(device) for mask in (forgotten, remaining))
+        model.requires_grad_(False)
+        for parameter in lower_parameters(model.backbone).values():
+            parameter.requires_grad_(True)
+        # Part of the model while the task runs: optimised, moved to the device and saved for --resume with it.
+        model.deposit = lower_half(model.backbone).requires_grad_(True)
+
+    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+        args = self.args
+        mid = mid_features(model.backbone, model.normalize(batch.images), self.depth)
+        logits = batch.split(model.head(upper_half(model.backbone, mid, self.depth)))
+        labels, indices = batch.split(batch.labels), batch.split(batch.indices)["forget"]
+        teacher = self.teacher.logits(indices)
+
+        wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
+        forget = model.head.loss_of_logits(logits["forget"], wrong)
+        kd = self._distillation(teacher, logits["forget"], self.remaining)
+        maps = attention_map(batch.split(mid)["forget"])
+        attention = (maps - self.teacher_maps[self.rows[indices]]).square().mean()
+        replay = model.head.loss_of_logits(logits["remain"], labels["remain"])
+
+        kept = mid_features(model.deposit, model.normalize(batch.split(batch.images)["forget"]), self.depth)
+        kept_logits = model.head(upper_half(model.backbone, kept, self.depth))
+        deposit = args.kd_share * self._distillation(teacher, kept_logits, self.forgotten)
+        deposit = deposit + (1 - args.kd_share) * model.head.loss_of_logits(kept_logits, labels["forget"])
+
+        total = (1 - args.kd_share) * forget + args.kd_weight * args.kd_share * kd + args.replay_weight * replay
+        total = total - args.attention_weight * attention + args.deposit_weight * deposit
+        parts = {"forget": forget, "kd": kd, "attention": attention, "replay": replay, "deposit": deposit}
+        return {"total": total, **parts}
+
+    def _distillation(self, teacher: Tensor, student: Tensor, columns: Tensor) -> Tensor:
+        return kl_divergence(teacher[:, columns], student[:, columns], self.args.temperature)
+
+    def end_task(self, model: Recognizer) -> dict[str, Any]:
+        deposit = {name: tensor.detach().cpu().clone() for name, tensor in model.deposit.state_dict().items()}
+        del model.deposit
+        return {"deposit": deposit}
+
+
+def attention_map(tokens: Tensor) -> Tensor:
+    """Tokens (B, tokens, dim) → where the activations are: (B, tokens), unit length (arXiv 1612.03928, equation 2)."""
+    return F.normalize(tokens.float().square().mean(dim=2))

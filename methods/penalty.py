@@ -1,0 +1,112 @@
+"""What L2, EWC and MAS share: relabelling and replay in one stream, and a quadratic penalty on moving away from θ₀."""
+
+import argparse
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbone.recognizer import Recognizer
+from data.batches import Batch, Pass
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import Method, refuse_negative
+from methods.importance import Importance
+from methods.relabel import wrong_labels
+from util.hardware import Hardware
+
+
+class QuadraticPenalty(Method):
+    """L = CE(z, y or ỹ) + λ · Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²
+
+    One shuffled stream of D_f with wrong labels ỹ and D_r with its own; θ_s is the model that entered task s and Ω_s how
+    much each parameter matters to it. The sum runs over the tasks so far (`accumulates`), or holds this task's term alone.
+    """
+
+    accumulates = True
+
+    @classmethod
+    def add_penalty_weight(cls, group: argparse._ArgumentGroup, default: float, paper: str) -> None:
+        group.add_argument(
+            "--lambda", dest="lambda_", type=float, default=default, metavar="λ", help=f"weight λ of the penalty ({paper})"
+        )
+
+    @classmethod
+    def check_arguments(cls, args: argparse.Namespace) -> None:
+        refuse_negative(args, "lambda_")
+
+    def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
+        super().__init__(args, hardware)
+        self._forget_terms()
+
+    def _forget_terms(self) -> None:
+        self.importance: Importance = {}
+        self.centre: dict[str, Tensor] = {}
+        self.constant = torch.zeros(())
+
+    def importance_of(self, model: Recognizer) -> Importance:
+        """Ω of the model that enters the task, by parameter name."""
+        raise NotImplementedError
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
+        super().begin_task(model, task, train_set)
+        forgotten = torch.zeros(len(train_set.classes), dtype=torch.bool)
+        forgotten[list(task.forget)] = True
+        self.forgotten = forgotten.to(self.hardware.device)
+        if not self.accumulates:
+            self._forget_terms()
+        self._add_term(self.importance_of(model), {name: p.detach().clone() for name, p in self._trained(model)})
+
+    def passes(self, epoch: int) -> list[Pass]:
+        union = torch.cat([self.task.forget_indices, self.task.remain_indices])
+        return [Pass({"all": union}, self.args.batch_size)]
+
+    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+        wrong = wrong_labels(batch.labels, len(self.forgotten))
+        labels = torch.where(self.forgotten[batch.labels], wrong, batch.labels)
+        relabelled = model.head.loss(model.embed(batch.images), labels)
+        penalty = self.penalty(model)
+        return {"total": relabelled + self.args.lambda_ * penalty, "relabelled": relabelled, "penalty": penalty}
+
+    def penalty(self, model: Recognizer) -> Tensor:
+        """Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²"""
+        moved = [
+            (self.importance[name] * (parameter - self.centre[name]).square()).sum()
+            for name, parameter in self._trained(model)
+        ]
+        return torch.stack(moved).sum() + self.constant
+
+    def _add_term(self, importance: Importance, centre: dict[str, Tensor]) -> None:
+        """Keep one quadratic for all terms: a(x−u)² + b(x−v)² = (a+b)(x − (au+bv)/(a+b))² + ab/(a+b) (u−v)²."""
+        if not self.importance:
+            self.importance, self.centre = importance, centre
+            self.constant = torch.zeros((), device=self.hardware.device)
+            return
+        for name, b in importance.items():
+            a, u, v = self.importance[name], self.centre[name], centre[name]
+            total = a + b
+            share = torch.where(total > 0, b / total, 0.0)
+            self.constant = self.constant + (a * share * (u - v).square()).sum()
+            self.importance[name], self.centre[name] = total, torch.lerp(u, v, share)
+
+    @staticmethod
+    def _trained(model: Recognizer) -> list[tuple[str, Tensor]]:
+        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def end_task(self, model: Recognizer) -> dict[str, Any]:
+        if not self.accumulates:
+            self._forget_terms()
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.importance:
+            return {}
+        return {"importance": self.importance, "centre": self.centre, "constant": self.constant}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not state:
+            return
+        device = self.hardware.device
+        self.importance = {name: tensor.to(device) for name, tensor in state["importance"].items()}
+        self.centre = {name: tensor.to(device) for name, tensor in state["centre"].items()}
+        self.constant = state["constant"].to(device)
