@@ -3,6 +3,7 @@
 python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
 python test.py --checkpoint RUN/checkpoints/task_2.pth --results RUN/results.json          the groups of that run
+python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
 Leaves test.json, per_class.csv and roc.png in --output-dir.
 """
 
@@ -11,6 +12,7 @@ import csv
 import io
 from pathlib import Path
 
+from backbone.halves import replace_lower_half
 from backbone.lora import apply_adapters
 from data.image_set import ImageSet
 from util.arguments import HelpFormatter, add_data_arguments, add_hardware_arguments, hardware_of, load_data_of, run_main
@@ -30,6 +32,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="ours or in the published layout")
     parser.add_argument(
         "--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="adapter files to add, in the order of tasks"
+    )
+    parser.add_argument(
+        "--deposit", type=Path, metavar="FILE", help="LIRF's deposit, in place of the checkpoint's lower half"
     )
     parser.add_argument("--head", help="head of a published checkpoint, which does not name its own; none: cosface")
     add_data_arguments(parser)
@@ -109,6 +114,8 @@ def main(argv: list[str] | None) -> None:
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     for path in args.adapters:
         apply_adapters(checkpoint.model.backbone, load_tensors(path), path)
+    if args.deposit is not None:
+        replace_lower_half(checkpoint.model.backbone, load_tensors(args.deposit), args.deposit)
     _, test_set = load_data_of(args, checkpoint.model.architecture.image_size, hardware.device)
     check_classes(checkpoint, test_set, args.checkpoint)
     groups = class_groups(args, checkpoint, test_set)
@@ -130,6 +137,7 @@ def main(argv: list[str] | None) -> None:
 
     output = args.output_dir or Path("exps") / f"test-{args.checkpoint.parent.name}-{args.checkpoint.stem}"
     sources = {"checkpoint": str(args.checkpoint), "adapters": [str(path) for path in args.adapters]}
+    sources["deposit"] = None if args.deposit is None else str(args.deposit)
     write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
     write_text(output / "per_class.csv", per_class_csv(predictions, test_set.classes, groups))
     if curves:

@@ -28,9 +28,10 @@ from util.arguments import (
 from util.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.continual import ContinualRun
 from util.errors import UsageError
-from util.files import write_json
+from util.files import sha256, write_json
+from util.hardware import Hardware
 from util.results import RunFolder
-from util.tables import paper_tables
+from util.tables import Comparison
 
 # Of the optimisation options, where neither the command nor the method says otherwise.
 SHARED_DEFAULTS = {"lr": 1e-4, "weight_decay": 0.05, "warmup_epochs": 0, "opt": "adamw"}
@@ -38,7 +39,7 @@ SHARED_DEFAULTS = {"lr": 1e-4, "weight_decay": 0.05, "warmup_epochs": 0, "opt": 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    chooser = argparse.ArgumentParser(add_help=False)
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chooser.add_argument("--method", default="gs_lora")
     chooser.add_argument("--as-published", action="store_true")
     known = chooser.parse_known_args(argv)[0]
@@ -122,17 +123,24 @@ def load_pretrained(args: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
-def main(argv: list[str] | None) -> None:
-    args = parse_arguments(argv)
-    hardware = hardware_of(args)
+def assemble(
+    args: argparse.Namespace, hardware: Hardware
+) -> tuple[Checkpoint, tuple[ImageSet, ImageSet], list[ForgettingTask]]:
+    """The pre-trained model, the data and the tasks. Raises UsageError if they do not fit together."""
     pretrained = load_pretrained(args)
     data = load_data_of(args, pretrained.model.architecture.image_size, hardware.device)
     check_classes(pretrained, data[0], args.checkpoint)
-    tasks = make_tasks(args, data[0])
+    return pretrained, data, make_tasks(args, data[0])
+
+
+def main(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    hardware = hardware_of(args)
+    pretrained, data, tasks = assemble(args, hardware)
     name = f"{args.method}-{data[0].name}-{tasks[0].setting}-seed{args.seed}"
     folder = RunFolder(args.output_dir or Path("exps") / name)
     folder.prepare(args.overwrite, args.resume)
-    write_json(folder.config, describe_run(args, hardware.describe()))
+    write_json(folder.config, describe_run(args, hardware.describe()) | {"checkpoint_sha256": sha256(args.checkpoint)})
 
     model = hardware.place(pretrained.model)
     print(
@@ -141,7 +149,8 @@ def main(argv: list[str] | None) -> None:
         flush=True,
     )
     results = ContinualRun(args, METHODS[args.method](args, hardware), model, data, tasks, folder).run()
-    print(f"\n{paper_tables([results], [METHODS[args.method].title])}\n\nresults, checkpoints and figure: {folder.path}")
+    table = Comparison([results], [METHODS[args.method].title]).markdown()
+    print(f"\n{table}\n\nresults, checkpoints and figure: {folder.path}")
 
 
 if __name__ == "__main__":

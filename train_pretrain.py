@@ -111,8 +111,9 @@ def main(argv: list[str] | None) -> None:
     save_checkpoint(output / "checkpoint.pth", Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
         save_published(output / "published.pth", model)
+    measured = "test" if args.validation_share is None else "held-out"
     print(
-        f"test accuracy {accuracies['acc']:.2f}% plain, {accuracies['margin_acc']:.2f}% margin, after "
+        f"{measured} accuracy {accuracies['acc']:.2f}% plain, {accuracies['margin_acc']:.2f}% margin, after "
         f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({done.images_per_second:.0f} images/s): "
         f"{output / 'checkpoint.pth'}"
     )

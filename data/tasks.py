@@ -87,6 +87,25 @@ def forgetting_tasks(
     return tasks
 
 
+def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Tensor, Tensor]:
+    """Positions (in order) of the images to train on and of those held out: `share` of each class, at least one.
+
+    The split depends on nothing else, so that what pre-training held out, forgetting holds out too.
+    Raises UsageError if a class has too few images for both.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"--validation-share {share} is out of range: between 0 and 1")
+    kept, held = [], []
+    for label, indices in enumerate(_indices_by_class(labels, num_classes)):
+        count = max(1, round(share * len(indices)))
+        if count >= len(indices):
+            raise UsageError(f"class {label} has {len(indices)} training images: too few to hold out {count} of them")
+        shuffled = np.random.default_rng([label]).permutation(indices)
+        held.append(shuffled[:count])
+        kept.append(shuffled[count:])
+    return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in (kept, held))
+
+
 def _check_counts(
     num_classes: int, num_tasks: int, per_task: int, data_ratio: float, few_shot: int | None, num_missing: int
 ) -> None:

@@ -1,34 +1,29 @@
 #!/usr/bin/env bash
-# Continual forgetting: pre-train (once), then forget a fifth of the classes in each of four tasks, and print the table.
+# Continual forgetting: pre-train (once), then forget a fifth of the classes in each of four tasks, with every method from
+# the same checkpoint, and print the papers' main table, row by row.
 #
-#   bash scripts/run_cl_forget.sh                                   drawn faces, at most 10 minutes on two CPU cores
-#   DATA=path/to/faces bash scripts/run_cl_forget.sh                real faces
-#   SEED=1 EPOCHS=50 bash scripts/run_cl_forget.sh -- --few-shot 4  another class order, longer, on four images a class
+#   bash scripts/run_cl_forget.sh                                   drawn faces, all methods: 15 minutes on two CPU cores
+#   METHODS="gs_lora scrub ewc" bash scripts/run_cl_forget.sh       some of them
+#   DATA=path/to/faces SEEDS="1337 1 2" bash scripts/run_cl_forget.sh    real faces, mean ± standard deviation
+#   METHODS=gs_lora EPOCHS=50 bash scripts/run_cl_forget.sh -- --few-shot 4    longer, on four images a class
+#   bash scripts/run_cl_forget.sh -- --num-tasks 1                  single-step forgetting
 #
-# Variables: DATA CHECKPOINT OUTPUT SEED SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS METHODS, explained in settings.sh.
-# A run that was interrupted is taken up again with: bash scripts/run_cl_forget.sh -- --resume
+# What is finished is not run again, what was interrupted is continued. Variables, beside those explained in settings.sh
+# (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS):
+#   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
+#   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
+#   OVERWRITE   1: run again what is finished
+#   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
+#   PUBLISHED   1: the papers' rows beside ours (CASIA-100 alone)
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
-
-forget() { # method, further arguments
-  local options="CONTINUAL_$1" output=()
-  [ -z "$OUTPUT" ] || output=(--output-dir "$OUTPUT")
-  # Several methods share OUTPUT, a folder each.
-  [ -z "$OUTPUT" ] || [ "$(wc -w <<<"$METHODS")" -eq 1 ] || output=(--output-dir "$OUTPUT/$1")
-  "$PYTHON" train_forget.py --method "$1" --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 4 --seed "$SEED" \
-    $FORGET ${!options-} "${output[@]}" $(replace "$@") "${@:2}"
-}
-
 pretrain_if_missing
-gpus=(${GPUS:-}) started=0 failed=0
-for method in $METHODS; do
-  if [ ${#gpus[@]} -le 1 ]; then
-    forget "$method" "$@" || failed=$?
-  else
-    # A round of as many runs as there are devices, then the next.
-    CUDA_VISIBLE_DEVICES=${gpus[started % ${#gpus[@]}]} forget "$method" "$@" &
-    started=$((started + 1))
-    [ $((started % ${#gpus[@]})) -ne 0 ] || wait
-  fi
+
+options=()
+for name in ${!OPTIONS_@}; do
+  options+=(--options "${name#OPTIONS_}" " ${!name}")
 done
-wait
-exit $failed
+[ -z "${OVERWRITE:-}" ] || options+=(--overwrite)
+[ -z "${PUBLISHED:-}" ] || options+=(--published)
+"$PYTHON" scripts/compare.py --methods ${METHODS:-all} --seeds ${SEEDS:-$SEED} --gpus ${GPUS:-} "${options[@]}" \
+  --output-dir "${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$(basename "$DATA")}" -- \
+  --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 4 $FORGET "$@"

@@ -4,15 +4,13 @@
 #               data/faces_webface_112x112_sub100_train_test and there is a GPU, else synthetic_faces (drawn, no download)
 #   CHECKPOINT  a pre-trained recogniser, ours or published. Default: exps/pretrain-<data>-<model>/checkpoint.pth, which
 #               is trained first where it does not exist
-#   OUTPUT      folder for the results. Default: exps/<method>-<data>-<setting>-seed<seed>
+#   OUTPUT      folder for the results. Default: one in exps, named for the script and the data
 #   SEED        class order, samples, batches; default 1337, the published one (pre-training always uses 1337)
 #   SETTING     paper or small. Default: paper with a GPU and a data folder, else small
 #   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any plain ViT
 #   EPOCHS      epochs of a forgetting task; PRETRAIN_EPOCHS those of pre-training
-#   GPUS        CUDA devices to deal runs out over, as "0 1 2"; default: the first one
-#   METHODS     methods to run, as "gs_lora"
-#   CONTINUAL_<method>, SINGLE_STEP_<method>  that method's options, below
-# Arguments after -- go to train_forget.py as they are.
+#   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh deals its runs out over them; default: the first one
+# Arguments after -- go to the Python script as they are.
 
 _caller=$PWD
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -23,7 +21,6 @@ _has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | gre
 
 CASIA=data/faces_webface_112x112_sub100_train_test
 SEED=${SEED:-1337}
-METHODS=${METHODS:-gs_lora}
 if [ -z "${DATA:-}" ]; then
   if _has_gpu && [ -d "$CASIA" ]; then DATA="$PWD/$CASIA"; else DATA=synthetic_faces; fi
 elif [ "$DATA" != synthetic_faces ]; then
@@ -37,16 +34,14 @@ case "$SETTING" in
 paper) # arXiv 2403.11530 and 2501.09705
   MODEL=${MODEL:-face_vit_p8s8_d6}
   PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-1200} --batch-size 480 --lr 3e-4 --warmup-epochs 10"
-  FORGET="--epochs ${EPOCHS:-100} --batch-size 48 --data-ratio 0.1"
-  CONTINUAL_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-4 --bound 105 --beta 0.2 0.25 0.25 0.2"
-  SINGLE_STEP_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-2 --sparsity-warmup-epochs 20 --bound 110 --beta 0.15"
+  FORGET="--as-published --epochs ${EPOCHS:-100} --batch-size 48 --data-ratio 0.1"
+  SINGLE_STEP="--alpha 1e-2 --sparsity-warmup-epochs 20 --bound 110 --beta 0.15" # of GS-LoRA
   ;;
 small) # minutes on two CPU cores
   MODEL=${MODEL:-face_vit_tiny}
   PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS} --batch-size 48 --lr 1e-3"
-  FORGET="--epochs ${EPOCHS:-10} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 600) --batch-size 16 --data-ratio 1"
-  CONTINUAL_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-4 --sparsity-warmup-epochs 2 --bound 120 --beta 0.2"
-  SINGLE_STEP_gs_lora="--lr 1e-2 --rank 8 --alpha 1e-2 --sparsity-warmup-epochs 2 --bound 110 --beta 0.15"
+  FORGET="--epochs ${EPOCHS:-5} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
+  SINGLE_STEP="--alpha 1e-2 --sparsity-warmup-epochs 2 --bound 110 --beta 0.15" # of GS-LoRA
   ;;
 *)
   echo "SETTING=$SETTING is unknown: paper or small" >&2

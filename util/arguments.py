@@ -15,6 +15,7 @@ import torch
 
 from data import load_data
 from data.image_set import ImageSet
+from data.tasks import split_validation
 from util.errors import RunError, UsageError
 from util.hardware import Hardware, choose_hardware
 
@@ -43,6 +44,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--identities", type=int, default=100, help=f"{SYNTHETIC}: number of classes")
     group.add_argument("--train-per-identity", type=int, default=24, help=f"{SYNTHETIC}: training images a class")
     group.add_argument("--test-per-identity", type=int, default=6, help=f"{SYNTHETIC}: test images a class")
+    group.add_argument(
+        "--validation-share",
+        type=float,
+        metavar="SHARE",
+        help="train on less: hold this share of each class's training images out, and measure on it instead of the test set",
+    )
     group.add_argument("--data-seed", type=int, default=0, help=f"{SYNTHETIC}: seed of the identities and their images")
 
 
@@ -58,6 +65,9 @@ def load_data_of(args: argparse.Namespace, image_size: int, device: torch.device
         cache_dir=args.cache_dir,
         device=device,
     )
+    if args.validation_share is not None:
+        split = split_validation(train_set.labels, len(train_set.classes), args.validation_share)
+        train_set, test_set = map(train_set.subset, split)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * train_set.images.nbytes:
         return train_set.to(device), test_set.to(device)
     return train_set, test_set

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from util.files import atomic_write
+from util.tables import Comparison
 
 ACCURACIES = {
     "acc_remain": ("Acc_r, remaining", "tab:blue"),
@@ -19,6 +20,9 @@ ACCURACIES = {
     "acc_old": ("Acc_o, forgotten earlier", "tab:orange"),
     "acc_missing": ("Acc_m, without images", "tab:green"),
 }
+
+MARKERS = "osD^v<>PX*hdp"
+OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson"}
 
 
 def run_figure(results: dict) -> Figure:
@@ -68,6 +72,36 @@ def _group_norms(axes: plt.Axes, results: dict) -> None:
     axes.set_ylabel("group norm ‖θ_g‖₂")
     axes.legend(fontsize=8)
     axes.grid(axis="y", alpha=0.3)
+
+
+def comparison_figure(comparison: Comparison) -> Figure:
+    """H and Acc_r over the tasks, a line per method, plain reading; bars: the standard deviation over the runs."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
+    rows = [row for row in comparison.rows if not row.note and not row.published]
+    colours = plt.get_cmap("tab20").colors
+    for panel, (key, title) in zip(axes, {"h_mean": "H", "acc_remain": "Acc_r, remaining"}.items(), strict=True):
+        columns = [column for column in comparison.columns if column.key == key]
+        before = [comparison.before.mean("", column) for column in columns]
+        if None not in before:
+            panel.plot(range(len(columns)), before, "--", color="black", alpha=0.5, label="Pre-train")
+        for number, row in enumerate(rows):
+            known = [(x, row.mean("", c), row.std("", c) or 0.0) for x, c in enumerate(columns) if row.values["", c]]
+            if known:
+                x, means, stds = zip(*known, strict=True)
+                # The project's own methods stand out; markers tell apart what colours do not.
+                colour = OWN_COLOURS.get(row.method, colours[number % len(colours)])
+                width = 3.0 if row.method in OWN_COLOURS else 1.3
+                style = {"marker": MARKERS[number % len(MARKERS)], "color": colour}
+                bars = stds if row.seeds > 1 else None
+                panel.errorbar(x, means, yerr=bars, label=row.label, capsize=3, linewidth=width, **style)
+        panel.set_xticks(range(len(columns)), [f"task {column.task + 1}\n{column.setting}" for column in columns])
+        panel.set_ylabel(f"{title} (%)")
+        panel.set_ylim(max(-1, panel.get_ylim()[0]), 101)
+        panel.grid(alpha=0.3)
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+    figure.suptitle(f"{comparison.dataset['name']} ({comparison.dataset['classes']} classes), plain accuracy")
+    figure.tight_layout()
+    return figure
 
 
 def sweep_figure(title: str, name: str, labels: Sequence[str], runs: Sequence[dict]) -> Figure:

@@ -9,7 +9,7 @@ from data.tasks import ForgettingTask
 from util.arguments import read_json
 from util.errors import RunError, UsageError
 from util.files import write_json, write_text
-from util.tables import paper_tables
+from util.tables import Comparison
 
 SCHEMA = 1
 
@@ -116,7 +116,7 @@ def task_entry(task: ForgettingTask, before: dict, after: dict, groups: dict | N
 
 def save_results(folder: RunFolder, results: dict, title: str) -> None:
     """Write results.json and table.md; `title` is the method's name in the table."""
-    write_text(folder.table, paper_tables([results], [title]) + "\n")
+    write_text(folder.table, Comparison([results], [title]).markdown() + "\n")
     write_json(folder.results, results)
 
 

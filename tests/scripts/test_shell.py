@@ -48,19 +48,30 @@ def script(copy, colours, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_continual_forgetting_pretrains_once_and_leaves_its_results(script, copy, tmp_path):
-    first = script("run_cl_forget.sh", OUTPUT="my results")
+    first = script("run_cl_forget.sh", OUTPUT="my results", METHODS="l2 gs_lora", OPTIONS_gs_lora="--rank 3")
     assert first.returncode == 0, first.stderr
     assert "pre-training face_vit_tiny" in first.stdout
     assert "Plain accuracy" in first.stdout
-    results = results_of(tmp_path / "my results")
+    folders = {path.name for path in (tmp_path / "my results").iterdir() if path.is_dir()}
+    assert folders == {"l2-seed1337", "gs_lora-seed1337"}
+    results = results_of(tmp_path / "my results" / "gs_lora-seed1337")
     assert [task["setting"] for task in results["tasks"]] == ["10-2", "8-2", "6-2", "4-2"]
+    assert results["model"]["trainable"] == 4 * 2 * 3 * (128 + 512)
     assert (copy / "exps" / "pretrain-colours-face_vit_tiny" / "checkpoint.pth").exists()
 
-    second = script("run_cl_forget.sh", "--", "--num-tasks", "1", SEED="5", CHECKPOINT="")
+    second = script("run_cl_forget.sh", "--", "--num-tasks", "1", SEED="5", CHECKPOINT="", METHODS="gs_lora")
     assert second.returncode == 0, second.stderr
     assert "pre-training" not in second.stdout
-    (folder,) = (copy / "exps").glob("gs_lora-*")
-    assert folder.name == "gs_lora-colours-10-1-seed5"
+    assert results_of(copy / "exps" / "cl_forget-colours" / "gs_lora-seed5")["tasks"][0]["setting"] == "10-1"
+
+
+def test_the_missing_class_experiment_reports_acc_m(script, tmp_path):
+    done = script("run_cl_forget_open.sh", "--", "--num-tasks", "2", OUTPUT="open", METHODS="lwf", MISSING="2")
+    assert done.returncode == 0, done.stderr
+    assert "Acc_m" in done.stdout
+    for task in results_of(tmp_path / "open" / "lwf-seed1337")["tasks"]:
+        assert len(task["missing_classes"]) == 2
+        assert task["after"]["acc_missing"] is not None
 
 
 def test_a_sweep_ends_in_one_table_and_one_figure(script, tmp_path):
@@ -108,8 +119,8 @@ def test_the_papers_setting_is_chosen_with_a_gpu_and_its_data(script, copy, tmp_
     pretrain, forget = done.stdout.splitlines()
     if gpu and casia:
         assert "--model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4" in pretrain
-        assert f"--data {folder} --num-tasks 4 --seed 1337 --epochs 100 --batch-size 48 --data-ratio 0.1" in forget
-        assert "--alpha 1e-4 --bound 105 --beta 0.2 0.25 0.25 0.2" in forget
+        assert "--methods all --seeds 1337" in forget
+        assert f"--data {folder} --num-tasks 4 --as-published --epochs 100 --batch-size 48 --data-ratio 0.1" in forget
     else:
         assert "--data synthetic_faces --model face_vit_tiny" in pretrain
         assert "--data synthetic_faces" in forget

@@ -1,0 +1,168 @@
+"""scripts/compare.py, table.py and search.py through their command lines, on small images."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from methods import METHODS
+from tests.test_command_lines import colours, command, results_of, trained  # noqa: F401
+
+
+@pytest.fixture
+def further(trained, colours):  # noqa: F811
+    """What goes to train_forget.py: two tasks of one epoch."""
+    shared = ("--checkpoint", trained, "--data", colours, "--num-tasks", 2, "--forget-per-task", 2)
+    return ("--", *shared, "--epochs", 1, "--batch-size", 24, "--data-ratio", 1)
+
+
+def rows_of(text: str, table: int = 0) -> list[list[str]]:
+    """The cells of one of the printed tables: 0 the growing one, 1 and 2 the two readings."""
+    tables = [block for block in text.split("\n\n") if block.startswith("| Method")]
+    lines = tables[table].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
+
+
+def test_all_methods_end_in_one_table(command, further, tmp_path):  # noqa: F811
+    code, out, err = command("scripts/compare.py", "--methods", "all", "--output-dir", tmp_path, *further)
+    assert code == 0, err
+    titles = [method.title for method in METHODS.values()]
+    for table in range(3):
+        assert [row[0] for row in rows_of(out, table)[1:]] == ["Pre-train", *titles]
+    header, _, *rows = rows_of(out, 1)
+    assert header[2:] == ["10-2 H ↑", "Acc_r ↑", "Acc_f ↓", "8-2 H ↑", "Acc_r ↑", "Acc_f ↓", "Acc_o ↓", "s"]
+    for row, name in zip(rows, METHODS, strict=True):
+        results = results_of(tmp_path / f"{name}-seed1337")
+        assert row[1] == f"{100 * results['model']['tunable_ratio']:.2f}%"
+        assert row[2].strip("*") == f"{results['tasks'][0]['after']['h_mean']:.2f}"
+        assert row[8].strip("*") == f"{results['tasks'][1]['after']['acc_old']:.2f}"
+    assert rows_of((tmp_path / "table.md").read_text(), 1) == rows_of(out, 2)
+    assert {row["row"] for row in csv.DictReader((tmp_path / "table.csv").open())} == {"Pre-train", *titles}
+    assert r"\begin{tabular}" in (tmp_path / "table.tex").read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+def test_seeds_are_averaged_and_finished_runs_not_repeated(command, further, tmp_path):  # noqa: F811
+    arguments = ("scripts/compare.py", "--methods", "l2", "gs_lora", "--output-dir", tmp_path)
+    code, out, err = command(*arguments, "--seeds", 1337, 1, *further)
+    assert code == 0, err
+    assert "4 runs, 0 of them finished before" in out
+    assert [row[0] for row in rows_of(out)[2:]] == [f"{t}, seed {s}" for s in (1337, 1) for t in ("L2*", "GS-LoRA")]
+    assert all("±" in cell for cell in rows_of(out, 1)[2][2:-1])
+
+    first = (tmp_path / "l2-seed1" / "results.json").read_text()
+    code, again, err = command(*arguments, "--seeds", 1337, 1, *further)
+    assert code == 0, err
+    assert "4 of them finished before" in again
+    assert rows_of(again, 1) == rows_of(out, 1)
+    assert (tmp_path / "l2-seed1" / "results.json").read_text() == first
+
+    code, _, err = command(*arguments, *further, "--epochs", 2)
+    assert code == 2
+    assert "holds a run with other options: --epochs 1, now 2; use --overwrite" in err
+    code, out, err = command(*arguments, "--overwrite", *further, "--epochs", 2)
+    assert code == 0, err
+    assert json.loads((tmp_path / "l2-seed1337" / "config.json").read_text())["arguments"]["epochs"] == 2
+
+
+def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch):  # noqa: F811
+    from util import continual
+
+    keep = continual.ContinualRun._after_epoch
+
+    def cut(self, trainer, task, writer):
+        keep(self, trainer, task, writer)
+        if task.number == 2:
+            raise KeyboardInterrupt
+
+    arguments = ("scripts/compare.py", "--methods", "l2", "--output-dir")
+    monkeypatch.setattr(continual.ContinualRun, "_after_epoch", cut)
+    assert command(*arguments, tmp_path / "cut", *further)[0] == 130
+    monkeypatch.undo()
+    for folder in ("cut", "whole"):
+        code, _, err = command(*arguments, tmp_path / folder, *further)
+        assert code == 0, err
+    whole, resumed = (results_of(tmp_path / folder / "l2-seed1337")["tasks"] for folder in ("whole", "cut"))
+    assert [task["after"] for task in whole] == [task["after"] for task in resumed]
+    assert "task 1/2" in (tmp_path / "cut" / "l2-seed1337" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("gpus", [(), ("0", "1")])
+def test_a_method_that_fails_does_not_stop_the_others(command, further, tmp_path, gpus):  # noqa: F811
+    """Once in this process, once dealt out to processes of their own (which see no such device, and use the CPU)."""
+    broken = ("--options", "der", " --lr 1e30")
+    methods = ("--methods", "der", "l2", "--gpus", *gpus)
+    code, out, err = command("scripts/compare.py", *methods, *broken, "--output-dir", tmp_path, *further)
+    assert code == 1
+    assert "1 of 2 runs failed" in err
+    _, _, l2, der = rows_of(out, 1)
+    assert (l2[0], der[0], der[1]) == ("L2*", "DER", "failed")
+    assert "DER: failed: DER task 1/2 10-2: the loss is not finite: part" in out
+    assert len(results_of(tmp_path / "l2-seed1337")["tasks"]) == 2
+
+
+def test_a_crash_is_reported_in_its_row_and_kept_in_its_log(command, further, tmp_path, monkeypatch):  # noqa: F811
+    def crash(*_):
+        raise ZeroDivisionError("no such luck")
+
+    monkeypatch.setattr(METHODS["der"], "loss", crash)
+    code, out, err = command("scripts/compare.py", "--methods", "der", "l2", "--output-dir", tmp_path, *further)
+    assert code == 1, err
+    assert "DER: failed: ZeroDivisionError: no such luck" in out
+    assert "Traceback" in (tmp_path / "der-seed1337" / "log.txt").read_text()
+    assert "Traceback" not in err
+
+
+def test_wrong_requests_end_before_anything_runs(command, further, tmp_path):  # noqa: F811
+    for options, message in (
+        (("--methods", "l3"), "unknown method 'l3'"),
+        (("--methods", "l2", "--options", "l3", "--lr 1"), "unknown method 'l3'"),
+        (("--methods", "l2", "--options", "l2", "--lambda -1"), "--lambda cannot be negative"),
+    ):
+        code, out, err = command("scripts/compare.py", *options, "--output-dir", tmp_path, *further)
+        assert code == 2
+        assert message in err
+        assert not out
+        assert not [*tmp_path.iterdir()]
+
+
+def test_any_results_merge_into_a_table(command, further, tmp_path):  # noqa: F811
+    runs = tmp_path / "runs"
+    command("scripts/compare.py", "--methods", "l2", "ewc", "--seeds", 1337, 1, "--output-dir", runs, *further)
+    files = sorted(runs.glob("*/results.json"))
+    code, out, err = command("scripts/table.py", "--results", *files, "--output-dir", tmp_path / "table")
+    assert code == 0, err
+    assert [row[0] for row in rows_of(out)[1:]] == ["Pre-train", "L2*", "EWC*"]
+    assert rows_of((tmp_path / "table" / "table.md").read_text()) == rows_of((runs / "table.md").read_text())
+    labels = ("--labels", "a", "b", "c", "d")
+    code, out, err = command("scripts/table.py", "--results", *files, *labels, "--output-dir", tmp_path / "table")
+    assert [row[0] for row in rows_of(out)[2:]] == ["a", "b", "c", "d"]
+    for options, message in (
+        (("--results", files[0], files[0]), "is there more than once"),
+        (("--results", *files, "--published"), "cannot be compared"),
+        (("--results", *files, "--labels", "a"), "1 labels for 4 results"),
+        (("--results", tmp_path / "absent.json"), "no file"),
+    ):
+        code, _, err = command("scripts/table.py", *options, "--output-dir", tmp_path / "table")
+        assert code == 2
+        assert message in err
+
+
+def test_a_search_sets_the_points_of_a_grid_side_by_side(command, further, tmp_path):  # noqa: F811
+    grid = ("--grid", "lr=1e-4,1e-2", "beta=0.1+0.2")
+    arguments = ("scripts/search.py", "--method", "gs_lora", *grid, "--output-dir", tmp_path, *further)
+    code, _out, err = command(*arguments, "--validation-share", 0.25)
+    assert code == 0, err
+    table = (tmp_path / "table.md").read_text().split("\n\n")[1].splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (table[0], *table[2:])]
+    assert rows[0][:3] == ["lr", "beta", "H ↑"]
+    assert {row[0] for row in rows[1:]} == {"1e-4", "1e-2"}
+    for lr, beta, h_mean, *_ in rows[1:]:
+        run = Path(tmp_path / f"lr={lr}-beta={beta}-seed1337")
+        tasks = results_of(run)["tasks"]
+        assert float(h_mean) == pytest.approx(sum(task["after"]["h_mean"] for task in tasks) / 2, abs=0.006)
+        assert json.loads((run / "config.json").read_text())["arguments"]["beta"] == [0.1, 0.2]
+    code, _, err = command("scripts/search.py", "--method", "l2", "--grid", "lr", "--output-dir", tmp_path, *further)
+    assert code == 2
+    assert "--grid 'lr': write option=value,value" in err
