@@ -62,7 +62,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def build_parser(method: type[Method]) -> argparse.ArgumentParser:
     """The shared options and those of one method."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    # Abbreviated, --method and --as-published would be missed by the parser that looks for them first.
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--method", choices=METHODS, default="gs_lora", help="how to forget; --help shows its options")
     parser.add_argument(
         "--as-published", action="store_true", help="the method's published readings and values; further options still count"

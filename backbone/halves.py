@@ -48,7 +48,7 @@ def replace_lower_half(backbone: nn.Module, tensors: dict[str, Tensor], source: 
 
 def mid_features(backbone: nn.Module, images: Tensor, depth: int) -> Tensor:
     """Images → tokens (B, tokens, dim) after the first `depth` blocks, prefix tokens first."""
-    ((spatial, prefix),) = backbone.forward_intermediates(
+    (mid,) = backbone.forward_intermediates(
         images,
         indices=[depth - 1],
         norm=False,
@@ -57,7 +57,8 @@ def mid_features(backbone: nn.Module, images: Tensor, depth: int) -> Tensor:
         output_fmt="NLC",
         return_prefix_tokens=True,
     )
-    return torch.cat([prefix, spatial], dim=1)
+    # A pair where the model has prefix tokens (class, registers), the spatial ones alone where it has none.
+    return torch.cat([mid[1], mid[0]], dim=1) if isinstance(mid, tuple) else mid
 
 
 def upper_half(backbone: nn.Module, tokens: Tensor, depth: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch.func import functional_call, grad, vmap
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
-from util.hardware import Hardware
+from util.hardware import Hardware, plain_attention
 
 # Gradients of several images are held at once: as many as fit in this many bytes.
 GRADIENT_BYTES = 1 << 29
@@ -35,13 +35,15 @@ def image_importance(
     def of_one(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return objective(functional_call(model, parameters, (image[None],)), label[None])
 
+    # Fused attention has no batching rule: vmap would call it image by image.
     gradients = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")
     chunk = max(1, GRADIENT_BYTES // sum(4 * parameter.numel() for parameter in trained.values()))
 
     def of_chunk(images: Tensor, labels: Tensor) -> Importance:
         return {name: measure(g).sum(dim=0) for name, g in gradients(trained, images, labels).items()}
 
-    return _mean(model, of_chunk, image_set, indices, hardware, chunk, len(indices))
+    with plain_attention(model):
+        return _mean(model, of_chunk, image_set, indices, hardware, chunk, len(indices))
 
 
 def batch_importance(

@@ -1,6 +1,7 @@
 """What the machine offers: the device, the precision of matrix products, and the attention that is fastest there."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,6 +49,19 @@ class Hardware:
     def reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+
+@contextlib.contextmanager
+def plain_attention(model: torch.nn.Module) -> Iterator[None]:
+    """Written-out attention in all blocks (timm's `fused_attn` off) inside the block."""
+    fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 def choose_hardware(device: str = "auto", precision: str = "auto", attention: str = "auto") -> Hardware:
