@@ -8,22 +8,25 @@
 #   METHODS=gs_lora EPOCHS=50 bash scripts/run_cl_forget.sh -- --few-shot 4    longer, on four images a class
 #   bash scripts/run_cl_forget.sh -- --num-tasks 1                  single-step forgetting
 #
+#   bash scripts/run_cl_forget.sh --overwrite                       run again what is finished
+#   bash scripts/run_cl_forget.sh --published                       the papers' rows beside ours (CASIA-100 alone)
+#
 # What is finished is not run again, what was interrupted is continued. Variables, beside those explained in settings.sh
 # (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS):
 #   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
-#   OVERWRITE   1: run again what is finished
 #   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
-#   PUBLISHED   1: the papers' rows beside ours (CASIA-100 alone)
+
+options=()
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do # before -- for compare.py, after it for train_forget.py
+  options+=("$1") && shift
+done
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 pretrain_if_missing
 
-options=()
 for name in ${!OPTIONS_@}; do
   options+=(--options "${name#OPTIONS_}" " ${!name}")
 done
-[ -z "${OVERWRITE:-}" ] || options+=(--overwrite)
-[ -z "${PUBLISHED:-}" ] || options+=(--published)
 "$PYTHON" scripts/compare.py --methods ${METHODS:-all} --seeds ${SEEDS:-$SEED} --gpus ${GPUS:-} "${options[@]}" \
   --output-dir "${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$(basename "$DATA")}" -- \
   --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 4 $FORGET "$@"

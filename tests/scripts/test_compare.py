@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from methods import METHODS
 from tests.test_command_lines import colours, command, results_of, trained  # noqa: F401
@@ -64,6 +65,22 @@ def test_seeds_are_averaged_and_finished_runs_not_repeated(command, further, tmp
     code, out, err = command(*arguments, "--overwrite", *further, "--epochs", 2)
     assert code == 0, err
     assert json.loads((tmp_path / "l2-seed1337" / "config.json").read_text())["arguments"]["epochs"] == 2
+
+
+def test_runs_from_another_checkpoint_are_not_taken_for_these(command, further, trained, tmp_path):  # noqa: F811
+    own = tmp_path / "own.pth"
+    words = [own if word == trained else word for word in further]
+    own.write_bytes(trained.read_bytes())
+    arguments = ("scripts/compare.py", "--methods", "l2", "--output-dir", tmp_path / "runs")
+    assert command(*arguments, *words)[0] == 0
+    code, out, _ = command(*arguments, *words)
+    assert "1 of them finished before" in out
+    checkpoint = torch.load(own, weights_only=True)
+    checkpoint["info"] = {}
+    torch.save(checkpoint, own)
+    code, _, err = command(*arguments, *words)
+    assert code == 2
+    assert "holds a run from another checkpoint" in err
 
 
 def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch):  # noqa: F811
