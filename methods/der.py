@@ -18,8 +18,9 @@ class DER(Method):
 
     name = "der"
     title = "DER"
-    defaults = {"lr": 1e-3}
+    defaults = {"lr": 2e-3}
     published = {"lr": 1e-3, "lambda_": 0.01, "distill_on": "embeddings"}
+    default_lambda = 0.01
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ class DER(Method):
             "--lambda",
             dest="lambda_",
             type=float,
-            default=0.01,
+            default=cls.default_lambda,
             metavar="λ",
             help=f"weight λ of the matched outputs (published: {cls.published['lambda_']}, of embeddings)",
         )
@@ -69,6 +70,8 @@ class DERpp(DER):
 
     name = "der_pp"
     title = "DER++"
+    defaults = {"lr": 1e-3}
+    default_lambda = 0.001
     published = {"lr": 1e-3, "lambda_": 0.005, "lambda_replay": 0.005, "distill_on": "embeddings"}
 
     @classmethod
@@ -76,7 +79,7 @@ class DERpp(DER):
         super().add_arguments(parser)
         group = parser.add_argument_group("DER++'s replay")
         group.add_argument(
-            "--lambda-replay", type=float, default=0.5, metavar="λ", help="weight λ₂ of the replay (published: 0.005)"
+            "--lambda-replay", type=float, default=2.0, metavar="λ", help="weight λ₂ of the replay (published: 0.005)"
         )
 
     @classmethod

@@ -18,13 +18,13 @@ class EWC(QuadraticPenalty):
 
     name = "ewc"
     title = "EWC*"
-    defaults = {"lr": 1e-4}
+    defaults = {"lr": 3e-4}
     published = {"lr": 1e-4, "lambda_": 10.0, "fisher": "batch"}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group("EWC (arXiv 1612.00796)")
-        cls.add_penalty_weight(group, 10.0, "published: 10")
+        cls.add_penalty_weight(group, 0.01, "published: 10")
         group.add_argument(
             "--fisher",
             choices=("image", "batch"),

@@ -26,7 +26,7 @@ class GSLoRA(Method):
 
     name = "gs_lora"
     title = "GS-LoRA"
-    defaults = {"lr": 1e-2}
+    defaults = {"lr": 2e-2}
     published = {
         "lr": 1e-2,
         "rank": 8,

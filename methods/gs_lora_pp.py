@@ -52,9 +52,9 @@ class GSLoRApp(GSLoRA):
         group.add_argument(
             "--lambda-remain",
             type=float,
-            default=0.0,
+            default=10.0,
             metavar="λ",
-            help="weight λ_r of the distance of remaining images to theirs",
+            help="weight λ_r of the distance of remaining images to theirs (published: 0)",
         )
         group.add_argument(
             "--prototype-bound", type=float, default=18.0, metavar="BND", help="KL past which an image is far enough"
@@ -63,9 +63,9 @@ class GSLoRApp(GSLoRA):
         group.add_argument(
             "--ema-start",
             type=int,
-            default=30,
+            default=2,
             metavar="N",
-            help="epoch (from 0) that averaging starts with; a task of fewer epochs is not averaged",
+            help="epoch (from 0) that averaging starts with (published: 30 of 100); a task of fewer is not averaged",
         )
 
     @classmethod

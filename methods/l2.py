@@ -14,13 +14,13 @@ class L2(QuadraticPenalty):
 
     name = "l2"
     title = "L2*"
-    defaults = {"lr": 1e-4}
+    defaults = {"lr": 3e-4}
     published = {"lr": 1e-4, "lambda_": 0.1}
     accumulates = False
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        cls.add_penalty_weight(parser.add_argument_group("L2"), 0.1, "published: 0.1")
+        cls.add_penalty_weight(parser.add_argument_group("L2"), 0.01, "published: 0.1")
 
     def importance_of(self, model: Recognizer) -> Importance:
         return {name: torch.ones_like(parameter) for name, parameter in self._trained(model)}

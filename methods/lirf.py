@@ -32,7 +32,7 @@ class LIRF(Method):
 
     name = "lirf"
     title = "LIRF"
-    defaults = {"lr": 1e-4}
+    defaults = {"lr": 1e-3}
     published = {"lr": 1e-4, "kd_columns": "slices"}
 
     @classmethod

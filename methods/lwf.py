@@ -22,14 +22,16 @@ class LwF(Method):
 
     name = "lwf"
     title = "LwF"
-    defaults = {"lr": 1e-4}
+    defaults = {"lr": 1e-3}
     # The published distillation takes the logarithm of a log-softmax, which is NaN, and sets NaN to 0.
     published = {"lr": 1e-4, "lambda_remain": 10.0, "lambda_kd": 0.0}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group("LwF (arXiv 1606.09282)")
-        group.add_argument("--lambda-remain", type=float, default=10.0, metavar="λ", help="weight λ_r of the replay")
+        group.add_argument(
+            "--lambda-remain", type=float, default=1.0, metavar="λ", help="weight λ_r of the replay (published: 10)"
+        )
         group.add_argument(
             "--lambda-kd",
             type=float,

@@ -18,13 +18,13 @@ class MAS(QuadraticPenalty):
 
     name = "mas"
     title = "MAS*"
-    defaults = {"lr": 1e-4}
+    defaults = {"lr": 3e-4}
     published = {"lr": 1e-4, "lambda_": 0.005, "importance": "batch"}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group("MAS (arXiv 1711.09601)")
-        cls.add_penalty_weight(group, 0.005, "published: 0.005")
+        cls.add_penalty_weight(group, 1e-5, "published: 0.005")
         group.add_argument(
             "--importance",
             choices=("image", "batch"),

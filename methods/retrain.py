@@ -14,7 +14,7 @@ class Retrain(Method):
 
     name = "retrain"
     title = "Retrain"
-    defaults = {"lr": 3e-4}
+    defaults = {"lr": 1e-3, "warmup_epochs": 1}
     published = {"lr": 3e-4, "warmup_epochs": 5}
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:

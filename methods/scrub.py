@@ -28,19 +28,19 @@ class SCRUB(Method):
 
     name = "scrub"
     title = "SCRUB"
-    defaults = {"lr": 1e-4, "weight_decay": 5e-4, "opt": "adam"}
-    published = {"lr": 1e-4, "gamma": 0.99, "kd_weight": 0.001, "kd_logits": "training"}
+    defaults = {"lr": 2e-4, "weight_decay": 5e-4, "opt": "adam"}
+    published = {"lr": 1e-4, "gamma": 0.99, "kd_weight": 0.001, "rounds": 10, "kd_logits": "training"}
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(f"{cls.title} (arXiv 2302.09880)")
         group.add_argument("--gamma", type=float, default=0.99, metavar="γ", help="weight γ of the replay (published: 0.99)")
         group.add_argument(
-            "--kd-weight", type=float, default=0.001, metavar="a", help="weight a of the min pass's KL (published: 0.001)"
+            "--kd-weight", type=float, default=0.1, metavar="a", help="weight a of the min pass's KL (published: 0.001)"
         )
         group.add_argument("--temperature", type=float, default=2.0, metavar="T", help="temperature of KL (published: 2)")
         group.add_argument(
-            "--rounds", type=int, default=10, metavar="N", help="rounds, at most one per two epochs (published: 10)"
+            "--rounds", type=int, default=2, metavar="N", help="rounds, at most one per two epochs (published: 10)"
         )
         group.add_argument(
             "--kd-logits",
