@@ -32,7 +32,7 @@ class FDR(Method):
             "--lambda",
             dest="lambda_",
             type=float,
-            default=5.0,
+            default=10.0,
             metavar="λ",
             help="weight λ of the distance (published: 50, of logits)",
         )
