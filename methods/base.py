@@ -21,7 +21,7 @@ from util.hardware import Hardware
 class Method(ABC):
     """Constructed once per run, told of each task. Subclass, override `loss`, and register in `methods/__init__.py`.
 
-    What `begin_task` leaves to the other functions: `task`, `train_set`, and `epochs`, the task's number of epochs.
+    What `begin_task` leaves to the other functions: `task` and `train_set`.
     """
 
     name: ClassVar[str]
@@ -30,6 +30,8 @@ class Method(ABC):
     defaults: ClassVar[dict[str, Any]] = {}
     # What --as-published sets: the readings and the values of the published code's four-task table.
     published: ClassVar[dict[str, Any]] = {}
+
+    epochs = 1  # of the task at hand; the trainer sets it
 
     def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
         self.args = args
@@ -53,7 +55,6 @@ class Method(ABC):
         """
         self.task = task
         self.train_set = train_set
-        self.epochs = self.args.epochs
         model.requires_grad_(True)
         model.head.requires_grad_(False)
 

@@ -123,7 +123,6 @@ class ContinualRun:
             self.results = self._new_results()
         steps = sum(plan.steps for plan in self.method.passes(0))
         epochs = max(self.args.epochs, -(-self.args.min_updates // steps))
-        self.method.epochs = epochs
         settings = replace(self.settings, epochs=epochs)
         trainer = Trainer(self.model, self.method, self.train_set, settings, self.args.seed, task.number)
         if self.args.resume and self.folder.last.exists():

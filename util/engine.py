@@ -62,6 +62,7 @@ class Trainer:
         self.hardware: Hardware = method.hardware
         self.seed, self.task = seed, task
         self.epoch = self.updates = 0
+        method.epochs = settings.epochs
         self.steps = [sum(plan.steps for plan in method.passes(epoch)) for epoch in range(settings.epochs)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         try:

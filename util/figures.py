@@ -92,16 +92,28 @@ def comparison_figure(comparison: Comparison) -> Figure:
                 colour = OWN_COLOURS.get(row.method, colours[number % len(colours)])
                 width = 3.0 if row.method in OWN_COLOURS else 1.3
                 style = {"marker": MARKERS[number % len(MARKERS)], "color": colour}
-                bars = stds if row.seeds > 1 else None
-                panel.errorbar(x, means, yerr=bars, label=row.label, capsize=3, linewidth=width, **style)
+                shift = 0.3 * (number / max(1, len(rows) - 1) - 0.5)  # side by side, not on top of each other
+                places = [place + shift for place in x]
+                bars = [[min(s, m) for m, s in zip(means, stds, strict=True)]]
+                bars.append([min(s, 100 - m) for m, s in zip(means, stds, strict=True)])
+                shown = bars if row.seeds > 1 else None
+                panel.errorbar(places, means, yerr=shown, label=row.label, capsize=3, linewidth=width, **style)
         panel.set_xticks(range(len(columns)), [f"task {column.task + 1}\n{column.setting}" for column in columns])
         panel.set_ylabel(f"{title} (%)")
-        panel.set_ylim(max(-1, panel.get_ylim()[0]), 101)
+        _stretch_towards_100(panel)
         panel.grid(alpha=0.3)
     axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
     figure.suptitle(f"{comparison.dataset['name']} ({comparison.dataset['classes']} classes), plain accuracy")
     figure.tight_layout()
     return figure
+
+
+def _stretch_towards_100(axes: plt.Axes) -> None:
+    """A logarithmic scale of the distance to 100 (102, to be exact): good methods differ by points, bad ones by tens."""
+    low = max(0.0, axes.dataLim.y0 - 1)
+    axes.set_yscale("function", functions=(lambda y: -np.log(np.maximum(102 - y, 1e-3)), lambda t: 102 - np.exp(-t)))
+    axes.set_yticks([tick for tick in (0, 20, 40, 60, 80, 90, 95, 98, 100) if tick >= low])
+    axes.set_ylim(low, 100.5)
 
 
 def sweep_figure(title: str, name: str, labels: Sequence[str], runs: Sequence[dict]) -> Figure:

@@ -94,6 +94,7 @@ def begin(make_recognizer, make_images, cpu) -> Callable[..., Begun]:
         method.begin_run(model, all_tasks, images)
         torch.manual_seed(11)
         method.begin_task(model, all_tasks[number - 1], images)
+        method.epochs = method.args.epochs  # as the trainer does
         if moved:
             move(model)
         return Begun(method, model, before, images, all_tasks)

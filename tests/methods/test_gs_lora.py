@@ -19,7 +19,6 @@ def arguments(*options: str) -> argparse.Namespace:
     GSLoRA.add_arguments(parser)
     args = parser.parse_args(options)
     args.batch_size = 8
-    args.epochs = 4
     return args
 
 

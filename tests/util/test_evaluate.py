@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from data.tasks import forgetting_tasks
-from util.evaluate import accuracies_after, accuracies_before, embed_images, predict
+from util.evaluate import accuracies_after, accuracies_before, embed_images, map_images, predict
 from util.metrics import h_mean
 
 
@@ -41,7 +41,7 @@ def test_embeddings_are_those_of_evaluation_mode_in_any_chunking(model, images, 
     model.train()
     once = embed_images(model, images, cpu)
     assert model.training, "the mode is put back"
-    torch.testing.assert_close(embed_images(model, images, cpu, batch_size=7), once)
+    torch.testing.assert_close(map_images(model, model.embed, images, cpu, batch_size=7), once)
     chosen = torch.tensor([4, 11, 29])
     torch.testing.assert_close(embed_images(model, images, cpu, chosen), once[chosen])
     model.eval()
