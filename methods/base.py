@@ -14,6 +14,7 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
+from util.arguments import option_name
 from util.errors import UsageError
 from util.hardware import Hardware
 
@@ -100,4 +101,4 @@ def refuse_negative(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 0:
-            raise UsageError(f"--{name.strip('_').replace('_', '-')} cannot be negative")
+            raise UsageError(f"{option_name(name)} cannot be negative")

@@ -6,14 +6,11 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask
-from methods.base import Method, refuse_negative
-from methods.distillation import Teacher
-from methods.relabel import wrong_labels
+from methods.base import refuse_negative
+from methods.distillation import RelabelAndMatch
 
 
-class DER(Method):
+class DER(RelabelAndMatch):
     """L = CE(z_f, ỹ) + λ · ‖h_r − h_r^teacher‖², h the label-free logits, the squared norm averaged over the batch."""
 
     name = "der"
@@ -44,15 +41,10 @@ class DER(Method):
     def check_arguments(cls, args: argparse.Namespace) -> None:
         refuse_negative(args, "lambda_")
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
-        self.teacher = Teacher(model, train_set, task.remain_indices, self.hardware)
-
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         embeddings = model.embed(batch.images)
         logits, labels, indices = map(batch.split, (model.head(embeddings), batch.labels, batch.indices))
-        wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
-        forget = model.head.loss_of_logits(logits["forget"], wrong)
+        forget = self.forget_loss(model, logits["forget"], labels["forget"])
         if self.args.distill_on == "logits":
             matched = (logits["remain"] - self.teacher.logits(indices["remain"])).square().sum(dim=1).mean()
         else:

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import Method
+from methods.relabel import wrong_labels
 from util.evaluate import embed_images
 from util.hardware import Hardware
 
@@ -23,22 +26,33 @@ class Teacher:
         with torch.no_grad():
             logits = model.head(embeddings)
         self._embeddings, self._logits = embeddings, logits
-        self._rows = rows_of(indices, len(train_set)).to(hardware.device)
+        rows = torch.full((len(train_set),), -1)
+        rows[indices.cpu()] = torch.arange(len(indices))
+        self._rows = rows.to(hardware.device)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Positions in the training set (B,) → places among the images that the teacher has seen (B,)."""
+        return self._rows[indices]
 
     def embeddings(self, indices: Tensor) -> Tensor:
         """Positions in the training set (B,) → embeddings (B, dim)."""
-        return self._embeddings[self._rows[indices]]
+        return self._embeddings[self.rows(indices)]
 
     def logits(self, indices: Tensor) -> Tensor:
         """Positions in the training set (B,) → label-free logits (B, classes)."""
-        return self._logits[self._rows[indices]]
+        return self._logits[self.rows(indices)]
 
 
-def rows_of(indices: Tensor, size: int) -> Tensor:
-    """A table (size,) that maps each of `indices` (N,) to its row 0 … N−1, and all else to −1."""
-    rows = torch.full((size,), -1)
-    rows[indices.cpu()] = torch.arange(len(indices))
-    return rows
+class RelabelAndMatch(Method):
+    """What LwF, DER and FDR share: D_f is relabelled, and a teacher's outputs on D_r are matched."""
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
+        super().begin_task(model, task, train_set)
+        self.teacher = Teacher(model, train_set, task.remain_indices, self.hardware)
+
+    def forget_loss(self, model: Recognizer, logits: Tensor, labels: Tensor) -> Tensor:
+        """CE(z_f, ỹ), from label-free logits (B, classes) and the true labels (B,)."""
+        return model.head.loss_of_logits(logits, wrong_labels(labels, logits.shape[1]))
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

@@ -6,14 +6,11 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask
-from methods.base import Method, refuse_negative
-from methods.distillation import Teacher
-from methods.relabel import wrong_labels
+from methods.base import refuse_negative
+from methods.distillation import RelabelAndMatch
 
 
-class FDR(Method):
+class FDR(RelabelAndMatch):
     """L = CE(z_f, ỹ) + λ · mean ‖p_r − p_r^teacher‖₂, p the softmax of the label-free logits, the mean over the batch.
 
     The published code takes the raw training logits for p. Their margins, equal on both sides, cancel with CosFace, so
@@ -47,14 +44,9 @@ class FDR(Method):
     def check_arguments(cls, args: argparse.Namespace) -> None:
         refuse_negative(args, "lambda_")
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
-        self.teacher = Teacher(model, train_set, task.remain_indices, self.hardware)
-
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, labels, indices = map(batch.split, (model(batch.images), batch.labels, batch.indices))
-        wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
-        forget = model.head.loss_of_logits(logits["forget"], wrong)
+        forget = self.forget_loss(model, logits["forget"], labels["forget"])
         outputs = [logits["remain"], self.teacher.logits(indices["remain"])]
         if self.args.distill_on == "probabilities":
             outputs = [each.softmax(dim=1) for each in outputs]

@@ -35,13 +35,13 @@ def image_importance(
     def of_one(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return objective(functional_call(model, parameters, (image[None],)), label[None])
 
-    # Fused attention has no batching rule: vmap would call it image by image.
     gradients = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")
     chunk = max(1, GRADIENT_BYTES // sum(4 * parameter.numel() for parameter in trained.values()))
 
     def of_chunk(images: Tensor, labels: Tensor) -> Importance:
         return {name: measure(g).sum(dim=0) for name, g in gradients(trained, images, labels).items()}
 
+    # Fused attention has no batching rule: vmap would call it image by image.
     with plain_attention(model):
         return _mean(model, of_chunk, image_set, indices, hardware, chunk, len(indices))
 

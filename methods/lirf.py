@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from backbone.halves import half_depth, lower_half, lower_parameters, mid_features, upper_half
+from backbone.halves import half_depth, lower_half, mid_features, upper_half
 from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, refuse_negative
-from methods.distillation import Teacher, kl_divergence, rows_of
+from methods.distillation import Teacher, kl_divergence
 from methods.relabel import wrong_labels
 from util.errors import UsageError
 from util.evaluate import map_images
@@ -74,17 +74,16 @@ class LIRF(Method):
         )
         self.teacher_maps = maps.clone()
         device = self.hardware.device
-        self.rows = rows_of(task.forget_indices, len(train_set)).to(device)
         forgotten = torch.zeros(len(train_set.classes), dtype=torch.bool)
         forgotten[list(task.forget) if self.args.kd_columns == "classes" else range(len(task.forget))] = True
         remaining = ~forgotten
         remaining[list(task.old)] &= self.args.kd_columns == "slices"
         self.forgotten, self.remaining = (mask.nonzero().flatten().to(device) for mask in (forgotten, remaining))
         model.requires_grad_(False)
-        for parameter in lower_parameters(model.backbone).values():
-            parameter.requires_grad_(True)
         # Part of the model while the task runs: optimised, moved to the device and saved for --resume with it.
         model.deposit = lower_half(model.backbone).requires_grad_(True)
+        for name, _ in model.deposit.named_parameters():
+            model.backbone.get_parameter(name).requires_grad_(True)
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         args = self.args
@@ -97,7 +96,7 @@ class LIRF(Method):
         forget = model.head.loss_of_logits(logits["forget"], wrong)
         kd = self._distillation(teacher, logits["forget"], self.remaining)
         maps = attention_map(batch.split(mid)["forget"])
-        attention = (maps - self.teacher_maps[self.rows[indices]]).square().mean()
+        attention = (maps - self.teacher_maps[self.teacher.rows(indices)]).square().mean()
         replay = model.head.loss_of_logits(logits["remain"], labels["remain"])
 
         kept = mid_features(model.deposit, model.normalize(batch.split(batch.images)["forget"]), self.depth)

@@ -6,15 +6,12 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask
-from methods.base import Method, refuse_negative
-from methods.distillation import Teacher, kl_divergence
-from methods.relabel import wrong_labels
+from methods.base import refuse_negative
+from methods.distillation import RelabelAndMatch, kl_divergence
 from util.errors import UsageError
 
 
-class LwF(Method):
+class LwF(RelabelAndMatch):
     """L = CE(z_f, ỹ) + λ_r · CE(z_r, y_r) + λ_kd · KL_T(teacher(x_r) ‖ student(x_r))
 
     The teacher is θ₀, the model that enters the task; distilled are the label-free logits.
@@ -47,15 +44,10 @@ class LwF(Method):
         if not args.temperature > 0:
             raise UsageError("--temperature must be above 0")
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
-        self.teacher = Teacher(model, train_set, task.remain_indices, self.hardware)
-
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, labels = batch.split(model(batch.images)), batch.split(batch.labels)
         indices = batch.split(batch.indices)["remain"]
-        wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
-        forget = model.head.loss_of_logits(logits["forget"], wrong)
+        forget = self.forget_loss(model, logits["forget"], labels["forget"])
         remain = model.head.loss_of_logits(logits["remain"], labels["remain"])
         distillation = kl_divergence(self.teacher.logits(indices), logits["remain"], self.args.temperature)
         total = forget + self.args.lambda_remain * remain + self.args.lambda_kd * distillation

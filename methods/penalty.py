@@ -1,6 +1,7 @@
 """What L2, EWC and MAS share: relabelling and replay in one stream, and a quadratic penalty on moving away from θ₀."""
 
 import argparse
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class QuadraticPenalty(Method):
         self.centre: dict[str, Tensor] = {}
         self.constant = torch.zeros(())
 
+    @abstractmethod
     def importance_of(self, model: Recognizer) -> Importance:
         """Ω of the model that enters the task, by parameter name."""
-        raise NotImplementedError
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
         super().begin_task(model, task, train_set)

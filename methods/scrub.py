@@ -106,19 +106,19 @@ class SCRUBS(SCRUB):
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
         super().begin_task(model, task, train_set)
-        trained = _trained(model)
-        self.average = AveragedModel(trained, multi_avg_fn=get_ema_multi_avg_fn(1 - AVERAGE_WEIGHT))
-        self.average.update_parameters(trained)  # the first call copies
+        self.trained = nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
+        self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(1 - AVERAGE_WEIGHT))
+        self.average.update_parameters(self.trained)  # the first call copies
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         losses = super().loss(model, batch)
-        pairs = zip(_trained(model), self.average.module, strict=True)
+        pairs = zip(self.trained, self.average.module, strict=True)
         distance = torch.stack([torch.linalg.vector_norm(p - average.detach()) for p, average in pairs]).sum()
         return losses | {"total": losses["total"] + self.args.rho * distance, "distance": distance}
 
     def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
         if self._place_in_round(epoch + 1) < self._place_in_round(epoch):  # the round is over
-            self.average.update_parameters(_trained(model))
+            self.average.update_parameters(self.trained)
         return {}
 
     def end_task(self, model: Recognizer) -> dict[str, Any]:
@@ -131,7 +131,3 @@ class SCRUBS(SCRUB):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.average.load_state_dict(state["average"])
-
-
-def _trained(model: Recognizer) -> nn.ParameterList:
-    return nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])

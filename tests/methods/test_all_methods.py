@@ -70,7 +70,8 @@ def test_beginning_a_task_changes_no_output_but_retrains(begin, name):
 def test_the_gradient_is_that_of_the_loss(begin, monkeypatch, name, pass_number):
     """Along the gradient the total rises as fast as the gradient is long, whatever its parts detach."""
     monkeypatch.setattr(sys.modules[METHODS[name].__module__], "wrong_labels", lambda y, n: (y + 1) % n, raising=False)
-    monkeypatch.setattr("methods.penalty.wrong_labels", lambda y, n: (y + 1) % n)
+    for shared in ("penalty", "distillation"):
+        monkeypatch.setattr(f"methods.{shared}.wrong_labels", lambda y, n: (y + 1) % n)
     begun = begin(name, *SHORT.get(name, ()))
     batch = begun.batch(pass_number)
     trained = [p for p in begun.model.parameters() if p.requires_grad]
@@ -198,7 +199,8 @@ def test_the_defaults_and_zero_weights_are_possible(name):
     parse_arguments(["--method", name, "--checkpoint", "x"])
     weights = [a for a in build_parser(METHODS[name])._actions if a.metavar in ("λ", "β", "γ", "a", "ρ", "w")]
     zeros = [text for action in weights for text in (action.option_strings[0], "0")]
-    parse_arguments(["--method", name, "--checkpoint", "x", *zeros])
+    args = parse_arguments(["--method", name, "--checkpoint", "x", *zeros])
+    assert all(getattr(args, action.dest) in (0, [0]) for action in weights)
 
 
 @ALL
