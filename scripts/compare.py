@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_forget
 from methods import METHODS, method_class
-from util.arguments import read_json, run_main
+from util.arguments import first_difference, read_json, run_main
 from util.continual import FREE_ON_RESUME
 from util.errors import RunError, UsageError
 from util.files import sha256
@@ -86,31 +86,25 @@ def make_jobs(args: argparse.Namespace, further: list[str]) -> list[Job]:
             if not jobs:
                 # What is wrong for all of them is found once, before any of them starts.
                 train_forget.assemble(parsed, choose_hardware("cpu"))
+                checkpoint_sha256 = sha256(parsed.checkpoint)
             jobs.append(Job(name, seed, folder, words))
             if args.overwrite or not folder.config.exists():
                 jobs[-1].arguments.append("--overwrite")
                 continue
-            check_same(folder, parsed)
+            check_same(folder, parsed, checkpoint_sha256)
             jobs[-1].finished = is_finished(folder, parsed.num_tasks)
             jobs[-1].arguments.append("--resume" if folder.last.exists() else "--overwrite")
     return jobs
 
 
-def check_same(folder: RunFolder, args: argparse.Namespace) -> None:
+def check_same(folder: RunFolder, args: argparse.Namespace, checkpoint_sha256: str) -> None:
     """Raise UsageError if the folder holds a run with other options or of another checkpoint."""
     config = read_json(folder.config)
-    saved = config.get("arguments", {})
-    now = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    different = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
-    different = [key for key in different if key not in {*FREE_ON_RESUME, "checkpoint"}]
     advice = "use --overwrite to replace it, or another output folder"
-    if different:
-        key = different[0]
-        raise UsageError(
-            f"{folder.path} holds a run with other options: --{key.replace('_', '-')} {saved.get(key)}, now {now.get(key)}; "
-            f"{advice}"
-        )
-    if args.checkpoint.is_file() and config.get("checkpoint_sha256") != sha256(args.checkpoint):
+    difference = first_difference(config.get("arguments", {}), args, {*FREE_ON_RESUME, "checkpoint"})
+    if difference is not None:
+        raise UsageError(f"{folder.path} holds a run with other options: {difference}; {advice}")
+    if config.get("checkpoint_sha256") != checkpoint_sha256:
         raise UsageError(f"{folder.path} holds a run from another checkpoint than {args.checkpoint}; {advice}")
 
 

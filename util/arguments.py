@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -140,12 +140,30 @@ def _fail(name: str, message: str, code: int) -> None:
     sys.exit(code)
 
 
+def plain_arguments(args: argparse.Namespace) -> dict:
+    """Every argument, as JSON can hold it."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def option_name(key: str) -> str:
+    """The option of an argument: lambda_ → --lambda."""
+    return f"--{key.strip('_').replace('_', '-')}"
+
+
+def first_difference(saved: dict, args: argparse.Namespace, free: Collection[str]) -> str | None:
+    """The first option, but for those in `free`, in which `args` are not the saved arguments: "--rank 4, now 8"."""
+    now = plain_arguments(args)
+    for key in sorted(saved.keys() | now.keys()):
+        if key not in free and saved.get(key) != now.get(key):
+            return f"{option_name(key)} {saved.get(key)}, now {now.get(key)}"
+    return None
+
+
 def describe_run(args: argparse.Namespace, hardware_line: str) -> dict:
     """The content of config.json: every argument, package versions, git commit, device, seed."""
-    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     return {
         "script": Path(sys.argv[0]).name,
-        "arguments": arguments,
+        "arguments": plain_arguments(args),
         "seed": args.seed,
         "device": hardware_line,
         "python": platform.python_version(),

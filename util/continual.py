@@ -13,6 +13,7 @@ from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
+from util.arguments import first_difference, plain_arguments
 from util.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -145,25 +146,19 @@ class ContinualRun:
 
     def _after_epoch(self, trainer: Trainer, task: ForgettingTask, writer: SummaryWriter) -> None:
         if trainer.epoch % self.args.save_every == 0 or trainer.epoch == trainer.settings.epochs:
-            torch_save(self.folder.last, trainer.state_dict() | {"arguments": self._arguments()})
+            torch_save(self.folder.last, trainer.state_dict() | {"arguments": json.dumps(plain_arguments(self.args))})
         if self.args.eval_every and trainer.epoch % self.args.eval_every == 0:
             now = predict(self.model, self.test_set, self.hardware)
             for name, value in accuracies_after(now, task, accuracies_before(self.pretrained, task)).items():
                 if value is not None:
                     writer.add_scalar(f"task_{task.number}/test/{name}", value, trainer.epoch)
 
-    def _arguments(self) -> str:
-        arguments = {key: str(value) for key, value in vars(self.args).items() if key not in FREE_ON_RESUME}
-        return json.dumps(arguments, sort_keys=True)
-
     def _check_same_run(self, state: dict) -> None:
-        saved, now = json.loads(state.get("arguments", "{}")), json.loads(self._arguments())
-        different = sorted(key for key in saved.keys() | now.keys() if saved.get(key) != now.get(key))
-        if different:
-            key = different[0]
+        difference = first_difference(json.loads(state.get("arguments", "{}")), self.args, FREE_ON_RESUME)
+        if difference is not None:
             raise UsageError(
-                f"--resume: {self.folder.path} was started with other options: --{key.replace('_', '-')} "
-                f"{saved.get(key)}, now {now.get(key)}; repeat the first command, or use --overwrite"
+                f"--resume: {self.folder.path} was started with other options: {difference}; repeat the first command, or "
+                f"use --overwrite"
             )
 
     def _keep(self, task: ForgettingTask, left: dict, entry: dict) -> None:
