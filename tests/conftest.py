@@ -1,15 +1,23 @@
 """Small data and models that the tests share. No test touches the user's cache or the repository's exps folder."""
 
+import json
 import os
+import runpy
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet
 from util.hardware import Hardware
+
+ROOT = Path(__file__).parents[1]
+# 4×4 tokens of 16 pixels: an epoch takes milliseconds.
+SMALL = ("--image-size", "32", "--depth", "2")
 
 
 @pytest.fixture(autouse=True)
@@ -57,3 +65,51 @@ def coloured_images(num_classes: int = 6, per_class: int = 8, image_size: int = 
 @pytest.fixture
 def make_images():
     return partial(coloured_images)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script as a user would; returns exit code, standard output and standard error."""
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def write_folder(root: Path, train, test) -> Path:
+    for split, images in (("train", train), ("test", test)):
+        for number, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+            folder = root / split / images.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory) -> Path:
+    train, test = coloured_images(10, 12, 32), coloured_images(10, 4, 32, seed=1)
+    return write_folder(tmp_path_factory.mktemp("data") / "colours", train, test)
+
+
+@pytest.fixture
+def trained(colours, command, tmp_path_factory, request) -> Path:
+    """A pre-trained checkpoint, made once a session."""
+    folder = tmp_path_factory.getbasetemp() / "pretrained"
+    if not (folder / "checkpoint.pth").exists():
+        options = ("--epochs", 20, "--batch-size", 24, "--lr", "2e-3", "--output-dir", folder)
+        code, out, err = command("train_pretrain.py", "--data", colours, *SMALL, *options)
+        assert code == 0, err
+        assert "test accuracy" in out
+    return folder / "checkpoint.pth"
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())

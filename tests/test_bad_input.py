@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from tests.test_command_lines import SMALL, colours, command, forget_options, results_of, run_folder, trained  # noqa: F401
+from tests.conftest import SMALL, results_of
+from tests.test_command_lines import forget_options, run_folder  # noqa: F401
 
 
 def refused(result, code: int, message: str) -> None:
@@ -39,7 +40,7 @@ def refused(result, code: int, message: str) -> None:
         (["--resume", "--overwrite"], "it excludes --overwrite"),
     ],
 )
-def test_impossible_requests(options, message, trained, colours, command, tmp_path):  # noqa: F811
+def test_impossible_requests(options, message, trained, colours, command, tmp_path):
     output = tmp_path / "run"
     refused(command("train_forget.py", *forget_options(trained, colours, output), *options), 2, message)
     assert not list(tmp_path.rglob("*.pth"))
@@ -60,12 +61,12 @@ def test_impossible_requests(options, message, trained, colours, command, tmp_pa
         (["--data", "synthetic_faces", "--identities", 1], "identities is 1; give at least 2"),
     ],
 )
-def test_impossible_pre_training(options, message, colours, command, tmp_path):  # noqa: F811
+def test_impossible_pre_training(options, message, colours, command, tmp_path):
     refused(command("train_pretrain.py", "--data", colours, "--output-dir", tmp_path / "p", *options), 2, message)
     assert not (tmp_path / "p").exists()
 
 
-def test_a_damaged_image_is_named_and_nothing_is_written(trained, colours, command, tmp_path):  # noqa: F811
+def test_a_damaged_image_is_named_and_nothing_is_written(trained, colours, command, tmp_path):
     data = shutil.copytree(colours, tmp_path / "damaged")
     victim = next((data / "train" / "c4").iterdir())
     victim.write_bytes(victim.read_bytes()[:100])
@@ -75,7 +76,7 @@ def test_a_damaged_image_is_named_and_nothing_is_written(trained, colours, comma
     assert {path.name for path in tmp_path.iterdir()} == {"damaged"}
 
 
-def test_checkpoints_that_do_not_fit(trained, colours, command, tmp_path):  # noqa: F811
+def test_checkpoints_that_do_not_fit(trained, colours, command, tmp_path):
     fewer = shutil.copytree(colours, tmp_path / "fewer")
     for split in ("train", "test"):
         shutil.rmtree(fewer / split / "c9")
@@ -112,7 +113,7 @@ class Malicious:
         return print, ("code ran",)
 
 
-def test_damaged_and_dangerous_files_are_refused(trained, colours, command, tmp_path):  # noqa: F811
+def test_damaged_and_dangerous_files_are_refused(trained, colours, command, tmp_path):
     truncated, dangerous, text = tmp_path / "truncated.pth", tmp_path / "dangerous.pth", tmp_path / "text.pth"
     truncated.write_bytes(trained.read_bytes()[:5000])
     torch.save({"format": Malicious()}, dangerous)
@@ -127,14 +128,14 @@ def test_damaged_and_dangerous_files_are_refused(trained, colours, command, tmp_
     refused(command("test.py", *options), 1, "not a readable safetensors file")
 
 
-def test_a_loss_that_is_not_finite_keeps_what_was_finished(trained, colours, command, tmp_path):  # noqa: F811
+def test_a_loss_that_is_not_finite_keeps_what_was_finished(trained, colours, command, tmp_path):
     options = [*forget_options(trained, colours, tmp_path / "run"), "--lr", "1e30", "--precision", "fp32"]
     refused(command("train_forget.py", *options), 1, "the loss is not finite")
     assert not (tmp_path / "run" / "results.json").exists()
     assert not list((tmp_path / "run").rglob("*.pth"))
 
 
-def test_a_full_disk_gets_one_line_and_leaves_the_last_good_state(trained, colours, command, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_gets_one_line_and_leaves_the_last_good_state(trained, colours, command, tmp_path, monkeypatch):
     import errno
 
     from util import files

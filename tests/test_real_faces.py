@@ -1,9 +1,9 @@
 """A short run on real faces, through the command lines."""
 
-from tests.test_command_lines import command, results_of  # noqa: F401
+from tests.conftest import results_of
 
 
-def test_a_recogniser_of_real_faces_forgets_some_and_keeps_the_rest(faces, command, tmp_path):  # noqa: F811
+def test_a_recogniser_of_real_faces_forgets_some_and_keeps_the_rest(faces, command, tmp_path):
     options = ("--data", faces / "orl40", "--output-dir", tmp_path / "pretrained", "--epochs", 80)
     code, _, err = command("train_pretrain.py", *options)
     assert code == 0, err

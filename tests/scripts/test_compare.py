@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from methods import METHODS
-from tests.test_command_lines import colours, command, results_of, trained  # noqa: F401
+from tests.conftest import results_of
 
 
 @pytest.fixture
-def further(trained, colours):  # noqa: F811
+def further(trained, colours):
     """What goes to train_forget.py: two tasks of one epoch."""
     shared = ("--checkpoint", trained, "--data", colours, "--num-tasks", 2, "--forget-per-task", 2)
     return ("--", *shared, "--epochs", 1, "--batch-size", 24, "--data-ratio", 1)
@@ -25,7 +25,7 @@ def rows_of(text: str, table: int = 0) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
 
 
-def test_all_methods_end_in_one_table(command, further, tmp_path):  # noqa: F811
+def test_all_methods_end_in_one_table(command, further, tmp_path):
     code, out, err = command("scripts/compare.py", "--methods", "all", "--output-dir", tmp_path, *further)
     assert code == 0, err
     titles = [method.title for method in METHODS.values()]
@@ -44,7 +44,7 @@ def test_all_methods_end_in_one_table(command, further, tmp_path):  # noqa: F811
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
-def test_seeds_are_averaged_and_finished_runs_not_repeated(command, further, tmp_path):  # noqa: F811
+def test_seeds_are_averaged_and_finished_runs_not_repeated(command, further, tmp_path):
     arguments = ("scripts/compare.py", "--methods", "l2", "gs_lora", "--output-dir", tmp_path)
     code, out, err = command(*arguments, "--seeds", 1337, 1, *further)
     assert code == 0, err
@@ -67,7 +67,7 @@ def test_seeds_are_averaged_and_finished_runs_not_repeated(command, further, tmp
     assert json.loads((tmp_path / "l2-seed1337" / "config.json").read_text())["arguments"]["epochs"] == 2
 
 
-def test_runs_from_another_checkpoint_are_not_taken_for_these(command, further, trained, tmp_path):  # noqa: F811
+def test_runs_from_another_checkpoint_are_not_taken_for_these(command, further, trained, tmp_path):
     own = tmp_path / "own.pth"
     words = [own if word == trained else word for word in further]
     own.write_bytes(trained.read_bytes())
@@ -83,7 +83,7 @@ def test_runs_from_another_checkpoint_are_not_taken_for_these(command, further, 
     assert "holds a run from another checkpoint" in err
 
 
-def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch):  # noqa: F811
+def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch):
     from util import continual
 
     keep = continual.ContinualRun._after_epoch
@@ -106,7 +106,7 @@ def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("gpus", [(), ("0", "1")])
-def test_a_method_that_fails_does_not_stop_the_others(command, further, tmp_path, gpus):  # noqa: F811
+def test_a_method_that_fails_does_not_stop_the_others(command, further, tmp_path, gpus):
     """Once in this process, once dealt out to processes of their own (which see no such device, and use the CPU)."""
     broken = ("--options", "der", " --lr 1e30")
     methods = ("--methods", "der", "l2", "--gpus", *gpus)
@@ -119,7 +119,7 @@ def test_a_method_that_fails_does_not_stop_the_others(command, further, tmp_path
     assert len(results_of(tmp_path / "l2-seed1337")["tasks"]) == 2
 
 
-def test_a_crash_is_reported_in_its_row_and_kept_in_its_log(command, further, tmp_path, monkeypatch):  # noqa: F811
+def test_a_crash_is_reported_in_its_row_and_kept_in_its_log(command, further, tmp_path, monkeypatch):
     def crash(*_):
         raise ZeroDivisionError("no such luck")
 
@@ -131,7 +131,7 @@ def test_a_crash_is_reported_in_its_row_and_kept_in_its_log(command, further, tm
     assert "Traceback" not in err
 
 
-def test_wrong_requests_end_before_anything_runs(command, further, tmp_path):  # noqa: F811
+def test_wrong_requests_end_before_anything_runs(command, further, tmp_path):
     for options, message in (
         (("--methods", "l3"), "unknown method 'l3'"),
         (("--methods", "l2", "--options", "l3", "--lr 1"), "unknown method 'l3'"),
@@ -144,7 +144,7 @@ def test_wrong_requests_end_before_anything_runs(command, further, tmp_path):  #
         assert not [*tmp_path.iterdir()]
 
 
-def test_any_results_merge_into_a_table(command, further, tmp_path):  # noqa: F811
+def test_any_results_merge_into_a_table(command, further, tmp_path):
     runs = tmp_path / "runs"
     command("scripts/compare.py", "--methods", "l2", "ewc", "--seeds", 1337, 1, "--output-dir", runs, *further)
     files = sorted(runs.glob("*/results.json"))
@@ -166,7 +166,7 @@ def test_any_results_merge_into_a_table(command, further, tmp_path):  # noqa: F8
         assert message in err
 
 
-def test_a_search_sets_the_points_of_a_grid_side_by_side(command, further, tmp_path):  # noqa: F811
+def test_a_search_sets_the_points_of_a_grid_side_by_side(command, further, tmp_path):
     grid = ("--grid", "lr=1e-4,1e-2", "beta=0.1+0.2")
     arguments = ("scripts/search.py", "--method", "gs_lora", *grid, "--output-dir", tmp_path, *further)
     code, _out, err = command(*arguments, "--validation-share", 0.25)

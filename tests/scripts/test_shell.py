@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_command_lines import colours, results_of  # noqa: F401
+from tests.conftest import results_of
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("backbone", "data", "methods", "scripts", "util")
@@ -29,7 +29,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def script(copy, colours, tmp_path, monkeypatch):  # noqa: F811
+def script(copy, colours, tmp_path, monkeypatch):
     """Run one of the scripts on the small images, with one epoch of everything."""
 
     def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
