@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from backbone.recognizer import Recognizer, forward_flops
+from data.batches import Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask, forgetting_tasks
 from methods import METHODS, method_class
@@ -17,6 +19,7 @@ from methods.base import Method
 from util.arguments import (
     HelpFormatter,
     add_data_arguments,
+    add_fast_path_arguments,
     add_hardware_arguments,
     add_optimization_arguments,
     check_optimization,
@@ -27,6 +30,7 @@ from util.arguments import (
 )
 from util.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.continual import ContinualRun
+from util.engine import epochs_of_task
 from util.errors import UsageError
 from util.files import sha256, write_json
 from util.hardware import Hardware
@@ -86,6 +90,7 @@ def build_parser(method: type[Method]) -> argparse.ArgumentParser:
         "--min-updates", type=int, default=0, metavar="N", help="more epochs for a task whose images make fewer updates"
     )
     add_hardware_arguments(parser)
+    add_fast_path_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="none: exps/<method>-<dataset>-<setting>-seed<seed>")
     group.add_argument("--eval-every", type=int, default=0, metavar="N", help="log test accuracies every N epochs; 0: no")
@@ -115,6 +120,15 @@ def make_tasks(args: argparse.Namespace, train_set: ImageSet) -> list[Forgetting
     )
 
 
+def planned_work(args: argparse.Namespace, model: Recognizer, tasks: list[ForgettingTask]) -> float:
+    """About how many FLOPs the run's training will take: forward and twice as much backward, for paired batches."""
+    images = 0
+    for task in tasks:
+        plan = Pass({"forget": task.forget_indices, "remain": task.remain_indices}, args.batch_size)
+        images += epochs_of_task(args, plan.steps) * plan.steps * sum(plan.sizes.values())
+    return 3 * images * forward_flops(model)
+
+
 def load_pretrained(args: argparse.Namespace) -> Checkpoint:
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     if checkpoint.forgotten:
@@ -140,10 +154,12 @@ def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = hardware_of(args)
     pretrained, data, tasks = assemble(args, hardware)
+    hardware = hardware.decide(planned_work(args, pretrained.model, tasks))
     name = f"{args.method}-{data[0].name}-{tasks[0].setting}-seed{args.seed}"
     folder = RunFolder(args.output_dir or Path("exps") / name)
     folder.prepare(args.overwrite, args.resume)
-    write_json(folder.config, describe_run(args, hardware.describe()) | {"checkpoint_sha256": sha256(args.checkpoint)})
+    config = describe_run(args, hardware, data[0].images.device) | {"checkpoint_sha256": sha256(args.checkpoint)}
+    write_json(folder.config, config)
 
     model = hardware.place(pretrained.model)
     print(

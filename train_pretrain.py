@@ -14,11 +14,12 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from backbone.heads import HEADS
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops
 from methods.pretrain import Pretrain
 from util.arguments import (
     HelpFormatter,
     add_data_arguments,
+    add_fast_path_arguments,
     add_hardware_arguments,
     add_optimization_arguments,
     check_optimization,
@@ -51,6 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
     add_optimization_arguments(parser, batch_size=48, lr=1e-3, weight_decay=0.05, opt="adamw")
     add_hardware_arguments(parser)
+    add_fast_path_arguments(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")
     group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
@@ -90,10 +92,12 @@ def main(argv: list[str] | None) -> None:
     image_size = args.image_size or default_image_size(args.model)
     train_set, test_set = load_data_of(args, image_size, hardware.device)
     choose_epochs(args, len(train_set))
-    model = hardware.place(build_model(args, len(train_set.classes), image_size))
+    model = build_model(args, len(train_set.classes), image_size)
+    hardware = hardware.decide(3 * args.epochs * len(train_set) * forward_flops(model))
+    hardware.place(model)
     output = args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}"
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", describe_run(args, hardware.describe()))
+    write_json(output / "config.json", describe_run(args, hardware, train_set.images.device))
     print(
         f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
         f"{len(train_set.classes)} classes, {len(train_set)} images of {image_size}×{image_size}, {hardware.describe()}"

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import face_transformer  # noqa: F401  registers the Face Transformers with timm
 from backbone.heads import HEADS
@@ -61,6 +62,15 @@ class Recognizer(nn.Module):
 
     def num_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def forward_flops(model: Recognizer) -> int:
+    """Floating-point operations of one image's forward pass: matrix products, convolutions and attention."""
+    size = model.architecture.image_size
+    image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.head.weight.device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops()
 
 
 def default_image_size(model: str) -> int:

@@ -79,7 +79,7 @@ def _mean(
     total: Importance = {}
     for positions in indices.to(image_set.images.device).split(chunk):
         images, labels = image_set.images[positions].to(hardware.device), image_set.labels[positions].to(hardware.device)
-        with hardware.autocast():
+        with hardware.autocast(), hardware.eager():
             part = of_chunk(images, labels)
         total = {name: total[name] + value.detach() for name, value in part.items()} if total else part
     model.train(was_training)

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import inspect
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from data import load_data
 from data.image_set import ImageSet
 from data.tasks import split_validation
 from util.errors import RunError, UsageError
-from util.hardware import Hardware, choose_hardware
+from util.hardware import Hardware, choose_hardware, keep_freed_memory
 
 SYNTHETIC = "synthetic_faces"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
@@ -68,25 +69,45 @@ def load_data_of(args: argparse.Namespace, image_size: int, device: torch.device
     if args.validation_share is not None:
         split = split_validation(train_set.labels, len(train_set.classes), args.validation_share)
         train_set, test_set = map(train_set.subset, split)
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * train_set.images.nbytes:
+    if args.images == "device" or (args.images == "auto" and has_room(device, train_set.images.nbytes)):
         return train_set.to(device), test_set.to(device)
     return train_set, test_set
 
 
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether `size` bytes of images leave most of the device's free memory to the model."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * size
+
+
 def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every script that runs a model."""
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument(
-        "--precision", choices=("auto", "bf16", "fp32"), default="auto", help="auto: bf16 where the hardware has it"
-    )
-    group.add_argument(
-        "--attention", choices=("auto", "fused", "plain"), default="auto", help="auto: fused on CUDA, plain on a CPU"
-    )
+    _add_choice(group, "precision", ("bf16", "fp32"), "auto: bf16 where the hardware has it")
+    _add_choice(group, "attention", ("fused", "plain"), "auto: fused on CUDA, plain on a CPU")
+    _add_choice(group, "keep-memory", ("on", "off"), "do not hand freed memory back to the system; auto: on, on a CPU")
+    _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
+
+
+def add_fast_path_arguments(parser: argparse.ArgumentParser) -> None:
+    """Further ones of the scripts that train."""
+    group = parser.add_argument_group("fast path")
+    _add_choice(group, "compile", ("on", "off"), "torch.compile the blocks; auto: if the run is long enough to gain")
+    _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where blocks are compiled for CUDA")
+    _add_choice(group, "dropout", ("fast", "torch"), "how masks are drawn; auto: fast on a CPU, torch's on CUDA")
+    _add_choice(group, "fused-optimizer", ("on", "off"), "one kernel a step; auto: on, for the optimizers that have one")
+
+
+def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, str], help: str) -> None:
+    group.add_argument(f"--{name}", choices=("auto", *choices), default="auto", help=help)
 
 
 def hardware_of(args: argparse.Namespace) -> Hardware:
-    """The hardware that the arguments of `add_hardware_arguments` choose."""
-    return choose_hardware(args.device, args.precision, args.attention)
+    """The hardware that the arguments above choose. Sets the process's memory allocation up as well."""
+    names = inspect.signature(choose_hardware).parameters
+    hardware = choose_hardware(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    keep_freed_memory(hardware.device.type == "cpu" if args.keep_memory == "auto" else args.keep_memory == "on")
+    return hardware
 
 
 def add_optimization_arguments(parser: argparse.ArgumentParser, **defaults: object) -> None:
@@ -159,13 +180,14 @@ def first_difference(saved: dict, args: argparse.Namespace, free: Collection[str
     return None
 
 
-def describe_run(args: argparse.Namespace, hardware_line: str) -> dict:
-    """The content of config.json: every argument, package versions, git commit, device, seed."""
+def describe_run(args: argparse.Namespace, hardware: Hardware, images: torch.device) -> dict:
+    """The content of config.json: every argument, package versions, git commit, device, seed, what auto came to."""
     return {
         "script": Path(sys.argv[0]).name,
         "arguments": plain_arguments(args),
         "seed": args.seed,
-        "device": hardware_line,
+        "device": hardware.describe(),
+        "hardware": hardware.as_dict() | {"images": str(images)},
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in PACKAGES},
         "git_commit": _git_commit(),

@@ -23,7 +23,7 @@ from util.checkpoint import (
     torch_load,
     torch_save,
 )
-from util.engine import Optimization, Trainer, derived_seed
+from util.engine import Optimization, Trainer, derived_seed, epochs_of_task
 from util.errors import UsageError
 from util.evaluate import accuracies_after, accuracies_before, predict
 from util.files import save_tensors
@@ -123,8 +123,7 @@ class ContinualRun:
         if self.results is None:
             self.results = self._new_results()
         steps = sum(plan.steps for plan in self.method.passes(0))
-        epochs = max(self.args.epochs, -(-self.args.min_updates // steps))
-        settings = replace(self.settings, epochs=epochs)
+        settings = replace(self.settings, epochs=epochs_of_task(self.args, steps))
         trainer = Trainer(self.model, self.method, self.train_set, settings, self.args.seed, task.number)
         if self.args.resume and self.folder.last.exists():
             state = torch_load(self.folder.last)

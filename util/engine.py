@@ -21,6 +21,9 @@ from util.errors import RunError, UsageError
 from util.hardware import Hardware
 from util.monitor import Monitor
 
+# Those of timm's names that stand for torch optimizers with a fused kernel on every device.
+FUSED_OPTIMIZERS = {"adam", "adamw", "sgd", "nesterov", "momentum"}
+
 
 @dataclass
 class Optimization:
@@ -38,6 +41,11 @@ class Optimization:
     def of(cls, args: argparse.Namespace) -> "Optimization":
         """The options of `util.arguments.add_optimization_arguments`."""
         return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
+def epochs_of_task(args: argparse.Namespace, steps: int) -> int:
+    """--epochs, or more where an epoch's `steps` would make fewer than --min-updates updates."""
+    return max(args.epochs, -(-args.min_updates // steps))
 
 
 @dataclass
@@ -59,19 +67,14 @@ class Trainer:
         self, model: Recognizer, method: Method, train_set: ImageSet, settings: Optimization, seed: int, task: int = 0
     ) -> None:
         self.model, self.method, self.train_set, self.settings = model, method, train_set, settings
-        self.hardware: Hardware = method.hardware
+        self.hardware = method.hardware
         self.seed, self.task = seed, task
         self.epoch = self.updates = 0
         method.epochs = settings.epochs
         self.steps = [sum(plan.steps for plan in method.passes(epoch)) for epoch in range(settings.epochs)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        try:
-            # Handed the module, timm spares biases and norms the weight decay and leaves frozen parameters out.
-            self.optimizer = create_optimizer_v2(
-                model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay
-            )
-        except ValueError as error:
-            raise UsageError(f"--opt {settings.opt}: {error}") from None
+        self.optimizer = make_optimizer(model, settings, self.hardware)
+        self.hardware.prepare(model)
         warmup = sum(self.steps[: settings.warmup_epochs])
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -113,6 +116,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.task, self.epoch, number))
         for batch in batches(self.train_set, plan, generator, self.hardware.device):
             self.scheduler.step_update(self.updates)
+            self.hardware.begin_step()
             with self.hardware.autocast():
                 losses = self.method.loss(self.model, batch)
             losses["total"].backward()
@@ -151,6 +155,18 @@ class Trainer:
         except (KeyError, ValueError, RuntimeError) as error:
             line = str(error).splitlines()[0]
             raise RunError(f"checkpoints/last.pth belongs to another run ({line}); use --overwrite to start anew") from None
+
+
+def make_optimizer(model: Recognizer, settings: Optimization, hardware: Hardware) -> torch.optim.Optimizer:
+    """The optimizer named by `settings.opt`, one fused kernel a step where it has that. Raises UsageError if unknown."""
+    fused = {"fused": True} if hardware.fused_optimizer and settings.opt in FUSED_OPTIMIZERS else {}
+    try:
+        # Handed the module, timm spares biases and norms the weight decay and leaves frozen parameters out.
+        return create_optimizer_v2(
+            model, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, **fused
+        )
+    except ValueError as error:
+        raise UsageError(f"--opt {settings.opt}: {error}") from None
 
 
 def derived_seed(*parts: int) -> int:

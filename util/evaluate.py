@@ -47,7 +47,7 @@ def map_images(
     image_set: ImageSet,
     hardware: Hardware,
     indices: Tensor | None = None,
-    batch_size: int = 512,
+    batch_size: int | None = None,
 ) -> Tensor:
     """`function` of the images (of those at `indices`), uint8 (B, 3, H, W) → (B, …), in float32 on the device.
 
@@ -57,10 +57,12 @@ def map_images(
     model.eval()
     count = len(image_set) if indices is None else len(indices)
     chunks = []
+    batch_size = batch_size or hardware.eval_batch
     for start in range(0, count, batch_size):
         rows = slice(start, start + batch_size)
         images = image_set.images[rows if indices is None else indices[rows].to(image_set.images.device)]
-        with hardware.autocast():
+        # Large batches, the last of another shape: there is little to gain from compiling for them.
+        with hardware.autocast(), hardware.eager():
             chunks.append(function(images.to(hardware.device, non_blocking=True)).float())
     model.train(was_training)
     return torch.cat(chunks)

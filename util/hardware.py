@@ -1,40 +1,103 @@
-"""What the machine offers: the device, the precision of matrix products, and the attention that is fastest there."""
+"""What the machine offers, and the fast path: every choice that depends on the machine is made here.
+
+Each part is automatic, can be switched off alone (`util.arguments.add_fast_path_arguments`), and is worth what
+`scripts/benchmark.py` measures for it.
+"""
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
 
+from backbone.dropout import replace_dropout
 from util.errors import UsageError
 
 ModelType = TypeVar("ModelType", bound=torch.nn.Module)
 
+# Training arithmetic, in FLOPs, from which on compiling pays for itself twice over. CPU: measured, it takes 10 to 25
+# seconds and then saves 0.4 s per TFLOP on two cores. CUDA: an estimate, from half a minute of compiling.
+WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
+# One function is compiled anew for each shape of batch, mode, and kind of block; past the limit it would run eagerly.
+RECOMPILE_LIMIT = 64
+# Names in glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device a run uses, whether its forward passes run under bf16 autocast, and whether attention is fused."""
+    """The device and the parts of the fast path. `compile` and `cuda_graphs` are None until `decide` knows the work."""
 
     device: torch.device
     bf16: bool
     fused_attention: bool = False
+    fast_dropout: bool = False
+    fused_optimizer: bool = False
+    compile: bool | None = False
+    cuda_graphs: bool | None = False
 
     def place(self, model: ModelType) -> ModelType:
-        """Move a model to the device and set the attention of all its blocks (timm's `fused_attn`)."""
+        """Move a model to the device and choose the attention (timm's `fused_attn`) and the dropout of all its blocks."""
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = self.fused_attention
+        replace_dropout(model, self.fast_dropout)
         return model.to(self.device)
+
+    def decide(self, work: float) -> "Hardware":
+        """Settle what is still open for `work` FLOPs of training: compile where that pays and the machine can."""
+        compiles = self.compile
+        if compiles is None:
+            compiles = work >= WORTH_COMPILING[self.device.type] and can_compile(self.device)
+        elif compiles and not can_compile(self.device):
+            raise UsageError("--compile on: torch.compile does not work here (is there a C++ compiler?); use --compile off")
+        graphs = compiles and self.device.type == "cuda" and self.cuda_graphs is not False
+        return replace(self, compile=compiles, cuda_graphs=graphs)
+
+    def prepare(self, model: torch.nn.Module) -> None:
+        """Compile the transformer blocks, in place; at each block's first call. One block's code serves all of them."""
+        if not self.compile:
+            return
+        import torch._dynamo  # takes seconds: only where it is used
+
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        mode = "reduce-overhead" if self.cuda_graphs else None
+        for module in model.modules():
+            for block in getattr(module, "blocks", ()):
+                # A shape keeps its own code, whatever came before it: a resumed run computes what the first one did.
+                block.compile(mode=mode, dynamic=False)
+
+    def eager(self) -> contextlib.AbstractContextManager:
+        """Inside, compiled blocks run as they were written: for shapes that come once, and under `torch.func`."""
+        return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
+
+    def begin_step(self) -> None:
+        """Before every step: CUDA graphs may reuse the memory of the step before."""
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
+    @property
+    def eval_batch(self) -> int:
+        """Images of one forward pass without gradients. On a CPU a small batch stays in the caches: 1.5 times as fast."""
+        return 512 if self.device.type == "cuda" else 64
+
     def describe(self) -> str:
+        """The one line that scripts print at their start."""
         is_cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if is_cuda else f"{torch.get_num_threads()} CPU threads"
-        attention = "fused" if self.fused_attention else "plain"
-        return f"{self.device.type} ({name}), {'bf16 autocast' if self.bf16 else 'fp32'}, {attention} attention"
+        parts = ["bf16 autocast" if self.bf16 else "fp32", f"{'fused' if self.fused_attention else 'plain'} attention"]
+        parts += ["fast dropout"] * self.fast_dropout + ["fused optimizer"] * self.fused_optimizer
+        parts += ["compiled blocks"] * bool(self.compile) + ["CUDA graphs"] * bool(self.cuda_graphs)
+        return f"{self.device.type} ({name}), {', '.join(parts)}"
+
+    def as_dict(self) -> dict:
+        """For config.json."""
+        return asdict(self) | {"device": str(self.device)}
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -51,6 +114,81 @@ class Hardware:
             torch.cuda.reset_peak_memory_stats(self.device)
 
 
+def choose_hardware(
+    device: str = "auto",
+    precision: str = "auto",
+    attention: str = "auto",
+    dropout: str = "auto",
+    fused_optimizer: str = "auto",
+    compile: str = "auto",
+    cuda_graphs: str = "auto",
+) -> Hardware:
+    """Resolve the options of these names. Raises UsageError for a device that is not there."""
+    chosen = _device(device)
+    on_cpu = chosen.type == "cpu"
+    return Hardware(
+        chosen,
+        bf16=has_fast_bf16(chosen) if precision == "auto" else precision == "bf16",
+        # On a CPU the backward pass of scaled_dot_product_attention costs more than all else at 50 tokens, and about as
+        # much as two matrix products and a softmax at 197.
+        fused_attention=_choice(attention, "fused", not on_cpu),
+        fast_dropout=_choice(dropout, "fast", on_cpu),
+        fused_optimizer=_choice(fused_optimizer, "on", True),
+        compile=_choice(compile, "on", None),
+        cuda_graphs=_choice(cuda_graphs, "on", None),
+    )
+
+
+def _choice(value: str, yes: str, automatic: bool | None) -> bool | None:
+    return automatic if value == "auto" else value == yes
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:0") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware: CUDA from Ampere on, CPUs with avx512_bf16 or amx."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # torch has no public query for these two; without them autocast would emulate, slower than fp32.
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(probe() for probe in probes if probe is not None)
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here: by compiling something, which needs a C++ compiler (CUDA: Triton as well)."""
+    try:
+        return torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device)).sum().item() == 24
+    except Exception:  # the kinds of failure are without number: no compiler, no headers, no place to write
+        return False
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Let the C library keep what is freed for the next allocation, instead of unmapping it at once.
+
+    Activations are large and are allocated and freed at every step; without this each of them is mapped, page by page
+    zeroed by the kernel, and unmapped again. Only glibc can be told; elsewhere nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    # Off: the values that glibc arrives at by itself once large blocks have been freed.
+    mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    mallopt(M_MMAP_MAX, 0 if keep else 65536)
+    mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)  # -1: never
+
+
 @contextlib.contextmanager
 def plain_attention(model: torch.nn.Module) -> Iterator[None]:
     """Written-out attention in all blocks (timm's `fused_attn` off) inside the block."""
@@ -62,34 +200,6 @@ def plain_attention(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in fused:
             module.fused_attn = True
-
-
-def choose_hardware(device: str = "auto", precision: str = "auto", attention: str = "auto") -> Hardware:
-    """Resolve --device (auto, cpu, cuda, cuda:N), --precision (auto, bf16, fp32) and --attention (auto, fused, plain)."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device {device!r} is not a device; use auto, cpu, cuda or cuda:0") from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device!r} is not supported; use auto, cpu, cuda or cuda:0")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
-    bf16 = precision == "bf16" or (precision == "auto" and has_fast_bf16(chosen))
-    # On a CPU the backward pass of scaled_dot_product_attention costs more than all else at these sizes (50 to 197
-    # tokens); two matrix products and a softmax train the tiny model twice as fast.
-    fused = attention == "fused" or (attention == "auto" and chosen.type == "cuda")
-    return Hardware(chosen, bf16, fused)
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware: CUDA from Ampere on, CPUs with avx512_bf16 or amx."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    # torch has no public query for these two; without them autocast would emulate, slower than fp32.
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe() for probe in probes if probe is not None)
 
 
 def _peak_resident_mb() -> float:

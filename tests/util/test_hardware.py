@@ -1,8 +1,10 @@
+import ctypes
+
 import pytest
 import torch
 
 from util.errors import UsageError
-from util.hardware import choose_hardware
+from util.hardware import choose_hardware, keep_freed_memory
 
 
 def test_the_choices_of_a_cpu():
@@ -36,3 +38,57 @@ def test_autocast_runs_matrix_products_in_bf16():
 def test_devices_that_are_not_there(device):
     with pytest.raises(UsageError, match="--device"):
         choose_hardware(device)
+
+
+def test_compiling_is_decided_by_the_work(monkeypatch):
+    auto = choose_hardware("cpu")
+    assert auto.compile is None
+    assert auto.decide(1e16).compile
+    assert not auto.decide(1e9).compile
+    assert not choose_hardware("cpu", compile="off").decide(1e16).compile
+    assert choose_hardware("cpu", compile="on").decide(0).compile
+    assert not choose_hardware("cpu", compile="on").decide(0).cuda_graphs
+    monkeypatch.setattr("util.hardware.can_compile", lambda device: False)
+    assert not auto.decide(1e16).compile
+    with pytest.raises(UsageError, match="--compile off"):
+        choose_hardware("cpu", compile="on").decide(0)
+
+
+def test_compiled_blocks_compute_what_eager_ones_do(make_recognizer):
+    hardware = choose_hardware("cpu", "fp32", compile="on").decide(0)
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(5)
+    found = []
+    for compiled in (False, True):
+        model = hardware.place(make_recognizer())
+        if compiled:
+            hardware.prepare(model)
+        loss = model.head.loss(model.embed(images), labels)
+        loss.backward()
+        with hardware.eager():
+            assert model(images).isfinite().all()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for eager, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_freed_memory_can_be_kept_and_given_back():
+    """Kept, a freed block of 64 MB is there again without the kernel mapping it anew: hardly any page faults."""
+    resource = pytest.importorskip("resource")
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(64 << 20, dtype=torch.uint8)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    if getattr(ctypes.CDLL(None), "mallopt", None) is None:
+        pytest.skip("not glibc")
+    pages = (64 << 20) // resource.getpagesize()
+    try:
+        keep_freed_memory(True)
+        faults()
+        assert faults() < pages
+    finally:
+        keep_freed_memory(False)
+    assert faults() >= 5 * pages

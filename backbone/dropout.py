@@ -1,0 +1,65 @@
+"""Dropout whose masks cost little on a CPU: torch's own draws every element's Bernoulli variable on one thread, which
+takes longer than the matrix products of a Face Transformer in bfloat16.
+
+Eager, a mask comes from 16 random bits an element, drawn 64 at a time. Compiled, it comes from a hash of the element's
+position and a seed (a counter-based generator, as GPUs use): no memory is read, and the compiler fuses it into the
+operations around it, forwards and again backwards. Both draw from torch's default generator, so that a seed still decides
+all; on other devices torch's own dropout is as good and is used.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# Positions are hashed as 32-bit integers.
+MAX_ELEMENTS = 2**31 - 1
+
+
+class FastDropout(nn.Dropout):
+    """`torch.nn.Dropout` with other random numbers: a mask is drawn as described above where `x` is on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not 0 < self.p < 1 or x.device.type != "cpu" or x.numel() > MAX_ELEMENTS:
+            return super().forward(x)
+        keep, probability = (hashed_mask if torch.compiler.is_compiling() else drawn_mask)(x.shape, self.p)
+        return x * (keep / probability).to(x.dtype)
+
+
+def replace_dropout(model: nn.Module, fast: bool) -> None:
+    """Turn every plain `nn.Dropout` of the model into a `FastDropout`, or back."""
+    for module in model.modules():
+        if type(module) is (nn.Dropout if fast else FastDropout):
+            module.__class__ = FastDropout if fast else nn.Dropout
+
+
+def drawn_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """Which elements to keep, bool of `shape` on the CPU, and the exact probability of that: 1 − p to 16 bits."""
+    count = shape.numel()
+    threshold = round(p * 2**16)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[:count].view(shape)  # uniform from −2¹⁵ to 2¹⁵ − 1
+    return bits >= threshold - 2**15, 1 - threshold / 2**16
+
+
+def hashed_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
+    """As `drawn_mask`, to 32 bits, from a hash of the position and two random seeds.
+
+    The hash is the multiply-xorshift permutation "lowbias32" of C. Wellons' hash-prospector. One seed is added to the
+    position, the other enters between two rounds: with the first alone, two masks could be one another, shifted.
+    """
+    threshold = round(p * 2**32)
+    seeds = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32)
+    bits = torch.arange(shape.numel(), dtype=torch.int32) + seeds[0]
+    bits = hash_32(hash_32(bits) ^ seeds[1]).view(shape)
+    return bits >= threshold - 2**31, 1 - threshold / 2**32
+
+
+def hash_32(x: Tensor) -> Tensor:
+    """A permutation of the 32-bit integers that mixes all bits; products wrap. int32 → int32, elementwise."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        x = (x ^ _shift_right(x, shift)) * factor
+    return x ^ _shift_right(x, 16)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """A logical shift: torch's `>>` fills up with the sign."""
+    return (x >> bits) & (2 ** (32 - bits) - 1)
