@@ -91,4 +91,5 @@ def test_freed_memory_can_be_kept_and_given_back():
         assert faults() < pages
     finally:
         keep_freed_memory(False)
-    assert faults() >= 5 * pages
+    faults()  # uses up what is left of the kept memory
+    assert faults() > 3 * pages
