@@ -180,13 +180,15 @@ def keep_freed_memory(keep: bool) -> None:
     Activations are large and are allocated and freed at every step; without this each of them is mapped, page by page
     zeroed by the kernel, and unmapped again. Only glibc can be told; elsewhere nothing happens.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
         return
     # Off: the values that glibc arrives at by itself once large blocks have been freed.
-    mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    mallopt(M_MMAP_MAX, 0 if keep else 65536)
-    mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)  # -1: never
+    library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+    library.mallopt(M_MMAP_MAX, 0 if keep else 65536)
+    library.mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)  # -1: never
+    if not keep:
+        library.malloc_trim(0)
 
 
 @contextlib.contextmanager
