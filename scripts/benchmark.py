@@ -1,14 +1,18 @@
-"""Time importances of single images (EWC's Fisher information, MAS) against an ordinary backward pass, same images.
+"""How fast is the fast path? Each piece of work, interleaved in one process with a straightforward implementation of it.
 
-python scripts/benchmark.py --model face_vit_tiny --images 480
-Both run on random images, interleaved in one process; medians of the repeats after one warm-up.
+python scripts/benchmark.py                                   face_vit_p8s8_d6, 48 + 48 images: half an hour on two cores
+python scripts/benchmark.py --batch-size 8 --eval-images 40   the same in a few minutes
+python scripts/benchmark.py --only steps ablation --json FILE     some of the tables, also as JSON
+Inputs are drawn faces and untrained weights; medians of the repeats, after one run that does not count.
 """
 
 import argparse
+import math
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 # A script's own folder, not the repository's root, is where Python looks first.
@@ -16,66 +20,242 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size
-from data.image_set import ImageSet
+from backbone.recognizer import default_image_size
 from methods.importance import batch_importance, image_importance
-from util.arguments import add_hardware_arguments, hardware_of, run_main
-from util.hardware import Hardware
+from scripts.both_paths import SWEEPS, Bench, Work, read_back, teacher_every_step, two_forward_passes
+from util.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
+from util.errors import RunError, UsageError
+from util.files import write_json
+from util.hardware import Hardware, keep_freed_memory
 from util.tables import markdown_table
 
+TABLES = ("steps", "ablation", "task", "start", "importances")
+TRAININGS = {"gs_lora": "forget step, GS-LoRA", "der_pp": "forget step, DER++", "ewc": "forget step, EWC*"} | {
+    "pretrain": "pre-training step"
+}
+MEASURED_SECONDS = 0.5  # of work in one repeat, at least: a step of milliseconds is run several times
+BF16_TOLERANCE = 0.02
 
-def measure(works: dict[str, Callable[[], object]], repeats: int, hardware: Hardware) -> dict[str, float]:
+
+def measure(works: dict[str, Work], repeats: int, hardware: Hardware) -> dict[str, float]:
     """Median seconds of each piece of work, taken in turn."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    counts = dict.fromkeys(works, 1)
     for repeat in range(repeats + 1):
         for name, work in works.items():
-            hardware.synchronize()
+            _set_up(work, hardware)
             start = time.perf_counter()
-            work()
+            for _ in range(counts[name]):
+                work.run()
             hardware.synchronize()
+            taken = (time.perf_counter() - start) / counts[name]
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(taken)
+            else:
+                counts[name] = math.ceil(MEASURED_SECONDS / taken)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def backward(model: Recognizer, image_set: ImageSet, hardware: Hardware, batch_size: int) -> None:
-    """What one epoch of training does with these images, without the optimizer's step."""
-    for images, labels in zip(image_set.images.split(batch_size), image_set.labels.split(batch_size), strict=True):
-        with hardware.autocast():
-            loss = model.head.loss(model.embed(images), labels)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
+def _set_up(work: Work, hardware: Hardware) -> None:
+    """Give a work the memory that it keeps: by a run that does not count."""
+    keep_freed_memory(work.keep_memory)
+    if work.keep_memory:
+        work.run()
+    hardware.synchronize()
+
+
+def peak_memory(work: Work, hardware: Hardware) -> float:
+    """MB that one run needs beyond what lay in memory before it."""
+    keep_freed_memory(False)
+    hardware.reset_peak_memory()
+    before = hardware.peak_memory_mb()
+    keep_freed_memory(work.keep_memory)
+    work.run()
+    hardware.synchronize()
+    return hardware.peak_memory_mb() - before
+
+
+def matmul_rate(hardware: Hardware) -> float:
+    """bf16 FLOPs per second of a large matrix product on this device (fp32 where it has no bf16)."""
+    size = 8192 if hardware.device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=hardware.device, dtype=torch.bfloat16 if hardware.bf16 else torch.float32)
+    return 2 * size**3 / measure({"product": Work(lambda: a @ a, 1)}, 3, hardware)["product"]
+
+
+def steps_table(bench: Bench, repeats: int) -> list[dict]:
+    """Every step and the evaluation on both paths. Raises RunError if the two do not compute the same."""
+    rate = matmul_rate(bench.hardware)
+    rows = []
+    for name, title in TRAININGS.items():
+        fast, trainer = bench.fast_training(name, bench.hardware)
+        plain, training = bench.plain_training(name)
+        losses = bench.losses(trainer, training)
+        if not abs(losses[0] - losses[1]) <= BF16_TOLERANCE * abs(losses[1]):
+            raise RunError(f"{title}: the paths disagree: loss {losses[0]:.4f} on the fast, {losses[1]:.4f} on the plain")
+        rows.append(_row(title, fast, plain, bench, repeats, rate) | {"losses": losses})
+    rows.append(_row("evaluation", *bench.evaluation(), bench, repeats, rate) | {"losses": None})
+    return rows
+
+
+def _row(title: str, fast: Work, plain: Work, bench: Bench, repeats: int, rate: float) -> dict:
+    works = {"fast": fast, "plain": plain}
+    seconds = measure(works, repeats, bench.hardware)
+    memory = {path: peak_memory(work, bench.hardware) for path, work in works.items()}
+    return {
+        "work": title,
+        "ratio": seconds["plain"] / seconds["fast"],
+        "images": fast.images,
+        "images_per_second": {path: work.images / seconds[path] for path, work in works.items()},
+        "memory_mb": memory,
+        "utilisation": fast.flops / seconds["fast"] / rate,
+    }
+
+
+def ablation_table(bench: Bench, repeats: int) -> list[dict]:
+    """GS-LoRA's forget step (of DER++ for the teacher) with one part of the fast path undone at a time."""
+    hardware = bench.hardware
+    on_cuda = hardware.device.type == "cuda"
+    undone = {
+        "bf16": {"bf16": False},
+        "compiled blocks": {"compile": False, "cuda_graphs": False},
+        "CUDA graphs": {"cuda_graphs": False},
+        "fast dropout": {"fast_dropout": False},
+        "fused optimizer": {"fused_optimizer": False},
+    }
+    parts = {name: fields for name, fields in undone.items() if any(getattr(hardware, field) for field in fields)}
+    attention = "fused" if hardware.fused_attention else "plain"
+    parts[f"{attention} attention"] = {"fused_attention": not hardware.fused_attention}
+    works = {"": bench.fast_training("gs_lora", hardware)[0]}
+    works |= {name: bench.fast_training("gs_lora", replace(hardware, **fields))[0] for name, fields in parts.items()}
+    if not on_cuda:
+        works["freed memory kept"] = replace(works[""], keep_memory=not works[""].keep_memory)
+    works["one forward pass"] = bench.fast_training("gs_lora", hardware, two_forward_passes)[0]
+    works["loss left on the device"] = bench.fast_training("gs_lora", hardware, read_back)[0]
+    works["DER++"] = bench.fast_training("der_pp", hardware)[0]
+    works["teacher once a task"] = bench.fast_training("der_pp", hardware, teacher_every_step)[0]
+    seconds = measure(works, repeats, hardware)
+    base = {"teacher once a task": "DER++"}
+    return [
+        {"part": name, "ratio": seconds[name] / seconds[base.get(name, "")], "ms": 1000 * seconds[name]}
+        for name in works
+        if name not in ("", "DER++")
+    ]
+
+
+def task_row(bench: Bench) -> dict:
+    """A whole task on both paths, from the files on."""
+    keep_freed_memory(bench.keep_memory)
+    first, _ = bench.fast_task()
+    fast, in_steps = bench.fast_task()
+    keep_freed_memory(False)
+    plain = bench.plain_task()
+    return {"ratio": plain / fast, "seconds": {"fast": fast, "plain": plain}, "first": first, "share": 1 - in_steps / fast}
+
+
+def importance_table(bench: Bench, repeats: int) -> list[dict]:
+    """Importances of single images (EWC's Fisher information, MAS) against an ordinary backward pass, same images."""
+    hardware, images = bench.hardware, bench.train_set
+    _, model = bench.begin("ewc", replace(hardware, compile=False))
+    model.eval()  # as for importances: no dropout on either side
+    rest = (torch.square, images, torch.arange(len(images)), hardware)
+    objective, size = model.head.loss_of_logits, bench.args.batch_size
+
+    def backward() -> None:
+        for part, labels in zip(images.images.split(size), images.labels.split(size), strict=True):
+            with hardware.autocast():
+                loss = model.head.loss(model.embed(part), labels)
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+
+    works = {
+        "backward pass": backward,
+        "Fisher, single images": lambda: image_importance(model, objective, *rest),
+        "Fisher, batches": lambda: batch_importance(model, objective, *rest, size),
+    }
+    works = {name: Work(run, len(images), keep_memory=bench.keep_memory) for name, run in works.items()}
+    seconds = measure(works, repeats, hardware)
+    base = seconds["backward pass"]
+    return [
+        {"work": name, "ratio": taken / base, "ms_per_image": 1000 * taken / len(images)} for name, taken in seconds.items()
+    ]
+
+
+def show(results: dict) -> str:
+    """The tables that were measured, as Markdown."""
+    tables = []
+    if rows := results.get("steps"):
+        header = ["work", "fast : plain", "images/s fast", "plain", "MB fast", "plain", "of matmul rate"]
+        header += ["loss fast", "plain"]
+        cells = [
+            [row["work"], f"{row['ratio']:.1f} ×"]
+            + [f"{row['images_per_second'][path]:.1f}" for path in ("fast", "plain")]
+            + [f"{row['memory_mb'][path]:.0f}" for path in ("fast", "plain")]
+            + [f"{100 * row['utilisation']:.0f}%"]
+            + ([f"{loss:.3f}" for loss in row["losses"]] if row["losses"] else ["–", "–"])
+            for row in rows
+        ]
+        tables.append(markdown_table(header, cells))
+    if rows := results.get("ablation"):
+        cells = [[row["part"], f"{row['ratio']:.2f} ×", f"{row['ms']:.0f}"] for row in rows]
+        tables.append(markdown_table(["without", "the step takes", "ms"], cells))
+    if row := results.get("task"):
+        tables.append(
+            f"A whole task of {SWEEPS} steps, from files to files: {row['ratio']:.1f} × the plain path "
+            f"({row['seconds']['fast']:.1f} s, plain {row['seconds']['plain']:.1f} s; {row['first']:.1f} s where blocks are "
+            f"compiled first); {100 * row['share']:.0f}% of it outside the training steps."
+        )
+    if seconds := results.get("start"):
+        taken = ", ".join(f"{value:.1f} s {name}" for name, value in seconds.items())
+        tables.append(f"From the start of a process to the end of its first step, data in the cache: {taken}.")
+    if rows := results.get("importances"):
+        cells = [[row["work"], f"{row['ratio']:.2f} ×", f"{row['ms_per_image']:.2f}"] for row in rows]
+        tables.append(markdown_table(["work", "ratio", "ms per image"], cells))
+    return "\n\n".join(tables)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    parser.add_argument("--model", default="face_vit_p8s8_d6", help="a timm model")
+    parser.add_argument("--image-size", type=int, help="pixels; none: the model's own")
+    parser.add_argument("--batch-size", type=int, default=48, help="images of each stream in a step")
+    parser.add_argument("--eval-images", type=int, default=200, help="images of the evaluation")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2, help="the plain path's DataLoader workers")
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="which tables to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    add_hardware_arguments(parser)
+    add_fast_path_arguments(parser)
+    args = parser.parse_args(argv)
+    if min(args.batch_size, args.eval_images, args.repeats) < 1 or args.workers < 0:
+        raise UsageError("--batch-size, --eval-images and --repeats must be at least 1, --workers at least 0")
+    return args
 
 
 def main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="face_vit_tiny", help="a timm model")
-    parser.add_argument("--images", type=int, default=480, help="how many random images")
-    parser.add_argument("--batch-size", type=int, default=48, help="of the backward pass, and of the batch approximation")
-    parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--repeats", type=int, default=3)
-    add_hardware_arguments(parser)
-    args = parser.parse_args(argv)
-    hardware = hardware_of(args)
-    torch.manual_seed(0)
-    size = default_image_size(args.model)
-    model = hardware.place(build_recognizer(Architecture(args.model, args.classes, size)))
-    model.head.requires_grad_(False)
-    images = torch.randint(0, 256, (args.images, 3, size, size), dtype=torch.uint8)
-    labels = torch.randint(0, args.classes, (args.images,))
-    model.eval()  # as for importances: no dropout on either side
-    image_set = ImageSet("random", images, labels, tuple(map(str, range(args.classes)))).to(hardware.device)
-    rest = (torch.square, image_set, torch.arange(args.images), hardware)
-    works = {
-        "backward pass": lambda: backward(model, image_set, hardware, args.batch_size),
-        "Fisher, single images": lambda: image_importance(model, model.head.loss_of_logits, *rest),
-        "Fisher, batches": lambda: batch_importance(model, model.head.loss_of_logits, *rest, args.batch_size),
-    }
-    seconds = measure(works, args.repeats, hardware)
-    base = seconds["backward pass"]
-    rows = [[name, f"{taken / base:.2f}", f"{1000 * taken / args.images:.2f}"] for name, taken in seconds.items()]
-    print(f"{args.model}, {args.images} images, {hardware.describe()}, torch {torch.__version__}\n")
-    print(markdown_table(["work", "ratio", "ms per image"], rows))
+    args = parse_arguments(argv)
+    hardware = hardware_of(args).decide(math.inf)
+    size = args.image_size or default_image_size(args.model)
+    print(f"{args.model}, {size}×{size} pixels, batch {args.batch_size}, {hardware.describe()}, torch {torch.__version__}")
+    results: dict = {"model": args.model, "batch_size": args.batch_size, "hardware": hardware.as_dict()}
+    results |= {"device": hardware.describe(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, hardware, size, Path(folder))
+        measures = {
+            "steps": lambda: steps_table(bench, args.repeats),
+            "ablation": lambda: ablation_table(bench, args.repeats),
+            "task": lambda: task_row(bench),
+            "start": lambda: {
+                name: bench.seconds_to_first_step(compiled)
+                for name, compiled in (("eager", False), ("compiled", True))
+                if hardware.compile or not compiled
+            },
+            "importances": lambda: importance_table(bench, args.repeats),
+        }
+        for name in args.only:
+            results[name] = measures[name]()
+            print(f"\n{show({name: results[name]})}", flush=True)
+            if args.json is not None:
+                write_json(args.json, results)
 
 
 if __name__ == "__main__":

@@ -64,11 +64,15 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
         metavar=("NAME", "STRING"),
         help='options for one method alone, as: --options ewc "--lr 1e-3 --lambda 1"',
     )
-    parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices; one named twice takes two runs")
+    parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
+    parser.add_argument("--jobs-per-gpu", type=int, default=1, metavar="N", help="runs side by side on each device")
     parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
     parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
     parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), by the margin")
-    return parser.parse_args(ours), further
+    args = parser.parse_args(ours)
+    if args.jobs_per_gpu < 1:
+        raise UsageError(f"--jobs-per-gpu {args.jobs_per_gpu} is out of range: at least 1")
+    return args, further
 
 
 def make_jobs(args: argparse.Namespace, further: list[str]) -> list[Job]:
@@ -127,12 +131,12 @@ def run_here(job: Job) -> None:
 
 
 def run_on(gpu: str, job: Job) -> None:
-    """Run in a process of its own that sees one CUDA device."""
+    """Run in a process of its own that sees one CUDA device ("": those that this one sees)."""
     job.folder.path.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:
         done = subprocess.run(
             [sys.executable, train_forget.__file__, *job.arguments],
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu},
+            env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
             stdout=log,
             stderr=subprocess.PIPE,
             text=True,
@@ -144,7 +148,10 @@ def run_on(gpu: str, job: Job) -> None:
 
 
 def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
-    """Yield each job as it ends: those finished before at once, the others one after another or dealt out to `gpus`."""
+    """Yield each job as it ends: those finished before at once, the others one after another or dealt out to `gpus`.
+
+    A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle.
+    """
     yield from (job for job in jobs if job.finished)
     waiting = [job for job in jobs if not job.finished]
     if len(gpus) < 2:
@@ -220,7 +227,7 @@ def main(argv: list[str] | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
     print(f"{len(jobs)} runs, {sum(job.finished for job in jobs)} of them finished before → {args.output_dir}\n", flush=True)
     table = GrowingTable(jobs)
-    for job in run_all(jobs, args.gpus):
+    for job in run_all(jobs, (args.gpus or [""]) * args.jobs_per_gpu):
         table.add(job)
     comparison = compare(jobs)
     if args.published:

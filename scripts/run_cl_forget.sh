@@ -12,7 +12,7 @@
 #   bash scripts/run_cl_forget.sh --published                       the papers' rows beside ours (CASIA-100 alone)
 #
 # What is finished is not run again, what was interrupted is continued. Variables, beside those explained in settings.sh
-# (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS):
+# (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS JOBS_PER_GPU):
 #   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
 #   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
@@ -27,6 +27,6 @@ pretrain_if_missing
 for name in ${!OPTIONS_@}; do
   options+=(--options "${name#OPTIONS_}" " ${!name}")
 done
-"$PYTHON" scripts/compare.py --methods ${METHODS:-all} --seeds ${SEEDS:-$SEED} --gpus ${GPUS:-} "${options[@]}" \
-  --output-dir "${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$(basename "$DATA")}" -- \
+"$PYTHON" scripts/compare.py --methods ${METHODS:-all} --seeds ${SEEDS:-$SEED} --gpus ${GPUS:-} \
+  --jobs-per-gpu "${JOBS_PER_GPU:-1}" "${options[@]}" --output-dir "${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$(basename "$DATA")}" -- \
   --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 4 $FORGET "$@"

@@ -10,6 +10,7 @@
 #   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any plain ViT
 #   EPOCHS      epochs of a forgetting task; PRETRAIN_EPOCHS those of pre-training
 #   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh deals its runs out over them; default: the first one
+#   JOBS_PER_GPU  of these runs, how many share a device; default 1. Small steps leave a large GPU idle: try 4
 # Arguments after -- go to the Python script as they are.
 
 _caller=$PWD

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
+from torch import Tensor
 
 from backbone.recognizer import Recognizer
-from data.batches import Pass, batches
+from data.batches import Batch, Pass, batches
 from data.image_set import ImageSet
 from methods.base import Method
 from util.errors import RunError, UsageError
@@ -115,17 +116,21 @@ class Trainer:
         # The order of batches depends on the position alone, so that a resumed run sees the same one.
         generator = torch.Generator().manual_seed(derived_seed(self.seed, self.task, self.epoch, number))
         for batch in batches(self.train_set, plan, generator, self.hardware.device):
-            self.scheduler.step_update(self.updates)
-            self.hardware.begin_step()
-            with self.hardware.autocast():
-                losses = self.method.loss(self.model, batch)
-            losses["total"].backward()
-            if self.settings.clip_grad is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.updates += 1
-            monitor.step(losses, len(batch))
+            monitor.step(self.step(batch), len(batch))
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """One update. Returns the parts of the loss, on the device."""
+        self.scheduler.step_update(self.updates)
+        self.hardware.begin_step()
+        with self.hardware.autocast():
+            losses = self.method.loss(self.model, batch)
+        losses["total"].backward()
+        if self.settings.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return losses
 
     def state_dict(self) -> dict:
         """All that a resumed run needs beyond the data and the model that entered the task."""

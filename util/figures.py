@@ -135,6 +135,30 @@ def sweep_figure(title: str, name: str, labels: Sequence[str], runs: Sequence[di
     return figure
 
 
+def scaling_figure(figures: dict) -> Figure:
+    """Time and memory over the number of images and over the model's arithmetic, as scripts/scaling.py measures them."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
+    axes_of = (("images", "images", "training images"), ("models", "gflops_per_image", "GFLOPs of an image's forward pass"))
+    for axes, (kind, x, label) in zip(panels, axes_of, strict=True):
+        rows, exponents = figures[kind], figures["exponents"][kind]
+        places = [row[x] for row in rows]
+        memory = axes.twinx()
+        for side, key, name, color, unit in (
+            (axes, "seconds", "time", "tab:blue", "seconds for an epoch and an evaluation"),
+            (memory, "memory_mb", "memory", "tab:red", "peak memory (MB)"),
+        ):
+            side.loglog(places, [row[key] for row in rows], "o-", color=color)
+            side.set_ylabel(f"{unit}, exponent {exponents[name]:.2f}", color=color)
+            side.minorticks_off()
+            side.set_yticks([row[key] for row in rows], [f"{row[key]:.3g}" for row in rows])
+        names = [f"\n{row['model'].removeprefix('face_vit_')}" if kind == "models" else "" for row in rows]
+        axes.set_xticks(places, [f"{place:.3g}{name}" for place, name in zip(places, names, strict=True)], fontsize=8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
 def roc_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """True accept rate over false accept rate, a curve per group of classes: (false, true) rates in [0, 1]."""
     figure, axes = plt.subplots(figsize=(6, 5))

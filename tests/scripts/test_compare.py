@@ -105,11 +105,11 @@ def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch
     assert "task 1/2" in (tmp_path / "cut" / "l2-seed1337" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("gpus", [(), ("0", "1")])
-def test_a_method_that_fails_does_not_stop_the_others(command, further, tmp_path, gpus):
+@pytest.mark.parametrize("dealt", [(), ("--gpus", "0", "1"), ("--jobs-per-gpu", 2)])
+def test_a_method_that_fails_does_not_stop_the_others(command, further, tmp_path, dealt):
     """Once in this process, once dealt out to processes of their own (which see no such device, and use the CPU)."""
     broken = ("--options", "der", " --lr 1e30")
-    methods = ("--methods", "der", "l2", "--gpus", *gpus)
+    methods = ("--methods", "der", "l2", *dealt)
     code, out, err = command("scripts/compare.py", *methods, *broken, "--output-dir", tmp_path, *further)
     assert code == 1
     assert "1 of 2 runs failed" in err
@@ -134,6 +134,7 @@ def test_a_crash_is_reported_in_its_row_and_kept_in_its_log(command, further, tm
 def test_wrong_requests_end_before_anything_runs(command, further, tmp_path):
     for options, message in (
         (("--methods", "l3"), "unknown method 'l3'"),
+        (("--jobs-per-gpu", 0), "--jobs-per-gpu 0 is out of range"),
         (("--methods", "l2", "--options", "l3", "--lr 1"), "unknown method 'l3'"),
         (("--methods", "l2", "--options", "l2", "--lambda -1"), "--lambda cannot be negative"),
     ):
