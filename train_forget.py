@@ -30,6 +30,7 @@ from util.arguments import (
 )
 from util.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.continual import ContinualRun
+from util.distributed import first_before_others, rank
 from util.engine import epochs_of_task
 from util.errors import UsageError
 from util.files import sha256, write_json
@@ -157,7 +158,9 @@ def main(argv: list[str] | None) -> None:
     hardware = hardware.decide(planned_work(args, pretrained.model, tasks))
     name = f"{args.method}-{data[0].name}-{tasks[0].setting}-seed{args.seed}"
     folder = RunFolder(args.output_dir or Path("exps") / name)
-    folder.prepare(args.overwrite, args.resume)
+    with first_before_others():
+        if not rank():
+            folder.prepare(args.overwrite, args.resume)
     config = describe_run(args, hardware, data[0].images.device) | {"checkpoint_sha256": sha256(args.checkpoint)}
     write_json(folder.config, config)
 

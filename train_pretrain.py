@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from backbone.heads import HEADS
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops
@@ -33,7 +32,7 @@ from util.engine import Optimization, Trainer, derived_seed
 from util.errors import UsageError
 from util.evaluate import predict
 from util.files import write_json
-from util.monitor import Monitor
+from util.monitor import Monitor, open_writer
 
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
@@ -107,7 +106,7 @@ def main(argv: list[str] | None) -> None:
     method.begin_task(model, None, train_set)
     trainer = Trainer(model, method, train_set, Optimization.of(args), args.seed)
     start = time.perf_counter()
-    with SummaryWriter(output) as writer, Monitor(writer, "pretrain", "pre-training", args.epochs) as monitor:
+    with open_writer(output) as writer, Monitor(writer, "pretrain", "pre-training", args.epochs) as monitor:
         done = trainer.train(monitor)
 
     accuracies = predict(model, test_set, hardware).accuracies(range(len(test_set.classes)))

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import face_transformer  # noqa: F401  registers the Face Transformers with timm
 from backbone.heads import HEADS
+from util.distributed import sharded
 from util.errors import UsageError
 
 
@@ -51,7 +52,8 @@ class Recognizer(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """images uint8 (B, 3, H, W) → embeddings (B, dim), not of unit length."""
-        return self.backbone(self.normalize(images))
+        (embeddings,) = sharded(lambda part: (self.backbone(self.normalize(part)),), images)
+        return embeddings
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits (B, classes): with `labels` (B,) the training logits, without them the label-free ones."""

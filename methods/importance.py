@@ -8,6 +8,7 @@ from torch.func import functional_call, grad, vmap
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
+from util.distributed import alone, share_of, sum_over_processes
 from util.hardware import Hardware, plain_attention
 
 # Gradients of several images are held at once: as many as fit in this many bytes.
@@ -76,11 +77,12 @@ def _mean(
 ) -> Importance:
     was_training = model.training
     model.eval()
-    total: Importance = {}
-    for positions in indices.to(image_set.images.device).split(chunk):
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    for positions in share_of(indices.to(image_set.images.device).split(chunk)):
         images, labels = image_set.images[positions].to(hardware.device), image_set.labels[positions].to(hardware.device)
-        with hardware.autocast(), hardware.eager():
+        with alone(), hardware.autocast(), hardware.eager():
             part = of_chunk(images, labels)
-        total = {name: total[name] + value.detach() for name, value in part.items()} if total else part
+        for name, value in part.items():
+            total[name] += value.detach()
     model.train(was_training)
-    return {name: value.detach() / count for name, value in total.items()}
+    return {name: value / count for name, value in sum_over_processes(total).items()}

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.halves import half_depth, lower_half, mid_features, upper_half
 from backbone.recognizer import Recognizer
@@ -15,6 +15,7 @@ from data.tasks import ForgettingTask
 from methods.base import Method, refuse_negative
 from methods.distillation import Teacher, kl_divergence
 from methods.relabel import wrong_labels
+from util.distributed import sharded
 from util.errors import UsageError
 from util.evaluate import map_images
 
@@ -67,7 +68,7 @@ class LIRF(Method):
         self.teacher = Teacher(model, train_set, task.forget_indices, self.hardware)
         maps = map_images(
             model,
-            lambda images: attention_map(mid_features(model.backbone, model.normalize(images), self.depth)),
+            lambda images: self._maps_and_embeddings(model, model.backbone, images)[0],
             train_set,
             self.hardware,
             task.forget_indices,
@@ -87,20 +88,19 @@ class LIRF(Method):
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         args = self.args
-        mid = mid_features(model.backbone, model.normalize(batch.images), self.depth)
-        logits = batch.split(model.head(upper_half(model.backbone, mid, self.depth)))
+        maps, embeddings = self._maps_and_embeddings(model, model.backbone, batch.images)
+        logits = batch.split(model.head(embeddings))
         labels, indices = batch.split(batch.labels), batch.split(batch.indices)["forget"]
         teacher = self.teacher.logits(indices)
 
         wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
         forget = model.head.loss_of_logits(logits["forget"], wrong)
         kd = self._distillation(teacher, logits["forget"], self.remaining)
-        maps = attention_map(batch.split(mid)["forget"])
-        attention = (maps - self.teacher_maps[self.teacher.rows(indices)]).square().mean()
+        attention = (batch.split(maps)["forget"] - self.teacher_maps[self.teacher.rows(indices)]).square().mean()
         replay = model.head.loss_of_logits(logits["remain"], labels["remain"])
 
-        kept = mid_features(model.deposit, model.normalize(batch.split(batch.images)["forget"]), self.depth)
-        kept_logits = model.head(upper_half(model.backbone, kept, self.depth))
+        _, kept = self._maps_and_embeddings(model, model.deposit, batch.split(batch.images)["forget"])
+        kept_logits = model.head(kept)
         deposit = args.kd_share * self._distillation(teacher, kept_logits, self.forgotten)
         deposit = deposit + (1 - args.kd_share) * model.head.loss_of_logits(kept_logits, labels["forget"])
 
@@ -108,6 +108,15 @@ class LIRF(Method):
         total = total - args.attention_weight * attention + args.deposit_weight * deposit
         parts = {"forget": forget, "kd": kd, "attention": attention, "replay": replay, "deposit": deposit}
         return {"total": total, **parts}
+
+    def _maps_and_embeddings(self, model: Recognizer, lower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) through `lower` and the model's upper half → attention maps (B, tokens), embeddings."""
+
+        def of(part: Tensor) -> tuple[Tensor, Tensor]:
+            mid = mid_features(lower, model.normalize(part), self.depth)
+            return attention_map(mid), upper_half(model.backbone, mid, self.depth)
+
+        return sharded(of, images)
 
     def _distillation(self, teacher: Tensor, student: Tensor, columns: Tensor) -> Tensor:
         return kl_divergence(teacher[:, columns], student[:, columns], self.args.temperature)

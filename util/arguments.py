@@ -17,6 +17,7 @@ import torch
 from data import load_data
 from data.image_set import ImageSet
 from data.tasks import split_validation
+from util import distributed
 from util.errors import RunError, UsageError
 from util.hardware import Hardware, choose_hardware, keep_freed_memory
 
@@ -56,16 +57,17 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_data_of(args: argparse.Namespace, image_size: int, device: torch.device) -> tuple[ImageSet, ImageSet]:
     """The training and the test set that the data arguments name, the training set on the device if that has room."""
-    train_set, test_set = load_data(
-        args.data,
-        image_size,
-        identities=args.identities,
-        train_per_identity=args.train_per_identity,
-        test_per_identity=args.test_per_identity,
-        seed=args.data_seed,
-        cache_dir=args.cache_dir,
-        device=device,
-    )
+    with distributed.first_before_others():
+        train_set, test_set = load_data(
+            args.data,
+            image_size,
+            identities=args.identities,
+            train_per_identity=args.train_per_identity,
+            test_per_identity=args.test_per_identity,
+            seed=args.data_seed,
+            cache_dir=args.cache_dir,
+            device=device,
+        )
     if args.validation_share is not None:
         split = split_validation(train_set.labels, len(train_set.classes), args.validation_share)
         train_set, test_set = map(train_set.subset, split)
@@ -105,7 +107,8 @@ def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, s
 def hardware_of(args: argparse.Namespace) -> Hardware:
     """The hardware that the arguments above choose. Sets the process's memory allocation up as well."""
     names = inspect.signature(choose_hardware).parameters
-    hardware = choose_hardware(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+    choices = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    hardware = choose_hardware(**choices | {"device": distributed.start(args.device)})
     keep_freed_memory(hardware.device.type == "cpu" if args.keep_memory == "auto" else args.keep_memory == "on")
     return hardware
 
@@ -145,6 +148,7 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
     name = Path(sys.argv[0]).name
     try:
         main(None)
+        distributed.stop()
     except (UsageError, RunError) as error:
         _fail(name, str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -157,7 +161,8 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
 
 
 def _fail(name: str, message: str, code: int) -> None:
-    print(f"{name}: error: {message}", file=sys.stderr)
+    if not distributed.rank():
+        print(f"{name}: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -187,6 +192,7 @@ def describe_run(args: argparse.Namespace, hardware: Hardware, images: torch.dev
         "arguments": plain_arguments(args),
         "seed": args.seed,
         "device": hardware.describe(),
+        "processes": distributed.world_size(),
         "hardware": hardware.as_dict() | {"images": str(images)},
         "python": platform.python_version(),
         "packages": {package: _version(package) for package in PACKAGES},

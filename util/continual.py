@@ -27,7 +27,7 @@ from util.engine import Optimization, Trainer, derived_seed, epochs_of_task
 from util.errors import UsageError
 from util.evaluate import accuracies_after, accuracies_before, predict
 from util.files import save_tensors
-from util.monitor import Monitor
+from util.monitor import Monitor, open_writer
 from util.results import RunFolder, load_results, new_results, save_results, task_entry
 from util.tables import percent
 
@@ -67,7 +67,7 @@ class ContinualRun:
         elif self.args.resume and self.folder.results.exists():
             self.results = load_results(self.folder.results)
             self._enter(self.folder.checkpoint(self.results["tasks"][-1]["task"]))
-        with SummaryWriter(self.folder.path) as writer:
+        with open_writer(self.folder.path) as writer:
             for task in self.tasks[len(self.forgotten) :]:
                 self._forget(task, writer)
             self._draw(writer)

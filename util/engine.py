@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass, batches
 from data.image_set import ImageSet
 from methods.base import Method
+from util.distributed import parallel
 from util.errors import RunError, UsageError
 from util.hardware import Hardware
 from util.monitor import Monitor
@@ -61,6 +62,17 @@ class Throughput:
         return self.images / self.seconds if self.seconds else 0.0
 
 
+class Loss(nn.Module):
+    """A method's loss as a module, so that all parameters it trains can be found in one place."""
+
+    def __init__(self, model: Recognizer, method: Method) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.method.loss(self.model, batch)
+
+
 class Trainer:
     """One task's training: model, method, optimizer and schedule, and the position in it."""
 
@@ -76,6 +88,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, settings, self.hardware)
         self.hardware.prepare(model)
+        self.loss = parallel(Loss(model, method))
         warmup = sum(self.steps[: settings.warmup_epochs])
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -123,7 +136,7 @@ class Trainer:
         self.scheduler.step_update(self.updates)
         self.hardware.begin_step()
         with self.hardware.autocast():
-            losses = self.method.loss(self.model, batch)
+            losses = self.loss(batch)
         losses["total"].backward()
         if self.settings.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_grad)

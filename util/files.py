@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from util import distributed
 from util.errors import RunError, UsageError
 
 
@@ -20,8 +22,12 @@ from util.errors import RunError, UsageError
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file beside `path` for writing; on leaving the block it is synced and renamed to `path`.
 
-    If the block raises, `path` is untouched and nothing is left behind. OSError (a full disk) is passed on.
+    If the block raises, `path` is untouched and nothing is left behind. OSError (a full disk) is passed on. Where several
+    processes share a run, the first one writes.
     """
+    if distributed.rank():
+        yield io.BytesIO()
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from backbone.dropout import replace_dropout
+from util import distributed
 from util.errors import UsageError
 
 ModelType = TypeVar("ModelType", bound=torch.nn.Module)
@@ -43,7 +44,7 @@ class Hardware:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = self.fused_attention
-        replace_dropout(model, self.fast_dropout)
+        replace_dropout(model, self.fast_dropout, distributed.rank())
         return model.to(self.device)
 
     def decide(self, work: float) -> "Hardware":
@@ -93,6 +94,7 @@ class Hardware:
         parts = ["bf16 autocast" if self.bf16 else "fp32", f"{'fused' if self.fused_attention else 'plain'} attention"]
         parts += ["fast dropout"] * self.fast_dropout + ["fused optimizer"] * self.fused_optimizer
         parts += ["compiled blocks"] * bool(self.compile) + ["CUDA graphs"] * bool(self.cuda_graphs)
+        parts += [f"{distributed.world_size()} processes"] * (distributed.world_size() > 1)
         return f"{self.device.type} ({name}), {', '.join(parts)}"
 
     def as_dict(self) -> dict:

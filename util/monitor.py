@@ -3,27 +3,49 @@
 Losses stay on the device; they are read back once an epoch, or every few seconds for the bar, never at every step.
 """
 
+import contextlib
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from util import distributed
 from util.errors import RunError
 
 # Seconds between two looks at the losses for the progress bar: each look waits for the device.
 REFRESH_SECONDS = 2.0
 
 
+class NoWriter(contextlib.AbstractContextManager):
+    """Takes what a SummaryWriter takes and writes nothing: for all processes of a run but the first."""
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def add_scalar(self, *_: object) -> None:
+        pass
+
+    def add_figure(self, *_: object, **__: object) -> None:
+        pass
+
+
+def open_writer(folder: Path) -> SummaryWriter | NoWriter:
+    """TensorBoard events in `folder`; use as a context manager."""
+    return NoWriter() if distributed.rank() else SummaryWriter(folder)
+
+
 class Monitor:
     """Progress of one task (or of pre-training). `tag` heads its scalars, `label` its bar; use as a context manager."""
 
-    def __init__(self, writer: SummaryWriter | None, tag: str, label: str, epochs: int, done: int = 0) -> None:
+    def __init__(self, writer: SummaryWriter | NoWriter | None, tag: str, label: str, epochs: int, done: int = 0) -> None:
         self.writer, self.tag, self.label = writer, tag, label
         # On a terminal a live bar; in a log file nothing but what the scripts print.
-        self.bar = tqdm(total=epochs, initial=done, desc=label, unit="epoch", disable=None, file=sys.stderr, leave=False)
+        hidden = True if distributed.rank() else None
+        self.bar = tqdm(total=epochs, initial=done, desc=label, unit="epoch", disable=hidden, file=sys.stderr, leave=False)
 
     def __enter__(self) -> "Monitor":
         return self
