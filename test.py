@@ -4,6 +4,7 @@ python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
 python test.py --checkpoint RUN/checkpoints/task_2.pth --results RUN/results.json          the groups of that run
 python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
+python test.py --verify-record RUN/deletions/task_2.json                                 is the record of deletion true?
 Leaves test.json, per_class.csv and roc.png in --output-dir.
 """
 
@@ -15,11 +16,13 @@ from pathlib import Path
 from backbone.halves import replace_lower_half
 from backbone.lora import apply_adapters
 from data.image_set import ImageSet
+from data.tasks import named_classes
 from util.arguments import HelpFormatter, add_data_arguments, add_hardware_arguments, hardware_of, load_data_of, run_main
 from util.checkpoint import Checkpoint, check_classes, load_checkpoint
-from util.errors import UsageError
+from util.errors import RunError, UsageError
 from util.evaluate import Predictions, embed_images, predictions_of
 from util.files import load_tensors, write_json, write_text
+from util.record import load_record, verify_record
 from util.results import load_results
 from util.tables import markdown_table, percent
 from util.verification import FALSE_ACCEPT_RATES, verify
@@ -29,7 +32,11 @@ Groups = dict[str, list[int]]
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="ours or in the published layout")
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_record_argument(chooser)
+    record = chooser.parse_known_args(argv)[0].verify_record
+    add_record_argument(parser)
+    parser.add_argument("--checkpoint", type=Path, required=record is None, metavar="FILE", help="ours or published layout")
     parser.add_argument(
         "--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="adapter files to add, in the order of tasks"
     )
@@ -47,6 +54,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--seed", type=int, default=0, help="seed of the pairs")
     add_hardware_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="none: exps/test-<folder>-<checkpoint>")
+    if record is not None:
+        parser.set_defaults(**settings_of(load_record(record)))
     args = parser.parse_args(argv)
     if args.pairs < 0:
         raise UsageError(f"--pairs {args.pairs} is out of range: at least 0")
@@ -55,11 +64,40 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def add_record_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify-record", type=Path, metavar="FILE", help="recompute a run's deletions/task_<t>.json, and say if it is true"
+    )
+
+
+def settings_of(record: dict) -> dict:
+    """The data and the precision that a record was made with, as defaults of our options."""
+    saved = record["arguments"]
+    known = {"data", "identities", "train_per_identity", "test_per_identity", "validation_share", "data_seed"}
+    precision = {"precision": "bf16"} if record["hardware"].get("bf16") else {"precision": "fp32"}
+    return {key: saved[key] for key in known & saved.keys()} | precision
+
+
+def confirm(args: argparse.Namespace) -> None:
+    """Print every check of --verify-record. Raises RunError if one fails."""
+    record = load_record(args.verify_record)
+    hardware = hardware_of(args)
+    data = load_data_of(args, record["images"].get("size"), hardware.device)
+    failed, rows = [], []
+    for what, so, details in verify_record(args.verify_record, record, data, hardware):
+        rows.append([what, "not checked" if so is None else "confirmed" if so else "NOT SO", details])
+        failed += [what] * (so is False)
+    print(markdown_table(["Record", "", "Found"], rows))
+    if failed:
+        raise RunError(f"{args.verify_record}: {len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
+    print(f"\n{args.verify_record}: confirmed")
+
+
 def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, test_set: ImageSet) -> Groups:
     """Named groups of class ids, from --forget-classes, --results, or what the checkpoint itself has forgotten."""
     everything = range(len(test_set.classes))
     if args.forget_classes is not None:
-        forget = [class_id(name.strip(), test_set.classes) for name in args.forget_classes.split(",")]
+        forget = named_classes(args.forget_classes, test_set.classes)
         return {"forgotten": forget, "remaining": [c for c in everything if c not in forget]}
     if args.results is not None:
         return groups_of_results(args, checkpoint, test_set)
@@ -88,15 +126,6 @@ def named_groups(remain: list[int], forget: list[int], old: list[int]) -> Groups
     return {name: classes for name, classes in groups.items() if classes}
 
 
-def class_id(name: str, classes: tuple[str, ...]) -> int:
-    """A class by its name, or by its number where no class has that name."""
-    if name in classes:
-        return classes.index(name)
-    if name.isdigit() and int(name) < len(classes):
-        return int(name)
-    raise UsageError(f"--forget-classes: no class {name!r}; classes are 0 to {len(classes) - 1} or {classes[0]!r}, …")
-
-
 def per_class_csv(predictions: Predictions, classes: tuple[str, ...], groups: Groups) -> str:
     group_of = {c: name for name, members in groups.items() for c in members}
     text = io.StringIO()
@@ -110,6 +139,9 @@ def per_class_csv(predictions: Predictions, classes: tuple[str, ...], groups: Gr
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
+    if args.verify_record is not None:
+        confirm(args)
+        return
     hardware = hardware_of(args)
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     for path in args.adapters:

@@ -3,10 +3,12 @@
 python train_pretrain.py                                     the tiny model on drawn faces, minutes on a CPU
 python train_pretrain.py --data DIR --model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4 --warmup-epochs 10
                                                              the paper's model and schedule
-Leaves checkpoint.pth, config.json and TensorBoard events in --output-dir.
+python train_pretrain.py --resume                            continue an interrupted run
+Leaves checkpoint.pth, config.json, checkpoints/last.pth and TensorBoard events in --output-dir.
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 from backbone.heads import HEADS
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops
+from data.image_set import ImageSet
 from methods.pretrain import Pretrain
 from util.arguments import (
     HelpFormatter,
@@ -22,24 +25,44 @@ from util.arguments import (
     add_hardware_arguments,
     add_optimization_arguments,
     check_optimization,
-    describe_run,
     hardware_of,
     load_data_of,
     run_main,
 )
 from util.checkpoint import Checkpoint, load_backbone, save_checkpoint, save_published
-from util.engine import Optimization, Trainer, derived_seed
+from util.config import add_config_argument, describe_run, with_config
+from util.distributed import first_before_others
+from util.engine import Optimization, Trainer, derived_seed, make_optimizer
 from util.errors import UsageError
 from util.evaluate import predict
 from util.files import write_json
+from util.folders import PretrainFolder
+from util.hardware import Hardware
 from util.monitor import Monitor, open_writer
+from util.resume import LastState, add_resume_arguments, check_resume, enter, needed_bytes
 
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    argv = with_config(sys.argv[1:] if argv is None else argv, lambda _: build_parser())
+    args = build_parser().parse_args(argv)
+    check_resume(args)
+    if args.epochs is not None:
+        choose_epochs(args, 1)  # finds what is wrong before the data are read
+    if args.depth is not None and args.depth < 1:
+        raise UsageError(f"--depth {args.depth} is out of range: at least 1")
+    if args.drop_rate is not None and not 0 <= args.drop_rate < 1:
+        raise UsageError(f"--drop-rate {args.drop_rate} is out of range: at least 0, below 1")
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    add_config_argument(parser)
     add_data_arguments(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
@@ -55,14 +78,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")
     group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
-    args = parser.parse_args(argv)
-    if args.epochs is not None:
-        choose_epochs(args, 1)  # finds what is wrong before the data are read
-    if args.depth is not None and args.depth < 1:
-        raise UsageError(f"--depth {args.depth} is out of range: at least 1")
-    if args.drop_rate is not None and not 0 <= args.drop_rate < 1:
-        raise UsageError(f"--drop-rate {args.drop_rate} is out of range: at least 0, below 1")
-    return args
+    add_resume_arguments(group)
+    return parser
 
 
 def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
@@ -94,31 +111,53 @@ def main(argv: list[str] | None) -> None:
     model = build_model(args, len(train_set.classes), image_size)
     hardware = hardware.decide(3 * args.epochs * len(train_set) * forward_flops(model))
     hardware.place(model)
-    output = args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}"
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "config.json", describe_run(args, hardware, train_set.images.device))
+    make_optimizer(model, Optimization.of(args), hardware)  # knows whether there is one of that name
+    folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}")
+    with folder.locked():
+        pretrain(args, hardware, model, (train_set, test_set), folder)
+
+
+def pretrain(
+    args: argparse.Namespace,
+    hardware: Hardware,
+    model: Recognizer,
+    data: tuple[ImageSet, ImageSet],
+    folder: PretrainFolder,
+) -> None:
+    """The run, in its folder."""
+    train_set, test_set = data
+    with first_before_others():
+        enter(folder, args, needed_bytes(model, 1))
+    write_json(folder.config, describe_run(args, hardware, train_set.images.device))
     print(
         f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
-        f"{len(train_set.classes)} classes, {len(train_set)} images of {image_size}×{image_size}, {hardware.describe()}"
+        f"{len(train_set.classes)} classes, {len(train_set)} images of {train_set.image_size}×{train_set.image_size}, "
+        f"{hardware.describe()}",
+        flush=True,
     )
 
     method = Pretrain(args, hardware)
     method.begin_task(model, None, train_set)
     trainer = Trainer(model, method, train_set, Optimization.of(args), args.seed)
+    last = LastState(folder.last, args)
+    last.restore(trainer)
     start = time.perf_counter()
-    with open_writer(output) as writer, Monitor(writer, "pretrain", "pre-training", args.epochs) as monitor:
-        done = trainer.train(monitor)
+    with (
+        open_writer(folder.path) as writer,
+        Monitor(writer, "pretrain", "pre-training", args.epochs, trainer.epoch) as monitor,
+    ):
+        done = trainer.train(monitor, last.after_epoch, last.save)
 
     accuracies = predict(model, test_set, hardware).accuracies(range(len(test_set.classes)))
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
-    save_checkpoint(output / "checkpoint.pth", Checkpoint(model, train_set.classes, info=info))
+    save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
-        save_published(output / "published.pth", model)
+        save_published(folder.published, model)
     measured = "test" if args.validation_share is None else "held-out"
     print(
         f"{measured} accuracy {accuracies['acc']:.2f}% plain, {accuracies['margin_acc']:.2f}% margin, after "
         f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({done.images_per_second:.0f} images/s): "
-        f"{output / 'checkpoint.pth'}"
+        f"{folder.results}"
     )
 
 

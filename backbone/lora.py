@@ -60,8 +60,16 @@ class LoRALinear(nn.Linear):
 def add_adapters(backbone: nn.Module, rank: int, place: str = "ffn") -> None:
     """Put a fresh rank-`rank` adapter on every layer of `place` (a key of PLACES). Freezes the whole backbone.
 
-    Raises UsageError if the backbone has no such layers or the rank is larger than a layer allows.
+    Raises UsageError as `layers_to_adapt` does.
     """
+    layers = layers_to_adapt(backbone, rank, place)
+    backbone.requires_grad_(False)
+    for name, layer in layers.items():
+        backbone.set_submodule(name, LoRALinear.around(layer, rank))
+
+
+def layers_to_adapt(backbone: nn.Module, rank: int, place: str) -> dict[str, nn.Linear]:
+    """By name. Raises UsageError if the backbone has no such layers or the rank is larger than a layer allows."""
     names = [name for name, module in backbone.named_modules() if _is_target(name, module, place)]
     if not names:
         wanted = ", ".join(f"blocks.<i>.{suffix}" for suffix in PLACES[place])
@@ -70,9 +78,7 @@ def add_adapters(backbone: nn.Module, rank: int, place: str = "ffn") -> None:
     largest = min(min(layer.weight.shape) for layer in layers.values())
     if not 1 <= rank <= largest:
         raise UsageError(f"--rank {rank} is out of range: the adapted layers allow 1 to {largest}")
-    backbone.requires_grad_(False)
-    for name, layer in layers.items():
-        backbone.set_submodule(name, LoRALinear.around(layer, rank))
+    return layers
 
 
 def _is_target(name: str, module: nn.Module, place: str) -> bool:

@@ -66,9 +66,12 @@ class Batch:
         return dict(zip(self.sizes, rows.split(list(self.sizes.values())), strict=True))
 
 
-def batches(train_set: ImageSet, plan: Pass, generator: torch.Generator, device: torch.device) -> Iterator[Batch]:
-    """Yield the pass's batches. A set that lies on the device is gathered there; else batches travel, pinned."""
-    schedule = plan.schedule(generator)
+def batches(
+    train_set: ImageSet, plan: Pass, generator: torch.Generator, device: torch.device, start: int = 0
+) -> Iterator[Batch]:
+    """Yield the pass's batches from step `start` on. A set that lies on the device is gathered there; else batches
+    travel, pinned."""
+    schedule = plan.schedule(generator)[start:]
     home = train_set.images.device
     for indices in schedule.to(home):
         images, labels = train_set.images[indices], train_set.labels[indices]

@@ -11,6 +11,7 @@ import io
 import math
 import mmap
 import os
+import platform
 import secrets
 import sys
 import time
@@ -25,8 +26,9 @@ from torch import Tensor
 TEMPORARY_SUFFIX = ".continual-forgetting.tmp"
 ABANDONED_SECONDS = 24 * 3600
 # A private mapping that reserves no memory: a set larger than the machine's memory can still be mapped. Python names
-# the flag from 3.11 on.
-PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+# the flag from 3.13 on; its value is Linux's, but for a few old architectures.
+NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", NORESERVE)
 
 
 def cached_images(

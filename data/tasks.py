@@ -3,7 +3,10 @@
 Everything here is a pure function of its arguments: the same on every rank, after every restart.
 """
 
+import csv
+import difflib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,32 +45,83 @@ def class_order(num_classes: int, seed: int) -> list[int]:
     return order
 
 
+def drawn_requests(num_classes: int, num_tasks: int, per_task: int, seed: int) -> list[list[int]]:
+    """The protocol's requests: with k = `per_task`, task t keeps the classes `order[0 : C − t·k]` and forgets the next k.
+
+    Raises UsageError for counts that leave no class.
+    """
+    if num_tasks < 1 or per_task < 1:
+        raise UsageError(f"--num-tasks {num_tasks} and --forget-per-task {per_task} must both be at least 1")
+    if num_classes - num_tasks * per_task < 1:
+        raise UsageError(
+            f"{num_tasks} tasks of {per_task} classes forget {num_tasks * per_task} of {num_classes}: at least one must "
+            f"remain; lower --num-tasks or --forget-per-task"
+        )
+    order = class_order(num_classes, seed)
+    kept = [num_classes - number * per_task for number in range(1, num_tasks + 1)]
+    return [order[count : count + per_task] for count in kept]
+
+
+def named_requests(words: Sequence[str], classes: Sequence[str], earlier: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Requests by name: each of `words` lists the classes of one, as `named_classes` reads them; after the `earlier` ones.
+
+    Raises UsageError for unknown classes, for one that is to be forgotten twice, and where none would remain.
+    """
+    task_of = {c: number for number, request in enumerate(earlier, start=1) for c in request}
+    requests = [named_classes(word, classes) for word in words]
+    for number, request in enumerate(requests, start=len(earlier) + 1):
+        for c in request:
+            if c in task_of:
+                raise UsageError(f"--forget-classes: task {task_of[c]} forgets {classes[c]!r} already")
+            task_of[c] = number
+    if len(task_of) == len(classes):
+        raise UsageError(f"--forget-classes: all {len(classes)} classes would be forgotten; at least one must remain")
+    return requests
+
+
+def named_classes(text: str, classes: Sequence[str]) -> list[int]:
+    """Class ids from a list of names, or of numbers where no class has that name: `"yaleB05, 7"`. A name with a comma
+    stands in double quotes. Raises UsageError for unknown ones."""
+    found = []
+    for name in map(str.strip, next(csv.reader([text], skipinitialspace=True), [])):
+        if name in classes:
+            found.append(classes.index(name))
+        elif name.isdecimal() and int(name) < len(classes):
+            found.append(int(name))
+        else:
+            near = difflib.get_close_matches(name, classes, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"they are 0 to {len(classes) - 1} or {classes[0]!r}, …"
+            raise UsageError(f"--forget-classes: no class {name!r}; {hint}")
+    if not found:
+        raise UsageError("--forget-classes: no class is named")
+    return found
+
+
 def forgetting_tasks(
     labels: Tensor,
     num_classes: int,
+    requests: Sequence[Sequence[int]],
     *,
-    num_tasks: int,
-    per_task: int,
     seed: int,
     data_ratio: float = 0.1,
     few_shot: int | None = None,
     num_missing: int = 0,
 ) -> list[ForgettingTask]:
-    """The sequence of tasks over the training `labels` (N,).
+    """A task for each of `requests`, lists of class ids, over the training `labels` (N,).
 
-    With k = `per_task`, task t keeps the classes `order[0 : C − t·k]` and forgets the next k. A method sees `few_shot`
-    images of every class if given, else the share `data_ratio` of each class's images (at least one). The first
-    `num_missing` classes of the order, which remain throughout, lend none.
-    Raises UsageError for counts that leave no class, or classes without enough images.
+    A method sees `few_shot` images of every class if given, else the share `data_ratio` of each class's images (at least
+    one). The first `num_missing` classes of the order that remain throughout lend none.
+    Raises UsageError for numbers out of range, or classes without enough images.
     """
-    _check_counts(num_classes, num_tasks, per_task, data_ratio, few_shot, num_missing)
-    order = class_order(num_classes, seed)
+    requested = {c for request in requests for c in request}
+    staying = [c for c in class_order(num_classes, seed) if c not in requested]
+    _check_images(len(staying), data_ratio, few_shot, num_missing)
+    missing = tuple(sorted(staying[:num_missing]))
     by_class = _indices_by_class(labels, num_classes)
-    missing = tuple(sorted(order[:num_missing]))
-    tasks = []
-    for number in range(1, num_tasks + 1):
-        kept = num_classes - number * per_task
-        remain, forget = sorted(order[:kept]), sorted(order[kept : kept + per_task])
+    tasks, old = [], set()
+    for number, request in enumerate(requests, start=1):
+        forget = sorted(request)
+        remain = [c for c in range(num_classes) if c not in old and c not in request]
         seen = [c for c in remain if c not in missing]
         draw = [(forget, "forget_indices"), (seen, "remain_indices")]
         samples = {
@@ -79,11 +133,12 @@ def forgetting_tasks(
                 number=number,
                 forget=tuple(forget),
                 remain=tuple(remain),
-                old=tuple(sorted(order[kept + per_task :])),
+                old=tuple(sorted(old)),
                 missing=missing,
                 **{key: torch.from_numpy(indices) for key, indices in samples.items()},
             )
         )
+        old.update(request)
     return tasks
 
 
@@ -106,20 +161,10 @@ def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Te
     return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in (kept, held))
 
 
-def _check_counts(
-    num_classes: int, num_tasks: int, per_task: int, data_ratio: float, few_shot: int | None, num_missing: int
-) -> None:
-    if num_tasks < 1 or per_task < 1:
-        raise UsageError(f"--num-tasks {num_tasks} and --forget-per-task {per_task} must both be at least 1")
-    left = num_classes - num_tasks * per_task
-    if left < 1:
+def _check_images(staying: int, data_ratio: float, few_shot: int | None, num_missing: int) -> None:
+    if not 0 <= num_missing < staying:
         raise UsageError(
-            f"{num_tasks} tasks of {per_task} classes forget {num_tasks * per_task} of {num_classes}: at least one must "
-            f"remain; lower --num-tasks or --forget-per-task"
-        )
-    if not 0 <= num_missing < left:
-        raise UsageError(
-            f"--missing-classes {num_missing} is out of range: {left} classes remain after the last task, and at least "
+            f"--missing-classes {num_missing} is out of range: {staying} classes remain after the last task, and at least "
             f"one of them must lend images"
         )
     if not 0 < data_ratio <= 1:

@@ -46,6 +46,10 @@ class Method(ABC):
     def check_arguments(cls, args: argparse.Namespace) -> None:
         """Raise UsageError for values that cannot work, before anything is loaded."""
 
+    @classmethod
+    def check_model(cls, args: argparse.Namespace, model: Recognizer) -> None:
+        """Raise UsageError for values that do not fit this model, before anything is written."""
+
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         """Before the first task, also of a resumed run; `model` is the pre-trained one."""
 

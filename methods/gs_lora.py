@@ -85,6 +85,10 @@ class GSLoRA(Method):
             raise UsageError(f"--rank {args.rank} is out of range: at least 1")
         refuse_negative(args, "alpha", "beta", "negligible", "sparsity_warmup_epochs")
 
+    @classmethod
+    def check_model(cls, args: argparse.Namespace, model: Recognizer) -> None:
+        lora.layers_to_adapt(model.backbone, args.rank, args.lora_place)
+
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
         super().begin_task(model, task, train_set)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)

@@ -62,6 +62,10 @@ class LIRF(Method):
         if not args.temperature > 0 or not 0 <= args.kd_share <= 1:
             raise UsageError("--temperature must be above 0, --kd-share between 0 and 1")
 
+    @classmethod
+    def check_model(cls, args: argparse.Namespace, model: Recognizer) -> None:
+        half_depth(model.backbone)
+
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
         super().begin_task(model, task, train_set)
         self.depth = half_depth(model.backbone)

@@ -23,7 +23,7 @@ from data import load_data
 from data.batches import Batch, batches, random_flip
 from data.image_set import ImageSet
 from data.synthetic_faces import synthetic_faces
-from data.tasks import forgetting_tasks
+from data.tasks import drawn_requests, forgetting_tasks
 from methods import METHODS
 from methods.base import Method
 from methods.pretrain import Pretrain
@@ -65,7 +65,7 @@ class Bench:
         sets = load_data(str(folder / "faces"), image_size, 0, 0, 0, 0, folder / "cache")
         self.train_set, self.test_set = (images.to(hardware.device) for images in sets)
         (self.task,) = forgetting_tasks(
-            self.train_set.labels, IDENTITIES, num_tasks=1, per_task=IDENTITIES // 2, seed=0, data_ratio=1.0
+            self.train_set.labels, IDENTITIES, drawn_requests(IDENTITIES, 1, IDENTITIES // 2, 0), seed=0, data_ratio=1.0
         )
         torch.manual_seed(0)
         self.model = build_recognizer(Architecture(args.model, IDENTITIES, image_size))

@@ -25,12 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_forget
 from methods import METHODS, method_class
 from util.arguments import first_difference, read_json, run_main
-from util.continual import FREE_ON_RESUME
 from util.errors import RunError, UsageError
 from util.files import sha256
+from util.folders import RunFolder
 from util.hardware import choose_hardware
+from util.interrupt import Interrupted, end_on_sigterm
 from util.report import write_report
-from util.results import RunFolder, load_results
+from util.results import load_results
+from util.resume import FREE_ON_RESUME
 from util.tables import CELL_WIDTH, Comparison, table_line
 
 
@@ -96,7 +98,7 @@ def make_jobs(args: argparse.Namespace, further: list[str]) -> list[Job]:
                 jobs[-1].arguments.append("--overwrite")
                 continue
             check_same(folder, parsed, checkpoint_sha256)
-            jobs[-1].finished = is_finished(folder, parsed.num_tasks)
+            jobs[-1].finished = folder.finished
             jobs[-1].arguments.append("--resume" if folder.last.exists() else "--overwrite")
     return jobs
 
@@ -112,16 +114,14 @@ def check_same(folder: RunFolder, args: argparse.Namespace, checkpoint_sha256: s
         raise UsageError(f"{folder.path} holds a run from another checkpoint than {args.checkpoint}; {advice}")
 
 
-def is_finished(folder: RunFolder, num_tasks: int) -> bool:
-    return folder.figure.exists() and len(load_results(folder.results)["tasks"]) == num_tasks
-
-
 def run_here(job: Job) -> None:
     """Run in this process, which spares the start-up. What it prints goes to its log."""
     job.folder.path.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log, contextlib.redirect_stdout(log):
         try:
             train_forget.main(job.arguments)
+        except Interrupted:
+            raise  # all of them are meant
         except (UsageError, RunError) as error:
             job.failure = str(error)
         except Exception as error:
@@ -130,20 +130,23 @@ def run_here(job: Job) -> None:
             job.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} (see {job.log})"
 
 
-def run_on(gpu: str, job: Job) -> None:
-    """Run in a process of its own that sees one CUDA device ("": those that this one sees)."""
+def run_on(gpu: str, job: Job, running: set[subprocess.Popen]) -> None:
+    """Run in a process of its own, one of `running`, that sees one CUDA device ("": those that this one sees)."""
     job.folder.path.mkdir(parents=True, exist_ok=True)
     with job.log.open("a") as log:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, train_forget.__file__, *job.arguments],
             env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
             stdout=log,
             stderr=subprocess.PIPE,
             text=True,
         )
-        log.write(done.stderr)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        running.add(process)
+        _, errors = process.communicate()
+        running.discard(process)
+        log.write(errors)
+    if process.returncode:
+        last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
         job.failure = last.removeprefix("train_forget.py: error: ")
 
 
@@ -159,6 +162,7 @@ def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
             run_here(job)
             yield job
         return
+    running: set[subprocess.Popen] = set()
     free: queue.Queue[str] = queue.Queue()
     for gpu in gpus:
         free.put(gpu)
@@ -166,7 +170,7 @@ def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
     def run_next(job: Job) -> Job:
         gpu = free.get()
         try:
-            run_on(gpu, job)
+            run_on(gpu, job, running)
         finally:
             free.put(gpu)
         return job
@@ -176,7 +180,9 @@ def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
             for done in as_completed([pool.submit(run_next, job) for job in waiting]):
                 yield done.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                process.terminate()  # it saves, and ends
             raise
 
 
@@ -227,8 +233,9 @@ def main(argv: list[str] | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
     print(f"{len(jobs)} runs, {sum(job.finished for job in jobs)} of them finished before → {args.output_dir}\n", flush=True)
     table = GrowingTable(jobs)
-    for job in run_all(jobs, (args.gpus or [""]) * args.jobs_per_gpu):
-        table.add(job)
+    with end_on_sigterm():
+        for job in run_all(jobs, (args.gpus or [""]) * args.jobs_per_gpu):
+            table.add(job)
     comparison = compare(jobs)
     if args.published:
         comparison.add_published()

@@ -21,7 +21,7 @@ forget() { # output folder or nothing, further arguments
   local output=()
   [ -z "$1" ] || output=(--output-dir "$1")
   "$PYTHON" train_forget.py --method gs_lora --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 1 --seed "$SEED" \
-    $FORGET $SINGLE_STEP "${output[@]}" $(replace "$@") "${@:2}"
+    $FORGET $SINGLE_STEP "${output[@]}" $(continue_or_replace "$@") "${@:2}"
 }
 
 if [ -z "$sweep" ]; then

@@ -62,12 +62,13 @@ pretrain_if_missing() {
   folder="exps/pretrain-$(basename "$DATA")-$MODEL${1:-}"
   [ -z "$CHECKPOINT" ] || return 0
   if [ ! -f "$folder/checkpoint.pth" ]; then
-    "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --output-dir "$folder" "${@:2}" || exit $?
+    "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --output-dir "$folder" \
+      --resume --overwrite "${@:2}" || exit $?
   fi
   CHECKPOINT="$PWD/$folder/checkpoint.pth"
 }
 
-# A finished run of the same name is replaced, unless the arguments ask to resume it.
-replace() {
-  case " $* " in *" --resume "* | *" --resume-from "*) ;; *) echo --overwrite ;; esac
+# An interrupted run of the same name and options is continued, any other replaced, unless the arguments say what to do.
+continue_or_replace() {
+  case " $* " in *" --resume "* | *" --resume-from "* | *" --overwrite "*) ;; *) echo --resume --overwrite ;; esac
 }

@@ -13,6 +13,7 @@ from PIL import Image
 
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet
+from data.tasks import drawn_requests, forgetting_tasks
 from util.hardware import Hardware
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,12 @@ def command(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+def drawn_tasks(labels: torch.Tensor, num_classes: int, *, num_tasks=1, per_task=1, seed=0, **options) -> list:
+    """The protocol's tasks, of classes drawn by the seed."""
+    requests = drawn_requests(num_classes, num_tasks, per_task, seed)
+    return forgetting_tasks(labels, num_classes, requests, seed=seed, **options)
 
 
 def write_folder(root: Path, train, test) -> Path:

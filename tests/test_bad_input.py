@@ -37,7 +37,10 @@ def refused(result, code: int, message: str) -> None:
         (["--checkpoint", "absent.pth"], "no checkpoint file absent.pth"),
         (["--data", "absent"], "absent"),
         (["--head", "arcface"], "was trained with --head cosface, not arcface"),
-        (["--resume", "--overwrite"], "it excludes --overwrite"),
+        (["--then", "c1"], "--then follows --forget-classes"),
+        (["--forget-classes", "c1", "--num-tasks", "2"], "it excludes --num-tasks"),
+        (["--forget-classes", "c1", "--then", "c2,c1"], "task 1 forgets 'c1' already"),
+        (["--forget-classes", "c77"], "no class 'c77'; did you mean 'c7'"),
     ],
 )
 def test_impossible_requests(options, message, trained, colours, command, tmp_path):

@@ -5,11 +5,8 @@ import errno
 import inspect
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable, Collection
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,7 +19,7 @@ from util.errors import RunError, UsageError
 from util.hardware import Hardware, choose_hardware, keep_freed_memory
 
 SYNTHETIC = "synthetic_faces"
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -98,6 +95,7 @@ def add_fast_path_arguments(parser: argparse.ArgumentParser) -> None:
     _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where blocks are compiled for CUDA")
     _add_choice(group, "dropout", ("fast", "torch"), "how masks are drawn; auto: fast on a CPU, torch's on CUDA")
     _add_choice(group, "fused-optimizer", ("on", "off"), "one kernel a step; auto: on, for the optimizers that have one")
+    group.add_argument("--deterministic", action="store_true", help="on CUDA: the same bits every time, slower; a CPU's are")
 
 
 def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, str], help: str) -> None:
@@ -109,6 +107,9 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
     names = inspect.signature(choose_hardware).parameters
     choices = {name: getattr(args, name) for name in names if hasattr(args, name)}
     hardware = choose_hardware(**choices | {"device": distributed.start(args.device)})
+    if getattr(args, "deterministic", False) and hardware.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts, which reads it
+        torch.use_deterministic_algorithms(True)
     keep_freed_memory(hardware.device.type == "cpu" if args.keep_memory == "auto" else args.keep_memory == "on")
     return hardware
 
@@ -154,7 +155,7 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
     except KeyboardInterrupt:
         _fail(name, "interrupted", 130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in CANNOT_WRITE:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(name, f"cannot write: {error.strerror}{where}; files already complete are kept", 1)
@@ -183,41 +184,6 @@ def first_difference(saved: dict, args: argparse.Namespace, free: Collection[str
         if key not in free and saved.get(key) != now.get(key):
             return f"{option_name(key)} {saved.get(key)}, now {now.get(key)}"
     return None
-
-
-def describe_run(args: argparse.Namespace, hardware: Hardware, images: torch.device) -> dict:
-    """The content of config.json: every argument, package versions, git commit, device, seed, what auto came to."""
-    return {
-        "script": Path(sys.argv[0]).name,
-        "arguments": plain_arguments(args),
-        "seed": args.seed,
-        "device": hardware.describe(),
-        "processes": distributed.world_size(),
-        "hardware": hardware.as_dict() | {"images": str(images)},
-        "python": platform.python_version(),
-        "packages": {package: _version(package) for package in PACKAGES},
-        "git_commit": _git_commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the code that runs, with "+" appended where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", root, *words], capture_output=True, text=True, check=True, env=environment, timeout=10
-        ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def read_json(path: Path) -> dict:

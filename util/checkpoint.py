@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import timm
 import torch
@@ -148,9 +149,28 @@ def load_backbone(model: Recognizer, path: Path) -> None:
 
 
 def torch_save(path: Path, data: dict) -> None:
-    """`torch.save`, whole or not at all."""
+    """`torch.save`, whole or not at all. OSError (a full disk) is passed on."""
     with atomic_write(path) as file:
-        torch.save(data, file)
+        target = _Target(file)
+        try:
+            torch.save(data, target)
+        except RuntimeError:
+            raise target.error or RunError(f"{path}: cannot be written") from None
+
+
+class _Target:
+    """A file that remembers why it could not be written to: torch's writer tells that something failed, not what."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.flush = file, file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def torch_load(path: Path):

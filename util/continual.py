@@ -1,7 +1,6 @@
 """A run of forgetting tasks, one after another: train, evaluate, and write down what each of them left."""
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
-from util.arguments import first_difference, plain_arguments
 from util.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -24,15 +22,15 @@ from util.checkpoint import (
     torch_save,
 )
 from util.engine import Optimization, Trainer, derived_seed, epochs_of_task
-from util.errors import UsageError
+from util.errors import RunError
 from util.evaluate import accuracies_after, accuracies_before, predict
 from util.files import save_tensors
+from util.folders import RunFolder
 from util.monitor import Monitor, open_writer
-from util.results import RunFolder, load_results, new_results, save_results, task_entry
+from util.record import Recorder
+from util.results import load_results, new_results, save_results, task_entry
+from util.resume import LastState
 from util.tables import percent
-
-# Options that may differ between an interrupted run and the one that continues it.
-FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "save_every", "eval_every"}
 
 
 class ContinualRun:
@@ -54,19 +52,21 @@ class ContinualRun:
         self.forgotten: list[list[int]] = []
         self.results: dict | None = None
         self.settings = Optimization.of(args)
+        self.last = LastState(folder.last, args)
+        self.recorder = Recorder(args, method.hardware, data)
 
     def run(self) -> dict:
         """Carry out the tasks that are left, and return the content of results.json.
 
-        Raises UsageError if what the run is to continue from does not belong to it, RunError if a loss is not finite.
+        Raises RunError if what the run is to continue from does not belong to it, or if a loss is not finite.
         """
         self.pretrained = predict(self.model, self.test_set, self.hardware)
         self.method.begin_run(self.model, self.tasks, self.train_set)
-        if self.args.resume_from is not None:
-            self._enter(self.args.resume_from)
-        elif self.args.resume and self.folder.results.exists():
+        if self.args.resume and self.folder.results.exists():
             self.results = load_results(self.folder.results)
             self._enter(self.folder.checkpoint(self.results["tasks"][-1]["task"]))
+        elif self.args.resume_from is not None:
+            self._enter(self.args.resume_from)
         with open_writer(self.folder.path) as writer:
             for task in self.tasks[len(self.forgotten) :]:
                 self._forget(task, writer)
@@ -76,12 +76,8 @@ class ContinualRun:
     def _enter(self, path: Path) -> None:
         """Take over a model that has already forgotten this run's first tasks."""
         checkpoint = load_checkpoint(path)
-        expected = [list(task.forget) for task in self.tasks[: len(checkpoint.forgotten)]]
-        if not checkpoint.forgotten or checkpoint.forgotten != expected:
-            raise UsageError(
-                f"{path} has not forgotten what the first tasks of this run forget: check --seed, --num-tasks and "
-                f"--forget-per-task"
-            )
+        if checkpoint.forgotten != [list(task.forget) for task in self.tasks[: len(checkpoint.forgotten)]]:
+            raise RunError(f"{path} has not forgotten what the first tasks of this run forget; use --overwrite")
         load_weights(self.model, checkpoint.model.state_dict(), path)
         self.forgotten = checkpoint.forgotten
         state = self.folder.method_state(len(self.forgotten), path.parent)
@@ -91,11 +87,12 @@ class ContinualRun:
     def _forget(self, task: ForgettingTask, writer: SummaryWriter) -> None:
         self.hardware.reset_peak_memory()
         start = time.perf_counter()
+        self.recorder.begin(self.model)
         trainer = self._trainer(task)
         label = f"task {task.number}/{len(self.tasks)} {task.setting}"
         bar = f"{self.method.title} {label}"
         with Monitor(writer, f"task_{task.number}", bar, trainer.settings.epochs, trainer.epoch) as monitor:
-            done = trainer.train(monitor, lambda trainer: self._after_epoch(trainer, task, writer))
+            done = trainer.train(monitor, lambda trainer: self._after_epoch(trainer, task, writer), self.last.save)
         left = self.method.end_task(self.model)
         self.forgotten = [*self.forgotten, list(task.forget)]
         trained = time.perf_counter()
@@ -125,11 +122,7 @@ class ContinualRun:
         steps = sum(plan.steps for plan in self.method.passes(0))
         settings = replace(self.settings, epochs=epochs_of_task(self.args, steps))
         trainer = Trainer(self.model, self.method, self.train_set, settings, self.args.seed, task.number)
-        if self.args.resume and self.folder.last.exists():
-            state = torch_load(self.folder.last)
-            self._check_same_run(state)
-            if state["task"] == task.number:
-                trainer.load_state_dict(state)
+        self.last.restore(trainer)
         return trainer
 
     def _new_results(self) -> dict:
@@ -144,21 +137,12 @@ class ContinualRun:
         return new_results(self.method.name, self.args.seed, self.train_set, self.test_set, model, accuracies)
 
     def _after_epoch(self, trainer: Trainer, task: ForgettingTask, writer: SummaryWriter) -> None:
-        if trainer.epoch % self.args.save_every == 0 or trainer.epoch == trainer.settings.epochs:
-            torch_save(self.folder.last, trainer.state_dict() | {"arguments": json.dumps(plain_arguments(self.args))})
+        self.last.after_epoch(trainer)
         if self.args.eval_every and trainer.epoch % self.args.eval_every == 0:
             now = predict(self.model, self.test_set, self.hardware)
             for name, value in accuracies_after(now, task, accuracies_before(self.pretrained, task)).items():
                 if value is not None:
                     writer.add_scalar(f"task_{task.number}/test/{name}", value, trainer.epoch)
-
-    def _check_same_run(self, state: dict) -> None:
-        difference = first_difference(json.loads(state.get("arguments", "{}")), self.args, FREE_ON_RESUME)
-        if difference is not None:
-            raise UsageError(
-                f"--resume: {self.folder.path} was started with other options: {difference}; repeat the first command, or "
-                f"use --overwrite"
-            )
 
     def _keep(self, task: ForgettingTask, left: dict, entry: dict) -> None:
         """Write a finished task. results.json comes last: a task it names has all of its files."""
@@ -174,6 +158,7 @@ class ContinualRun:
         save_checkpoint(self.folder.checkpoint(task.number), checkpoint)
         if self.args.published_layout:
             save_published(self.folder.published(task.number), self.model)
+        self.recorder.write(self.folder, task, self.model, entry)
         self.results["tasks"].append(entry)
         save_results(self.folder, self.results, self.method.title)
 

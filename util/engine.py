@@ -4,8 +4,9 @@ Nothing in here reads a number back from the device between two epochs.
 """
 
 import argparse
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -15,12 +16,13 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass, batches
+from data.batches import Batch, batches
 from data.image_set import ImageSet
 from methods.base import Method
 from util.distributed import parallel
 from util.errors import RunError, UsageError
 from util.hardware import Hardware
+from util.interrupt import Interrupted, Stop, stop_on_signals
 from util.monitor import Monitor
 
 # Those of timm's names that stand for torch optimizers with a fused kernel on every device.
@@ -83,6 +85,7 @@ class Trainer:
         self.hardware = method.hardware
         self.seed, self.task = seed, task
         self.epoch = self.updates = 0
+        self.step_of_epoch = 0  # steps of the epoch at hand that are done
         method.epochs = settings.epochs
         self.steps = [sum(plan.steps for plan in method.passes(epoch)) for epoch in range(settings.epochs)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -100,36 +103,55 @@ class Trainer:
             t_in_epochs=False,
         )
 
-    def train(self, monitor: Monitor, after_epoch: Callable[["Trainer"], None] | None = None) -> Throughput:
+    def train(
+        self,
+        monitor: Monitor,
+        after_epoch: Callable[["Trainer"], None] | None = None,
+        save: Callable[["Trainer"], None] | None = None,
+    ) -> Throughput:
         """Run the remaining epochs; `after_epoch` is called after each (to save, to evaluate).
 
-        Raises RunError if a part of the loss was not finite, naming the part and the step.
+        With `save`, SIGINT and SIGTERM end the training after the step at hand, saved. Raises Interrupted then, and
+        RunError if a part of the loss is not finite, naming the part and the step.
         """
         done = Throughput()
-        while self.epoch < self.settings.epochs:
-            start = time.perf_counter()
-            self._train_epoch(monitor)
-            monitor.end_epoch(self.optimizer.param_groups[0]["lr"], self.method.end_epoch(self.model, self.epoch - 1))
-            self.hardware.synchronize()
-            done.seconds += time.perf_counter() - start
-            done.images += monitor.images
-            if after_epoch is not None:
-                after_epoch(self)
+        with stop_on_signals() if save is not None else contextlib.nullcontext(Stop()) as stop:
+            while self.epoch < self.settings.epochs:
+                start = time.perf_counter()
+                self._train_epoch(monitor, stop, save)
+                monitor.end_epoch(self.optimizer.param_groups[0]["lr"], self.method.end_epoch(self.model, self.epoch - 1))
+                self.hardware.synchronize()
+                done.seconds += time.perf_counter() - start
+                done.images += monitor.images
+                if after_epoch is not None:
+                    after_epoch(self)
         return done
 
-    def _train_epoch(self, monitor: Monitor) -> None:
+    def _train_epoch(self, monitor: Monitor, stop: Stop, save: Callable[["Trainer"], None] | None) -> None:
         self.model.train()
         self.method.begin_epoch(self.model, self.epoch)
-        monitor.begin_epoch(self.epoch, self.settings.epochs, self.steps[self.epoch])
-        for number, plan in enumerate(self.method.passes(self.epoch)):
-            self._train_pass(number, plan, monitor)
-        self.epoch += 1
-
-    def _train_pass(self, number: int, plan: Pass, monitor: Monitor) -> None:
-        # The order of batches depends on the position alone, so that a resumed run sees the same one.
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.task, self.epoch, number))
-        for batch in batches(self.train_set, plan, generator, self.hardware.device):
+        monitor.begin_epoch(self.epoch, self.step_of_epoch)
+        for batch in self._batches_left():
             monitor.step(self.step(batch), len(batch))
+            self.step_of_epoch += 1
+            if stop.received is not None:
+                monitor.check(wait=True)
+                save(self)
+                raise Interrupted(
+                    f"{monitor.label}: stopped by {stop.received.name} in epoch {self.epoch + 1} of {self.settings.epochs} "
+                    f"and saved; continue with --resume",
+                    stop.received,
+                )
+        self.epoch, self.step_of_epoch = self.epoch + 1, 0
+
+    def _batches_left(self) -> Iterator[Batch]:
+        """The epoch's batches from `step_of_epoch` on, pass after pass."""
+        done = self.step_of_epoch
+        for number, plan in enumerate(self.method.passes(self.epoch)):
+            # The order of batches depends on the position alone, so that a resumed run sees the same one.
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.task, self.epoch, number))
+            yield from batches(self.train_set, plan, generator, self.hardware.device, start=min(done, plan.steps))
+            done = max(0, done - plan.steps)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """One update. Returns the parts of the loss, on the device."""
@@ -153,6 +175,7 @@ class Trainer:
         return {
             "task": self.task,
             "epoch": self.epoch,
+            "step_of_epoch": self.step_of_epoch,
             "updates": self.updates,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -166,7 +189,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.method.load_state_dict(state["method"])
-            self.epoch, self.updates = state["epoch"], state["updates"]
+            self.epoch, self.step_of_epoch, self.updates = (state[key] for key in ("epoch", "step_of_epoch", "updates"))
             torch.set_rng_state(state["random"]["cpu"].cpu())
             if "cuda" in state["random"] and self.hardware.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.hardware.device)

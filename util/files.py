@@ -17,6 +17,8 @@ from torch import Tensor
 from util import distributed
 from util.errors import RunError, UsageError
 
+TEMPORARY_SUFFIX = ".tmp"
+
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -30,7 +32,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, temporary = tempfile.mkstemp(TEMPORARY_SUFFIX, f".{path.name}.", path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
@@ -48,8 +50,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

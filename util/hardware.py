@@ -6,6 +6,7 @@ Each part is automatic, can be switched off alone (`util.arguments.add_fast_path
 
 import contextlib
 import ctypes
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
@@ -173,8 +174,9 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here: by compiling something, which needs a C++ compiler (CUDA: Triton as well)."""
+    unseen = time.time_ns() % 2**20  # a constant in the code: no cache of kernels knows it
     try:
-        return torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device)).sum().item() == 24
+        return torch.compile(lambda x: x + unseen)(torch.ones(8, device=device)).sum().item() == 8 * (1 + unseen)
     except Exception:  # the kinds of failure are without number: no compiler, no headers, no place to write
         return False
 

@@ -3,14 +3,15 @@ import random
 import pytest
 import torch
 
-from data.tasks import class_order, forgetting_tasks
+from data.tasks import class_order, forgetting_tasks, named_classes, named_requests
+from tests.conftest import drawn_tasks
 from util.errors import UsageError
 
 LABELS = torch.arange(100).repeat_interleave(30)[torch.randperm(3000, generator=torch.Generator().manual_seed(5))]
 
 
 def tasks(labels=LABELS, num_classes=100, **options):
-    return forgetting_tasks(labels, num_classes, **({"num_tasks": 4, "per_task": 20, "seed": 1337} | options))
+    return drawn_tasks(labels, num_classes, **({"num_tasks": 4, "per_task": 20, "seed": 1337} | options))
 
 
 def test_the_published_class_order():
@@ -92,3 +93,51 @@ def test_a_task_is_a_pure_function_of_its_arguments():
 def test_impossible_requests_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         tasks(**options)
+
+
+CLASSES = ("ann", "bob", "7", "o'neil, pat", "eve", "mallory")
+
+
+def test_classes_are_named_or_numbered():
+    assert named_classes("bob,ann", CLASSES) == [1, 0]
+    assert named_classes(' bob , "o\'neil, pat",4', CLASSES) == [1, 3, 4]
+    assert named_classes("7", CLASSES) == [2]  # a class of that name, not the eighth
+
+
+def test_named_requests_become_tasks():
+    labels = torch.arange(6).repeat_interleave(4)
+    requests = named_requests(["bob, ann", "eve"], CLASSES, [[5]])
+    assert requests == [[1, 0], [4]]
+    _, first, second = forgetting_tasks(labels, 6, [[5], *requests], seed=3, data_ratio=0.5, num_missing=1)
+    assert (first.forget, first.old, second.old) == ((0, 1), (5,), (0, 1, 5))
+    assert (first.remain, second.remain) == ((2, 3, 4), (2, 3))
+    assert first.missing == second.missing == tuple(c for c in class_order(6, 3) if c in (2, 3))[:1]
+    assert labels[second.forget_indices].tolist() == [4, 4]
+    assert {*labels[second.remain_indices].tolist()} == {2, 3} - {*second.missing}
+
+
+def test_naming_the_drawn_classes_gives_the_drawn_tasks():
+    for drawn in tasks():
+        words = [",".join(map(str, task.forget)) for task in tasks()]
+        requests = named_requests(words, [f"id{c}" for c in range(100)], [])
+        named = forgetting_tasks(LABELS, 100, requests, seed=1337)[drawn.number - 1]
+        assert (named.forget, named.remain, named.old) == (drawn.forget, drawn.remain, drawn.old)
+        assert torch.equal(named.remain_indices, drawn.remain_indices)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ann, bbo"], "no class 'bbo'; did you mean 'bob'"),
+        (["6"], "no class '6'; did you|no class '6'; they are 0 to 5"),
+        (["-1"], "no class '-1'"),
+        ([""], "no class"),
+        (["ann", "bob,0"], "task 2 forgets 'ann' already"),
+        (["ann,ann"], "task 2 forgets 'ann' already"),
+        (["mallory"], "task 1 forgets 'mallory' already"),
+        (["0,1,2", "3,4"], "all 6 classes would be forgotten"),
+    ],
+)
+def test_impossible_names_are_refused(words, message):
+    with pytest.raises(UsageError, match=message):
+        named_requests(words, CLASSES, [[5]])

@@ -13,9 +13,10 @@ from backbone import lora
 from backbone.recognizer import Recognizer
 from data.batches import Batch, batches
 from data.image_set import ImageSet
-from data.tasks import ForgettingTask, forgetting_tasks
+from data.tasks import ForgettingTask
 from methods import METHODS
 from methods.base import Method
+from tests.conftest import drawn_tasks
 from train_forget import parse_arguments
 
 
@@ -28,7 +29,7 @@ def arguments(name: str, *options: str):
 def tasks_over(images: ImageSet, number: int) -> list[ForgettingTask]:
     per_task = max(1, len(images.classes) // (number + 1))
     options = {"num_tasks": number, "per_task": per_task, "seed": 1337, "data_ratio": 0.5}
-    return forgetting_tasks(images.labels, len(images.classes), **options)
+    return drawn_tasks(images.labels, len(images.classes), **options)
 
 
 def move(model: Recognizer, seed: int = 3, std: float = 0.05) -> None:

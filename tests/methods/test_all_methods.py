@@ -197,7 +197,7 @@ def test_impossible_options_are_refused(name, options):
 @ALL
 def test_the_defaults_and_zero_weights_are_possible(name):
     parse_arguments(["--method", name, "--checkpoint", "x"])
-    weights = [a for a in build_parser(METHODS[name])._actions if a.metavar in ("λ", "β", "γ", "a", "ρ", "w")]
+    weights = [a for a in build_parser(["--method", name])[0]._actions if a.metavar in ("λ", "β", "γ", "a", "ρ", "w")]
     zeros = [text for action in weights for text in (action.option_strings[0], "0")]
     args = parse_arguments(["--method", name, "--checkpoint", "x", *zeros])
     assert all(getattr(args, action.dest) in (0, [0]) for action in weights)
@@ -206,8 +206,8 @@ def test_the_defaults_and_zero_weights_are_possible(name):
 @ALL
 def test_published_values_name_options_that_exist(name):
     method = METHODS[name]
-    args = build_parser(method).parse_args(["--checkpoint", "x"])
-    actions = {action.dest: action for action in build_parser(method)._actions}
+    args = build_parser(["--method", method.name])[0].parse_args(["--checkpoint", "x"])
+    actions = {action.dest: action for action in build_parser(["--method", method.name])[0]._actions}
     assert method.published
     for key, value in method.published.items():
         assert hasattr(args, key)
@@ -226,7 +226,7 @@ def test_as_published_sets_them(name):
 
 @ALL
 def test_an_explicit_option_wins_over_the_published_value(name):
-    actions = {action.dest: action for action in build_parser(METHODS[name])._actions}
+    actions = {action.dest: action for action in build_parser(["--method", name])[0]._actions}
     for key, value in METHODS[name].published.items():
         action = actions[key]
         if action.choices is not None:

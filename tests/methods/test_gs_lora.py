@@ -7,8 +7,8 @@ from torch import nn
 
 from backbone import lora
 from data.batches import Pass, batches
-from data.tasks import forgetting_tasks
 from methods.gs_lora import GSLoRA
+from tests.conftest import drawn_tasks
 from util.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ def arguments(*options: str) -> argparse.Namespace:
 
 def task_of(images, number: int = 1):
     options = {"num_tasks": 2, "per_task": 2, "seed": 1337, "data_ratio": 0.5}
-    return forgetting_tasks(images.labels, len(images.classes), **options)[number - 1]
+    return drawn_tasks(images.labels, len(images.classes), **options)[number - 1]
 
 
 @pytest.fixture

@@ -2,13 +2,18 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from methods import METHODS
-from tests.conftest import results_of
+from tests.conftest import ROOT, results_of
+from util.folders import RunFolder
 
 
 @pytest.fixture
@@ -184,3 +189,25 @@ def test_a_search_sets_the_points_of_a_grid_side_by_side(command, further, tmp_p
     code, _, err = command("scripts/search.py", "--method", "l2", "--grid", "lr", "--output-dir", tmp_path, *further)
     assert code == 2
     assert "--grid 'lr': write option=value,value" in err
+
+
+@pytest.mark.parametrize("dealt", [(), ("--jobs-per-gpu", "2")])
+def test_sigterm_ends_all_runs_saved(command, further, tmp_path, dealt):
+    """In one process, and dealt out: the runs at hand save and end, none is started after them."""
+    words = ["--methods", "l2", "gs_lora", "ewc", *dealt, "--output-dir", tmp_path, *further, "--epochs", 100000]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "compare.py", *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    started = ["l2"] if not dealt else ["l2", "gs_lora"]
+    end = time.monotonic() + 120
+    while not all((tmp_path / f"{name}-seed1337" / "checkpoints" / "last.pth").exists() for name in started):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    assert "Traceback" not in err
+    assert not (tmp_path / "ewc-seed1337").exists()
+    for name in started:
+        with RunFolder(tmp_path / f"{name}-seed1337").locked():  # nobody holds it any more
+            pass

@@ -14,10 +14,9 @@ import torch
 
 import train_forget
 from data.batches import batches
-from data.tasks import forgetting_tasks
 from methods import METHODS
 from methods.pretrain import Pretrain
-from tests.conftest import coloured_images, small_recognizer
+from tests.conftest import coloured_images, drawn_tasks, small_recognizer
 from util import distributed
 from util.engine import Optimization, Trainer
 from util.evaluate import predict
@@ -30,7 +29,7 @@ def train(name: str) -> tuple[list[dict[str, float]], dict[str, torch.Tensor], l
     """A few steps in float32: their losses, the model, and its predictions. Shares are uneven: 9 and 5 images."""
     hardware = Hardware(torch.device("cpu"), bf16=False)
     images = coloured_images(per_class=5)
-    (task,) = forgetting_tasks(images.labels, 6, num_tasks=1, per_task=1, seed=0, data_ratio=1.0)
+    (task,) = drawn_tasks(images.labels, 6, num_tasks=1, per_task=1, seed=0, data_ratio=1.0)
     words = ["--method", "gs_lora" if name == "pretrain" else name, "--checkpoint", "none", "--batch-size", "9"]
     args = train_forget.parse_arguments([*words, "--epochs", "2", "--lr", "1e-3"])
     model = small_recognizer()

@@ -1,3 +1,5 @@
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ from methods.pretrain import Pretrain
 from util.engine import Optimization, Trainer, derived_seed
 from util.errors import RunError, UsageError
 from util.evaluate import predict
+from util.interrupt import Interrupted
 from util.monitor import Monitor
 
 
@@ -56,6 +59,57 @@ def test_a_run_repeats_bit_for_bit_and_a_resumed_one_too(make_recognizer, make_i
     assert trainer.epoch == 2
     train(trainer)
     assert torch.equal(weights(resumed), weights(whole))
+
+
+# Updates of three epochs of four, six and six steps: within a pass, at its end, at an epoch's end, and twice.
+@pytest.mark.parametrize("moments", [[2], [6], [7], [4], [10], [16], [3, 5], [1, 2]])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_training_after_a_step_and_it_resumes_there(
+    moments, number, make_recognizer, make_images, cpu
+):
+    images = make_images()
+    options = {"method": TwoPasses, "epochs": 3, "clip_grad": 1.0}
+    whole = make_recognizer(pos_drop_rate=0.1)
+    train(trainer_for(whole, images, cpu, **options))
+
+    state, model = None, None
+    for moment in [*moments, None]:
+        model = make_recognizer(pos_drop_rate=0.1)
+        trainer = trainer_for(model, images, cpu, **options)
+        if state is not None:
+            torch.manual_seed(123)
+            trainer.load_state_dict(state)
+        if moment is None:
+            train(trainer)
+            break
+        saved, step = [], trainer.step
+
+        def signalled(batch, trainer=trainer, step=step, moment=moment):
+            losses = step(batch)
+            if trainer.updates == moment:
+                os.kill(os.getpid(), number)
+            return losses
+
+        trainer.step = signalled
+        with pytest.raises(Interrupted, match=f"stopped by {number.name} in epoch . of 3 and saved") as caught:
+            train(trainer, save=lambda t, saved=saved: saved.append(copy_state(t)))
+        assert caught.value.exit_code == 128 + number
+        (state,) = saved
+        assert state["updates"] == moment
+    assert torch.equal(weights(model), weights(whole))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as before
+
+
+def test_a_second_interrupt_does_not_wait(make_recognizer, make_images, cpu):
+    trainer = trainer_for(make_recognizer(), make_images(), cpu)
+
+    def twice(batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer.step = twice
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, save=lambda trainer: None)
 
 
 def copy_state(trainer: Trainer) -> dict:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from data.tasks import forgetting_tasks
+from tests.conftest import drawn_tasks
 from util.evaluate import accuracies_after, accuracies_before, embed_images, map_images, predict
 from util.metrics import h_mean
 
@@ -51,7 +51,7 @@ def test_embeddings_are_those_of_evaluation_mode_in_any_chunking(model, images, 
 
 def test_a_task_reports_all_of_its_groups(model, images, cpu):
     predictions = predict(model, images, cpu)
-    first, second = forgetting_tasks(images.labels, 6, num_tasks=2, per_task=2, seed=1, data_ratio=1.0)
+    first, second = drawn_tasks(images.labels, 6, num_tasks=2, per_task=2, seed=1, data_ratio=1.0)
     before = accuracies_before(predictions, second)
     after = accuracies_after(predictions, second, before)
     for reading in ("", "margin_"):

@@ -1,0 +1,173 @@
+"""Two runs and one folder; a folder without room; signals; and losses that are not finite."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, SMALL, results_of
+from tests.test_bad_input import refused
+from tests.test_command_lines import forget_options
+from util.folders import RunFolder
+
+
+def start(script: str, *words: object, **options) -> subprocess.Popen:
+    command = [sys.executable, ROOT / script, *words]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.02)
+
+
+def test_the_second_run_in_a_folder_is_refused_naming_the_first(trained, colours, command, tmp_path):
+    words = forget_options(trained, colours, tmp_path / "run")
+    first = start("train_forget.py", *words, "--epochs", 100000)
+    wait_for(tmp_path / "run" / "checkpoints" / "last.pth")
+    for more in ((), ("--overwrite",), ("--resume", "--overwrite")):
+        refused(command("train_forget.py", *words, *more), 2, f"is in use by train_forget.py, process {first.pid} on ")
+    # A signal ends it within a step, saved; and the folder is free again.
+    first.send_signal(signal.SIGTERM)
+    _out, err = first.communicate(timeout=60)
+    assert first.returncode == 143, err
+    assert "stopped by SIGTERM in epoch" in err
+    assert "continue with --resume" in err
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
+    assert f"in epoch {state['epoch'] + 1} of 100000" in err
+    refused(command("train_forget.py", *words), 2, "use --resume to continue it, --overwrite to replace it")
+    code, _, err = command("train_forget.py", *words, "--overwrite", "--epochs", 1)
+    assert code == 0, err
+
+
+def test_pre_training_is_neither_replaced_nor_run_twice_at_once(colours, command, tmp_path):
+    words = ("--data", colours, *SMALL, "--epochs", 2, "--batch-size", 24, "--output-dir", tmp_path)
+    with RunFolder(tmp_path).locked():
+        refused(command("train_pretrain.py", *words), 2, "is in use by")
+    assert command("train_pretrain.py", *words)[0] == 0
+    stamp = (tmp_path / "checkpoint.pth").stat().st_mtime_ns
+    refused(command("train_pretrain.py", *words), 2, "use --resume to continue it, --overwrite to replace it")
+    refused(command("train_pretrain.py", *words, "--resume", "--lr", 1), 2, "other options: --lr 0.001, now 1.0")
+    assert (tmp_path / "checkpoint.pth").stat().st_mtime_ns == stamp
+    assert command("train_pretrain.py", *words, "--resume", "--overwrite", "--lr", "1e-2")[0] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["arguments"]["lr"] == 1e-2
+
+
+def test_what_killed_processes_leave_is_removed(trained, colours, command, tmp_path):
+    left = tmp_path / "run" / "checkpoints" / ".task_1.pth.abc123.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    code, _, err = command("train_forget.py", *forget_options(trained, colours, tmp_path / "run"), "--epochs", 1)
+    assert code == 0, err
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+
+
+def test_a_disk_without_room_is_found_before_anything_starts(trained, colours, command, tmp_path, monkeypatch):
+    words = forget_options(trained, colours, tmp_path / "run")
+    assert command("train_forget.py", *words, "--epochs", 1)[0] == 0
+    before = results_of(tmp_path / "run")
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    refused(command("train_forget.py", *words, "--overwrite"), 2, "1 MB are free")
+    assert results_of(tmp_path / "run") == before
+
+
+def leaves_the_last_good_state(words: list, output, command, limit=None) -> None:
+    """The disk fills up while the run goes: one line, every file whole, and it can be continued."""
+    process = start("train_forget.py", *words, preexec_fn=limit)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    assert "error: cannot write" in err.strip().splitlines()[-1]
+    for path in output.rglob("*.pth"):
+        torch.load(path, weights_only=True)
+    assert not list(output.rglob(".*.tmp"))
+
+
+def test_a_quota_that_is_reached(trained, colours, command, tmp_path):
+    output = tmp_path / "run"
+    words = forget_options(trained, colours, output)
+    size = trained.stat().st_size  # of a checkpoint: that of the last state is larger
+    leaves_the_last_good_state(words, output, command, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+    code, _, err = command("train_forget.py", *words, "--resume")
+    assert code == 0, err
+    assert len(results_of(output)["tasks"]) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+def test_a_disk_that_fills_up(trained, colours, command, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = round(3.2 * trained.stat().st_size)  # one last state and one checkpoint, not the next ones beside them
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        words = forget_options(trained, colours, disk / "run")
+        refused(command("train_forget.py", *words), 2, "MB are free")
+        script = "import sys, shutil; shutil.disk_usage = lambda p: type('U', (), {'free': 1 << 40}); import train_forget"
+        script += "; from util.arguments import run_main; sys.argv[0] = 'train_forget.py'; run_main(train_forget.main)"
+        process = subprocess.run(
+            [sys.executable, "-c", script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert process.returncode == 1, process.stderr
+        assert "Traceback" not in process.stderr
+        assert "error: cannot write: No space left on device" in process.stderr.strip().splitlines()[-1]
+        for path in disk.rglob("*.pth"):
+            torch.load(path, weights_only=True)
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("poisoned", [3, 9])
+def test_a_loss_that_is_not_finite_ends_the_run_at_that_step(poisoned, trained, colours, command, tmp_path, monkeypatch):
+    from methods.gs_lora import GSLoRA
+
+    terms, calls = GSLoRA.terms, []
+
+    def poison(self, model, embeddings, labels):
+        losses = terms(self, model, embeddings, labels)
+        calls.append(1)
+        if len(calls) == poisoned:
+            losses["remain"] = losses["remain"] * float("nan")
+            losses["total"] = losses["total"] + losses["remain"]
+        return losses
+
+    monkeypatch.setattr(GSLoRA, "terms", poison)
+    words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 1]
+    result = command("train_forget.py", *words)
+    # Two steps an epoch.
+    refused(result, 1, f"part 'remain' became nan in epoch {(poisoned + 1) // 2}, step {(poisoned + 1) % 2 + 1}")
+    assert len(calls) == poisoned
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
+    assert state["epoch"] == (poisoned - 1) // 2
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    monkeypatch.undo()
+    code, _, err = command("train_forget.py", *words, "--resume")
+    assert code == 0, err
+
+
+def test_weights_that_are_not_finite_do_not_replace_good_ones(trained, colours, command, tmp_path, monkeypatch):
+    from util.engine import Trainer
+
+    step = Trainer.step
+
+    def poison(self, batch):
+        losses = step(self, batch)
+        if self.updates == 6:  # the last of the third epoch: the loss of it was fine
+            self.parameters[0].data.fill_(float("inf"))
+        return losses
+
+    monkeypatch.setattr(Trainer, "step", poison)
+    words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 1]
+    refused(command("train_forget.py", *words), 1, "the weights are not finite after epoch 3")
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["epoch"] == 2
