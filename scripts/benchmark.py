@@ -22,7 +22,7 @@ import torch
 
 from backbone.recognizer import default_image_size
 from methods.importance import batch_importance, image_importance
-from scripts.both_paths import SWEEPS, Bench, Work, read_back, teacher_every_step, two_forward_passes
+from scripts.both_paths import EPOCHS, Bench, Work, read_back, teacher_every_step, two_forward_passes
 from util.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
 from util.errors import RunError, UsageError
 from util.files import write_json
@@ -123,8 +123,8 @@ def ablation_table(bench: Bench, repeats: int) -> list[dict]:
         "fused optimizer": {"fused_optimizer": False},
     }
     parts = {name: fields for name, fields in undone.items() if any(getattr(hardware, field) for field in fields)}
-    attention = "fused" if hardware.fused_attention else "plain"
-    parts[f"{attention} attention"] = {"fused_attention": not hardware.fused_attention}
+    attention = "fused attention" if hardware.fused_attention else "written-out attention"
+    parts[attention] = {"fused_attention": not hardware.fused_attention}
     works = {"": bench.fast_training("gs_lora", hardware)[0]}
     works |= {name: bench.fast_training("gs_lora", replace(hardware, **fields))[0] for name, fields in parts.items()}
     if not on_cuda:
@@ -200,13 +200,13 @@ def show(results: dict) -> str:
         tables.append(markdown_table(["without", "the step takes", "ms"], cells))
     if row := results.get("task"):
         tables.append(
-            f"A whole task of {SWEEPS} steps, from files to files: {row['ratio']:.1f} × the plain path "
+            f"A whole task of {EPOCHS} epochs, from files to files: {row['ratio']:.1f} × the plain path "
             f"({row['seconds']['fast']:.1f} s, plain {row['seconds']['plain']:.1f} s; {row['first']:.1f} s where blocks are "
             f"compiled first); {100 * row['share']:.0f}% of it outside the training steps."
         )
     if seconds := results.get("start"):
-        taken = ", ".join(f"{value:.1f} s {name}" for name, value in seconds.items())
-        tables.append(f"From the start of a process to the end of its first step, data in the cache: {taken}.")
+        taken = ", ".join(f"{begun:.1f} s and {ended:.1f} s {name}" for name, (begun, ended) in seconds.items())
+        tables.append(f"From the start of a process to the beginning and the end of its first step, cached data: {taken}.")
     if rows := results.get("importances"):
         cells = [[row["work"], f"{row['ratio']:.2f} ×", f"{row['ms_per_image']:.2f}"] for row in rows]
         tables.append(markdown_table(["work", "ratio", "ms per image"], cells))

@@ -33,8 +33,8 @@ from util.engine import Optimization, Trainer
 from util.evaluate import predict
 from util.hardware import Hardware, choose_hardware
 
-IDENTITIES = 10  # half of them to forget
-SWEEPS = 20  # of the test set, which the plain path makes during a task
+IDENTITIES = 8  # half of them to forget
+EPOCHS = 20  # of a task; the plain path sweeps the test set after each of its steps
 
 
 @dataclass
@@ -174,23 +174,26 @@ class Bench:
         save_checkpoint(checkpoint, Checkpoint(self.model, self.train_set.classes))
         words = ["--checkpoint", checkpoint, "--data", self.folder / "faces", "--cache-dir", self.folder / "cache"]
         words += ["--num-tasks", 1, "--forget-per-task", IDENTITIES // 2, "--data-ratio", 1, "--overwrite"]
-        words += ["--batch-size", self.args.batch_size, "--epochs", SWEEPS, "--output-dir", self.folder / "run"]
+        words += ["--batch-size", self.args.batch_size, "--epochs", EPOCHS, "--output-dir", self.folder / "run"]
         words += ["--device", self.hardware.device, "--compile", "on" if compiled else "off"]
         return [str(word) for word in [*words, "--precision", "bf16" if self.hardware.bf16 else "fp32"]]
 
-    def seconds_to_first_step(self, compiled: bool) -> float:
-        """From the start of a process of train_forget.py to the end of its first step, data in the cache."""
+    def seconds_to_first_step(self, compiled: bool) -> tuple[float, float]:
+        """From the start of a process of train_forget.py to the beginning and to the end of its first step, data in the
+        cache. Before it the pre-trained model is evaluated; compiling is part of the step."""
         script = (
             "import sys, time; import train_forget; from util.engine import Trainer; step = Trainer.step\n"
             "def first(trainer, batch):\n"
-            "    step(trainer, batch); trainer.hardware.synchronize(); print('\\n', time.time()); sys.exit()\n"
+            "    print('\\n', time.time()); step(trainer, batch); trainer.hardware.synchronize()\n"
+            "    print(time.time()); sys.exit()\n"
             "Trainer.step = first; train_forget.main(sys.argv[1:])"
         )
         root = Path(train_forget.__file__).parent
         start = time.time()
         words = [sys.executable, "-c", script, *self.task_arguments(compiled)]
         done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True)
-        return float(done.stdout.split()[-1]) - start
+        begun, ended = map(float, done.stdout.split()[-2:])
+        return begun - start, ended - start
 
     def fast_task(self) -> tuple[float, float]:
         """train_forget.py on GS-LoRA, from files to files: seconds in all, and those in the training steps."""
@@ -218,9 +221,10 @@ class Bench:
         """The same task on the plain path, which sweeps the test set after every step. Seconds in all."""
         start = time.perf_counter()
         work, training = self.plain_training("gs_lora")
+        steps = max(len(stream) for stream in training.loaders.values())
         test = plain_path.load(plain_path.JpegFiles(*self.files["test"]), 48, self.args.workers, train=False)
         with SummaryWriter(self.folder / "plain") as writer:
-            for step in range(SWEEPS):
+            for step in range(EPOCHS * steps):
                 writer.add_scalar("loss", work.run(), step)
                 writer.add_scalar("accuracy", plain_path.evaluate(training.model, test), step)
         torch.save(training.model.state_dict(), self.folder / "plain.pth")

@@ -112,7 +112,7 @@ def show(figures: dict, args: argparse.Namespace) -> str:
         "table": f"{table['seconds'] / 60:.1f} minutes, extended from "
         + ", ".join(f"{seconds:.0f} s with {epochs} epochs" for epochs, seconds in runs.items())
         + f", {args.jobs_per_gpu} runs at once",
-        "start": ", ".join(f"{seconds:.1f} s {name}" for name, seconds in forget["start"].items()),
+        "start": ", ".join(f"{ended:.1f} s {name}" for name, (_, ended) in forget["start"].items()),
     }
     both = f"batch {args.batch_size} + {args.batch_size}"
     rows = [

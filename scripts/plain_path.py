@@ -67,6 +67,7 @@ class PlainTraining:
         self.args, self.model, self.teacher = args, model, teacher
         self.importance, self.forgotten = importance, forgotten
         self.loss = {"gs_lora": self.gs_lora, "der_pp": self.der_pp, "ewc": self.ewc, "pretrain": self.pretrain}[name]
+        self.loaders = loaders
         self.streams = {stream: endless(loader) for stream, loader in loaders.items()}
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.entered = {name: p.detach().clone() for name, p in self.trained.items()}
