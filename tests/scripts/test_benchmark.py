@@ -29,7 +29,7 @@ def test_every_table_is_measured_and_printed(command, tmp_path):
     begun, ended = figures["start"]["eager"]
     assert 0.5 < begun < ended
     assert figures["importances"][0]["work"] == "backward pass"
-    for text in ("forget step, GS-LoRA", "without", "A whole task of 20 steps", "Fisher, single images"):
+    for text in ("forget step, GS-LoRA", "without", "A whole task of 20 epochs", "Fisher, single images"):
         assert text in out
 
 
