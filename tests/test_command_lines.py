@@ -40,6 +40,7 @@ def test_a_run_leaves_every_file_and_the_whole_schema(run_folder, trained, colou
         *("config.json", "results.json", "table.md", "figure.png"),
         *("checkpoints/task_1.pth", "checkpoints/task_2.pth", "checkpoints/last.pth"),
         *("adapters/task_1.safetensors", "adapters/task_2.safetensors"),
+        *("deletions/task_1.json", "deletions/task_2.json", ".lock"),
     }
     results = results_of(run_folder)
     assert results["schema"] == 1
@@ -217,7 +218,7 @@ def test_a_forgetting_run_in_the_published_layout(colours, command, tmp_path):
 
 
 def test_backbone_weights_from_local_files(trained, colours, command, tmp_path):
-    options = ("--data", colours, "--epochs", 1, "--lr", "1e-12", "--output-dir", tmp_path)
+    options = ("--data", colours, "--epochs", 1, "--lr", "1e-12", "--output-dir", tmp_path, "--overwrite")
     # A checkpoint of ours, at another image size: the position embeddings are resampled.
     code, _, err = command("train_pretrain.py", *options, "--image-size", 48, "--depth", 2, "--weights", trained)
     assert code == 0, err

@@ -58,6 +58,22 @@ def test_what_was_forgotten_before_is_known(words, message, named, trained, colo
     assert results_of(output) == results_of(named / "second")  # not even replaced
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--forget-classes", "c77"], "no class 'c77'; did you mean 'c7'"),
+        (["--forget-classes", "10"], "no class '10'"),
+        (["--forget-classes", ""], "no class is named"),
+        (["--forget-classes", "c1", "--then", "c2,c1"], "task 1 forgets 'c1' already"),
+        (["--forget-classes", "c1,c1"], "task 1 forgets 'c1' already"),
+        (["--forget-classes", "c1", "--few-shot", 13], "has 12 training images, fewer than the 13"),
+    ],
+)
+def test_impossible_names_end_before_anything_starts(words, message, trained, colours, command, tmp_path):
+    refused(command(*request(trained, colours, tmp_path / "run", *words)), 2, message)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_interrupted_request_on_top_of_another_run_goes_on(named, trained, colours, command, tmp_path, monkeypatch):
     from util import continual
 

@@ -4,6 +4,7 @@ import argparse
 import errno
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Collection
@@ -186,13 +187,20 @@ def first_difference(saved: dict, args: argparse.Namespace, free: Collection[str
     return None
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not finite")
+    return number
+
+
 def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises UsageError if it is missing, RunError if it is no JSON object."""
+    """Read a JSON file. Raises UsageError if it is missing, RunError if it is no JSON object of finite numbers."""
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(), parse_float=_finite, parse_constant=_finite)
     except FileNotFoundError:
         raise UsageError(f"no file {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(data, dict):
         raise RunError(f"{path}: not a JSON object")

@@ -2,7 +2,6 @@
 
 import contextlib
 import pickle
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import BinaryIO
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from backbone.lora import apply_adapters
@@ -19,6 +17,14 @@ from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet
 from util.errors import RunError, UsageError
 from util.files import atomic_write
+from util.untrusted import (
+    check_archive,
+    check_finite,
+    check_tensors,
+    checked_architecture,
+    checked_classes,
+    checked_forgotten,
+)
 
 FORMAT = "continual-forgetting-1"
 
@@ -82,15 +88,19 @@ def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
 
 def _load_own(path: Path, data: dict, head: str | None) -> Checkpoint:
     try:
-        architecture = Architecture(**data["architecture"])
-        checkpoint = Checkpoint(
-            build_recognizer(architecture), tuple(data["classes"]), list(data["forgotten"]), dict(data["info"])
-        )
-        state = data["model"]
-    except (KeyError, TypeError, ValueError) as error:
+        architecture = checked_architecture(data["architecture"])
+        classes = checked_classes(data["classes"], architecture.num_classes)
+        forgotten = checked_forgotten(data["forgotten"], architecture.num_classes)
+        info, state = dict(data["info"]), dict(data["model"])
+        if architecture.model_options.get("depth", 1) > len(state):
+            raise ValueError("fewer tensors than blocks")
+        with torch.device("meta"):  # takes no memory: the shapes are compared first
+            check_fits(build_recognizer(architecture), state, path)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{path}: damaged checkpoint: {type(error).__name__} {error}") from None
     if head is not None and head != architecture.head:
         raise UsageError(f"{path} was trained with --head {architecture.head}, not {head}; leave --head out")
+    checkpoint = Checkpoint(build_recognizer(architecture), classes, forgotten, info)
     load_weights(checkpoint.model, state, path)
     return checkpoint
 
@@ -115,9 +125,25 @@ def _load_published(path: Path, data: dict, head: str) -> Checkpoint:
 
 
 def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
-    """Load a state dict that must fit exactly. Raises UsageError naming what does not; nothing is loaded then."""
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = {key: tuple(value.shape) if torch.is_tensor(value) else None for key, value in state.items()}
+    """Load a state dict that must fit exactly. Nothing is loaded where it does not.
+
+    Raises UsageError as `check_fits` does, RunError for values that are not finite.
+    """
+    check_fits(model, state, path)
+    check_finite(path, state)
+    model.load_state_dict(state)
+
+
+def check_fits(model: torch.nn.Module, state: dict, path: Path) -> None:
+    """Raise UsageError naming the tensors of `state` that `model` has not, lacks, or has in another shape or kind."""
+    ours = model.state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in ours.items()}
+    found = {
+        key: tuple(value.shape)
+        if torch.is_tensor(value) and key in ours and value.is_floating_point() == ours[key].is_floating_point()
+        else None
+        for key, value in state.items()
+    }
     problems = [f"{key} is missing" for key in expected if key not in found]
     problems += [f"{key} is unexpected" for key in found if key not in expected]
     problems += [
@@ -128,7 +154,6 @@ def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UsageError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
-    model.load_state_dict(state)
 
 
 def load_backbone(model: Recognizer, path: Path) -> None:
@@ -138,7 +163,10 @@ def load_backbone(model: Recognizer, path: Path) -> None:
     Raises UsageError if the file is missing or does not fit, RunError if it is damaged.
     """
     with _readable(path):
+        if Path(path).suffix != ".safetensors":
+            check_archive(path)
         state = timm.models.load_state_dict(str(path), weights_only=True)
+        check_tensors(path, state)
     ours = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     plain = {key: value for key, value in (ours or state).items() if not key.startswith(("head.", "head_dist."))}
     try:
@@ -179,7 +207,10 @@ def torch_load(path: Path):
     Raises UsageError if there is no such file, RunError if it is damaged or holds anything that could run code.
     """
     with _readable(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        data = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(path, data)
+        return data
 
 
 @contextlib.contextmanager
@@ -189,9 +220,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise UsageError(f"no checkpoint file {path}")
     try:
         yield
+    except (UsageError, RunError):
+        raise
     except pickle.UnpicklingError:
         raise RunError(f"{path}: refused: it holds more than tensors and plain values, or is no checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile, SafetensorError) as error:
+    except Exception as error:  # damage makes the readers raise almost anything
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunError(f"{path}: damaged or truncated checkpoint: {line}") from None
 

@@ -82,7 +82,10 @@ class ContinualRun:
         self.forgotten = checkpoint.forgotten
         state = self.folder.method_state(len(self.forgotten), path.parent)
         if state.exists():
-            self.method.load_state_dict(torch_load(state).get(self.method.name, {}))
+            try:
+                self.method.load_state_dict(torch_load(state).get(self.method.name, {}))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise RunError(f"{state}: damaged: {type(error).__name__} {error}") from None
 
     def _forget(self, task: ForgettingTask, writer: SummaryWriter) -> None:
         self.hardware.reset_peak_memory()

@@ -193,9 +193,11 @@ class Trainer:
             torch.set_rng_state(state["random"]["cpu"].cpu())
             if "cuda" in state["random"] and self.hardware.device.type == "cuda":
                 torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.hardware.device)
-        except (KeyError, ValueError, RuntimeError) as error:
-            line = str(error).splitlines()[0]
-            raise RunError(f"checkpoints/last.pth belongs to another run ({line}); use --overwrite to start anew") from None
+        except Exception as error:  # of a damaged file anything can be wrong
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"checkpoints/last.pth is damaged or of another run ({line}); use --overwrite to start anew"
+            ) from None
 
 
 def make_optimizer(model: Recognizer, settings: Optimization, hardware: Hardware) -> torch.optim.Optimizer:

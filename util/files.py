@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -77,6 +76,10 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UsageError(f"no file {path}")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        tensors = load_file(path)
+    except Exception as error:  # damage makes the reader raise almost anything
         raise RunError(f"{path}: not a readable safetensors file ({error})") from None
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise RunError(f"{path}: {name} holds values that are not finite numbers")
+    return tensors

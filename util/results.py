@@ -1,5 +1,6 @@
 """results.json: what a run measured, as data (schema in the README)."""
 
+import json
 from pathlib import Path
 
 from data.image_set import ImageSet
@@ -8,7 +9,7 @@ from util.arguments import read_json
 from util.errors import RunError
 from util.files import write_json, write_text
 from util.folders import RunFolder
-from util.tables import Comparison
+from util.tables import READINGS, Comparison
 
 SCHEMA = 1
 
@@ -58,6 +59,52 @@ def save_results(folder: RunFolder, results: dict, title: str) -> None:
 def load_results(path: Path) -> dict:
     """Read a results.json. Raises UsageError if it is missing, RunError if it is not of this schema."""
     results = read_json(path)
-    if results.get("schema") != SCHEMA or not isinstance(results.get("tasks"), list):
+    if results.get("schema") != SCHEMA:
         raise RunError(f"{path}: not a results.json of schema {SCHEMA}")
+    try:
+        _check(results, SHAPE, "")
+    except ValueError as error:
+        raise RunError(f"{path}: damaged results: {error}") from None
     return results
+
+
+NUMBER, NUMBER_OR_NONE = (int, float), (int, float, type(None))
+ACCURACIES = {"acc_remain": NUMBER_OR_NONE, "acc_forget": NUMBER_OR_NONE}
+FURTHER = {"acc_old": NUMBER_OR_NONE, "acc_missing": NUMBER_OR_NONE, "h_mean": NUMBER_OR_NONE}
+# What readers of results.json rely on: types, dicts of named entries, and lists of one kind of entry.
+SHAPE = {
+    "method": str,
+    "seed": int,
+    "dataset": {"name": str, "classes": int, "train_images": int, "test_images": int},
+    "model": {"name": str, "parameters": int, "trainable": int, "tunable_ratio": NUMBER},
+    "pretrained": {"acc": NUMBER_OR_NONE, "margin_acc": NUMBER_OR_NONE},
+    "tasks": [
+        {
+            "task": int,
+            "setting": str,
+            **{f"{group}_classes": [int] for group in ("forget", "remain", "missing")},
+            "before": {reading + key: kind for reading in READINGS for key, kind in ACCURACIES.items()},
+            "after": {reading + key: kind for reading in READINGS for key, kind in (ACCURACIES | FURTHER).items()},
+            "groups": (dict, type(None)),
+            **dict.fromkeys(("train_seconds", "eval_seconds", "images_per_second", "peak_memory_mb"), NUMBER),
+        }
+    ],
+}
+
+
+def _check(value: object, shape: dict | list | type | tuple, where: str) -> None:
+    """Raise ValueError, saying where, unless `value` has the shape. Entries that the shape does not name are left alone."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where or 'it'} is no object")
+        for key, inner in shape.items():
+            if key not in value:
+                raise ValueError(f"{where}.{key} is missing".lstrip("."))
+            _check(value[key], inner, f"{where}.{key}".lstrip("."))
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is no list")
+        for number, inner in enumerate(value):
+            _check(inner, shape[0], f"{where}[{number}]")
+    elif not isinstance(value, shape) or isinstance(value, bool):
+        raise ValueError(f"{where} is {json.dumps(value)[:40]}")

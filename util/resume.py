@@ -81,5 +81,7 @@ class LastState:
         """
         if self.args.resume and self.path.exists():
             state = torch_load(self.path)
-            if state["task"] == trainer.task:
+            if not isinstance(state, dict):
+                raise RunError(f"{self.path}: damaged: not the state of a run; use --overwrite to start anew")
+            if state.get("task") == trainer.task:
                 trainer.load_state_dict(state)
