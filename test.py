@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_hardware_arguments(parser)
     parser.add_argument("--output-dir", type=Path, help="none: exps/test-<folder>-<checkpoint>")
     if record is not None:
-        parser.set_defaults(**settings_of(load_record(record)))
+        parser.set_defaults(**settings_of(load_record(record), record))
     args = parser.parse_args(argv)
     if args.pairs < 0:
         raise UsageError(f"--pairs {args.pairs} is out of range: at least 0")
@@ -70,19 +70,22 @@ def add_record_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settings_of(record: dict) -> dict:
+def settings_of(record: dict, path: Path) -> dict:
     """The data and the precision that a record was made with, as defaults of our options."""
-    saved = record["arguments"]
-    known = {"data", "identities", "train_per_identity", "test_per_identity", "validation_share", "data_seed"}
-    precision = {"precision": "bf16"} if record["hardware"].get("bf16") else {"precision": "fp32"}
-    return {key: saved[key] for key in known & saved.keys()} | precision
+    kinds = {"data": str, "validation_share": (float, type(None))}
+    kinds |= dict.fromkeys(("identities", "train_per_identity", "test_per_identity", "data_seed"), int)
+    settings = {key: record["arguments"].get(key) for key in kinds if key in record["arguments"]}
+    wrong = [key for key, value in settings.items() if not isinstance(value, kinds[key]) or isinstance(value, bool)]
+    if wrong:
+        raise RunError(f"{path}: damaged record: {wrong[0]} is {settings[wrong[0]]!r}")
+    return settings | {"precision": "bf16" if record["hardware"].get("bf16") else "fp32"}
 
 
 def confirm(args: argparse.Namespace) -> None:
     """Print every check of --verify-record. Raises RunError if one fails."""
     record = load_record(args.verify_record)
     hardware = hardware_of(args)
-    data = load_data_of(args, record["images"].get("size"), hardware.device)
+    data = load_data_of(args, record["images"]["size"], hardware.device)
     failed, rows = [], []
     for what, so, details in verify_record(args.verify_record, record, data, hardware):
         rows.append([what, "not checked" if so is None else "confirmed" if so else "NOT SO", details])

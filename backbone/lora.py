@@ -156,11 +156,11 @@ def merge_adapters(backbone: nn.Module) -> None:
 def apply_adapters(backbone: nn.Module, tensors: dict[str, Tensor], source: str | Path = "these adapters") -> None:
     """Add the updates of saved adapters to the plain layers of `backbone`, rounding once.
 
-    Raises UsageError, and changes nothing, if they belong to another architecture.
+    Raises UsageError, and changes nothing, if they belong to another architecture or are damaged.
     """
     layers = {name: m for name, m in backbone.named_modules() if isinstance(m, nn.Linear)}
     names = sorted({key.rpartition(".")[0] for key in tensors})
-    updates = {}
+    updated = {}
     for name in names:
         lora_A, lora_B = tensors.get(f"{name}.lora_A"), tensors.get(f"{name}.lora_B")
         if lora_A is None or lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2 or len(lora_A) != lora_B.shape[1]:
@@ -171,7 +171,9 @@ def apply_adapters(backbone: nn.Module, tensors: dict[str, Tensor], source: str 
                 f"{source}: does not fit this model at {name}: the adapter is for {(len(lora_B), lora_A.shape[1])}, "
                 f"the model has {has}; use the checkpoint it was trained on"
             )
-        updates[name] = update_of(lora_A, lora_B)
-    for name, update in updates.items():
         weight = layers[name].weight
-        weight.copy_((weight.cpu().double() + update).to(weight.dtype))
+        updated[name] = (weight.cpu().double() + update_of(lora_A, lora_B)).to(weight.dtype)
+        if not updated[name].isfinite().all():
+            raise UsageError(f"{source}: {name!r} would make weights that are not finite; the file is damaged")
+    for name, values in updated.items():
+        layers[name].weight.copy_(values)

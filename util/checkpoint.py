@@ -79,7 +79,7 @@ def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
     if isinstance(data, dict) and data.get("format") == FORMAT:
         return _load_own(path, data, head)
     if isinstance(data, dict) and is_published(data):
-        is_linear = any(key.endswith("loss.bias") for key in data)
+        is_linear = any(str(key).endswith("loss.bias") for key in data)
         return _load_published(path, data, head or ("softmax" if is_linear else "cosface"))
     raise UsageError(
         f"{path} is no checkpoint of a face recogniser: it has neither this project's format nor the published layout"

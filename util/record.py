@@ -104,6 +104,9 @@ def load_record(path: Path) -> dict:
     parts = {"request": dict, "model": dict, "images": dict, "accuracies": dict, "arguments": dict, "hardware": dict}
     if record.get("schema") != SCHEMA or not all(isinstance(record.get(key), kind) for key, kind in parts.items()):
         raise RunError(f"{path}: not a record of deletion of schema {SCHEMA}")
+    numbers = record.get("task"), record["images"].get("size")
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise RunError(f"{path}: damaged record: task {numbers[0]!r}, images of {numbers[1]!r} pixels")
     return record
 
 
