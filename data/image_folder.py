@@ -8,6 +8,7 @@ What becomes of unusual files:
 - links are followed, out of the folder too; a broken link with an image's name counts as a damaged image;
 - hidden files, files whose extension is no image format of PIL's, and folders inside class folders are skipped and
   counted on stderr; EPS is skipped as well, since PIL would hand it to Ghostscript;
+- test images that are training images as well, by the content of their files, are counted on stderr at every run, and kept;
 - damaged images, and images of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), end the run: all of them
   are found first, of training and test images together;
 - bytes of a name that are not UTF-8 appear as `\\xNN` in class names and messages.
@@ -160,6 +161,42 @@ def _report(listing: Listing) -> None:
     untested = [name for label, name in enumerate(listing.classes) if label not in tested]
     if untested:
         print(f"warning: {where}: {len(untested)} classes have no test images, {untested[0]} first", file=sys.stderr)
+    shared = shared_images(listing)
+    if shared:
+        test, train = min(shared.items())
+        print(
+            f"warning: {where}: {len(shared)} of {len(listing.paths) - listing.num_train} test images are training images "
+            f"as well ({printable(test)} is {printable(train)}): accuracies on them say nothing about new images",
+            file=sys.stderr,
+        )
+
+
+def shared_images(listing: Listing) -> dict[str, str]:
+    """Test images whose files hold the same bytes as a training image's: test path → a training path.
+
+    Few files are read in whole: only those with the size and the beginning of one of the other split.
+    """
+    pairs = zip(listing.paths, listing.stamps, strict=True)
+    by_split = [(index < listing.num_train, path, size) for index, (path, (size, _)) in enumerate(pairs) if size >= 0]
+    groups: dict[object, tuple[list[str], list[str]]] = {}
+    for in_train, path, size in by_split:
+        groups.setdefault(size, ([], []))[not in_train].append(path)
+    for length in (4096, -1):
+        refined: dict[object, tuple[list[str], list[str]]] = {}
+        for before, (train, test) in groups.items():
+            if train and test:
+                for split, paths in enumerate((train, test)):
+                    for path in paths:
+                        with suppress(OSError):
+                            key = before, _digest(listing.root / path, length)
+                            refined.setdefault(key, ([], []))[split].append(path)
+        groups = refined
+    return {path: train[0] for train, test in groups.values() if train for path in test}
+
+
+def _digest(path: Path, length: int) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(length)).digest()
 
 
 def _cache_key(listing: Listing, image_size: int) -> str:

@@ -8,4 +8,4 @@
 # set, the checkpoint is the one that run_cl_forget.sh and run_forget.sh take.
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --seed "$SEED" \
-  --output-dir "${OUTPUT:-exps/pretrain-$(basename "$DATA")-$MODEL}" "$@"
+  --output-dir "${OUTPUT:-exps/pretrain-$(basename "$DATA")-$MODEL}" $(continue_or_replace "$@") "$@"

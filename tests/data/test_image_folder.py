@@ -199,6 +199,17 @@ def test_class_without_test_images_is_warned_about_once(root, load, capsys):
     assert load(root)[1].classes == ("a", "b")
 
 
+def test_test_images_among_the_training_images_are_counted_at_every_run(root, load, capsys):
+    (root / "test/a/copy.png").write_bytes((root / "train/b/1.png").read_bytes())
+    os.link(root / "train/a/2.png", root / "test/b/another.png")
+    padded = (root / "train/a/1.png").read_bytes()
+    (root / "test/a/same_size.png").write_bytes(padded[:-1] + b"\0")  # as long, and another file
+    for _ in range(2):
+        load(root)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "as well" in line]
+        assert "2 of 5 test images are training images as well (test/a/copy.png is train/b/1.png)" in line
+
+
 def test_second_call_decodes_nothing(root, load, decoded):
     first = load(root)
     assert len(decoded) == 6 and set(decoded.values()) == {1}

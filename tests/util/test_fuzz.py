@@ -1,11 +1,10 @@
 """Thousands of damaged files: each is refused in one line or loads whole; never anything else, never a part.
 
-FUZZ_MUTANTS=20000 pytest tests/util/test_fuzz.py tries that many of each kind.
+FUZZ_MUTANTS=20000 pytest tests/util/test_fuzz.py tests/data/test_bad_images.py tries that many of each kind.
 """
 
 import io
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,41 +18,14 @@ from data.cache import cached_images
 from scripts import table
 from test import settings_of
 from tests.conftest import coloured_images, drawn_tasks, small_recognizer
+from tests.mutants import MUTANTS, damaged
 from util.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_published
 from util.errors import RunError, UsageError
 from util.files import load_tensors, save_tensors
 from util.record import load_record
 from util.results import load_results, new_results, task_entry
 
-MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "1000"))
 ODD = [None, True, -1, 0, 1 << 70, 1e308, float("nan"), "", "x" * 5000, [], {}, [[]], {"a": {}}, b"\xff", [None] * 50]
-
-
-def damaged(content: bytes, chance: random.Random) -> bytes:
-    """Flip bits, overwrite, cut, insert, move: one to four times."""
-    data = bytearray(content)
-    for _ in range(chance.randint(1, 4)):
-        if not data:
-            break
-        place, length = chance.randrange(len(data)), chance.choice([1, 2, 4, 8, 64, 1000])
-        match chance.randrange(7):
-            case 0:
-                data[place] ^= 1 << chance.randrange(8)
-            case 1:
-                data[place : place + length] = chance.randbytes(length)
-            case 2:
-                data[place : place + length] = chance.choice([b"\0", b"\xff", b"\x7f"]) * length
-            case 3:
-                del data[place : place + length]
-            case 4:
-                data[place:place] = data[chance.randrange(len(data)) :][:length]
-            case 5:
-                del data[place:]
-            case 6:  # near an end, where headers and directories are
-                near = chance.randrange(min(len(data), 400))
-                data[-near - 1] = chance.randrange(256)
-                data[near] = chance.randrange(256)
-    return bytes(data)
 
 
 def changed(value: object, chance: random.Random, odd: list) -> object:
