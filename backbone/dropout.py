@@ -15,29 +15,21 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 class FastDropout(nn.Dropout):
-    """`torch.nn.Dropout` with other random numbers: a mask is drawn as described above where `x` is on a CPU.
-
-    Streams other than 0 are for further processes, whose generators are all in the same state.
-    """
-
-    stream = 0
+    """`torch.nn.Dropout` with other random numbers: a mask is drawn as described above where `x` is on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not 0 < self.p < 1 or x.device.type != "cpu" or x.numel() > MAX_ELEMENTS:
             return super().forward(x)
-        if torch.compiler.is_compiling() or self.stream:
-            keep, probability = hashed_mask(x.shape, self.p, self.stream)
-        else:
-            keep, probability = drawn_mask(x.shape, self.p)
+        draw = hashed_mask if torch.compiler.is_compiling() else drawn_mask
+        keep, probability = draw(x.shape, self.p)
         return x * (keep / probability).to(x.dtype)
 
 
-def replace_dropout(model: nn.Module, fast: bool, stream: int = 0) -> None:
+def replace_dropout(model: nn.Module, fast: bool) -> None:
     """Turn every plain `nn.Dropout` of the model into a `FastDropout`, or back."""
     for module in model.modules():
         if type(module) is (nn.Dropout if fast else FastDropout):
             module.__class__ = FastDropout if fast else nn.Dropout
-            module.stream = stream
 
 
 def drawn_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
@@ -49,7 +41,7 @@ def drawn_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     return bits >= threshold - 2**15, 1 - threshold / 2**16
 
 
-def hashed_mask(shape: torch.Size, p: float, stream: int = 0) -> tuple[Tensor, float]:
+def hashed_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """As `drawn_mask`, to 32 bits, from a hash of the position and two random seeds.
 
     The hash is the multiply-xorshift permutation "lowbias32" of C. Wellons' hash-prospector. One seed is added to the
@@ -58,7 +50,7 @@ def hashed_mask(shape: torch.Size, p: float, stream: int = 0) -> tuple[Tensor, f
     threshold = round(p * 2**32)
     seeds = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32)
     bits = torch.arange(shape.numel(), dtype=torch.int32) + seeds[0]
-    bits = hash_32(hash_32(bits) ^ (seeds[1] + stream)).view(shape)
+    bits = hash_32(hash_32(bits) ^ seeds[1]).view(shape)
     return bits >= threshold - 2**31, 1 - threshold / 2**32
 
 

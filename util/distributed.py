@@ -7,6 +7,8 @@ look at parameters), and no method knows of any of this. Only the first process 
 """
 
 import contextlib
+import hashlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -106,7 +108,31 @@ def sharded(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> t
     # Equal shares: the last rows are repeated where they do not come out even, and what they gave is dropped.
     size = -(-len(rows) // world_size())
     mine = torch.arange(rank() * size, (rank() + 1) * size, device=rows.device).clamp_max(len(rows) - 1)
-    return tuple(_Gather.apply(part.float())[: len(rows)] for part in function(rows[mine]))
+    with _own_randomness(rows.device):
+        parts = function(rows[mine])
+    return tuple(_Gather.apply(part.float())[: len(rows)] for part in parts)
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Inside, every process draws random numbers of its own (dropout masks for its share); outside, all draw the same
+    ones (wrong labels, flips), and where nothing is drawn inside they are those of a single process."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    before = [generator.get_state() for generator in generators]
+    for generator, state in zip(generators, before, strict=True):
+        seed = hashlib.sha256(state.numpy().tobytes() + bytes([rank() % 256, rank() // 256])).digest()
+        generator.manual_seed(int.from_bytes(seed[:7], "little"))
+    entered = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state, start in zip(generators, before, entered, strict=True):
+            drawn = not torch.equal(generator.get_state(), start)
+            generator.set_state(state)
+            if drawn:  # on to other numbers for the next time, by one everywhere
+                torch.rand((), generator=generator, device=generator.device)
 
 
 class _Gather(torch.autograd.Function):
@@ -135,4 +161,7 @@ def parallel(module: nn.Module) -> nn.Module:
     """`module`, which holds a model and whose forward pass is its loss, with gradients averaged over the processes."""
     if world_size() == 1:
         return module
-    return DistributedDataParallel(module, broadcast_buffers=False)
+    # All processes build the same buffers. Newer versions of torch give the option another name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, **{option: False})

@@ -45,7 +45,7 @@ class Hardware:
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = self.fused_attention
-        replace_dropout(model, self.fast_dropout, distributed.rank())
+        replace_dropout(model, self.fast_dropout)
         return model.to(self.device)
 
     def decide(self, work: float) -> "Hardware":

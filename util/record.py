@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
+from util import distributed
 from util.arguments import plain_arguments, read_json
 from util.checkpoint import check_classes, load_checkpoint
 from util.config import code_and_packages
@@ -62,6 +63,8 @@ class Recorder:
 
     def write(self, folder: RunFolder, task: ForgettingTask, model: nn.Module, entry: dict) -> None:
         """After a task whose checkpoint is written; `entry` is its part of results.json."""
+        if distributed.rank():
+            return  # the first process alone has written the files that are hashed here
         classes = self.train_set.classes
         earlier = folder.record(task.number - 1)
         record = {

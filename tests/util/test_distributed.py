@@ -41,6 +41,15 @@ def test_losses_are_those_of_one_process(comparisons, name):
     assert found["predictions"]
 
 
+@pytest.mark.parametrize("dropout", ["torch", "fast"])
+def test_processes_draw_their_own_dropout_and_common_wrong_labels(comparisons, dropout):
+    found = comparisons[f"dropout {dropout}"]
+    assert found["losses"][0] == found["losses"][1]
+    assert found["same_generators"]
+    assert found["same_weights"]
+    assert 0.4 < found["kept_alike"] < 0.6  # of independent masks with p = 1/2
+
+
 def test_a_run_of_two_processes_leaves_what_one_leaves(trained, colours, tmp_path):
     words = ["train_forget.py", "--method", "ewc", "--checkpoint", trained, "--data", colours, "--num-tasks", 2]
     words += ["--epochs", 3, "--batch-size", 7, "--data-ratio", 1, "--save-every", 1]
