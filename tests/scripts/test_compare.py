@@ -194,7 +194,7 @@ def test_a_search_sets_the_points_of_a_grid_side_by_side(command, further, tmp_p
 @pytest.mark.parametrize("dealt", [(), ("--jobs-per-gpu", "2")])
 def test_sigterm_ends_all_runs_saved(command, further, tmp_path, dealt):
     """In one process, and dealt out: the runs at hand save and end, none is started after them."""
-    words = ["--methods", "l2", "gs_lora", "ewc", *dealt, "--output-dir", tmp_path, *further, "--epochs", 100000]
+    words = ["--methods", "l2", "gs_lora", "ewc", *dealt, "--output-dir", tmp_path, *further, "--epochs", 3000]
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "compare.py", *map(str, words)], stderr=subprocess.PIPE, text=True
     )

@@ -7,6 +7,7 @@ def test_the_table_of_promises_is_filled_in(command, tmp_path, monkeypatch):
     monkeypatch.setattr("math.ceil", lambda number: 1)  # single runs
     sizes = ("--identities", 10, "--train-per-identity", 10, "--test-per-identity", 1, "--pretrain-batch-size", 2)
     options = ("--epochs", 1, 2, "--batch-size", 2, "--repeats", 1, "--jobs-per-gpu", 1, "--compile", "off")
+    options += ("--methods", "l2", "gs_lora")
     figures = tmp_path / "figures.json"
     arguments = ("--model", "face_vit_tiny", "--device", "cpu", *sizes, *options, "--json", figures)
     code, out, err = command("scripts/gpu_bars.py", *arguments)

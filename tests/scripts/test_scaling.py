@@ -19,7 +19,7 @@ def test_table_and_figure_are_left(command, tmp_path):
     code, out, err = command("scripts/scaling.py", *two_models, "--device", "cpu", "--output-dir", tmp_path)
     assert code == 0, err
     figures = json.loads((tmp_path / "scaling.json").read_text())
-    assert [row["images"] for row in figures["images"]] == [10, 20]
+    assert [row["images"] for row in figures["images"]] == [16, 24]  # whole identities, of eight
     assert all(row["seconds"] > 0 and math.isfinite(row["memory_mb"]) for row in figures["images"])
     assert (tmp_path / "scaling.md").read_text().strip() in out
     assert (tmp_path / "scaling.png").stat().st_size > 1000

@@ -10,7 +10,6 @@ import torch
 
 from tests.conftest import ROOT
 from util.arguments import has_room
-from util.hardware import can_compile
 
 SHORT = ("--num-tasks", 1, "--epochs", 1, "--overwrite")
 
@@ -60,11 +59,18 @@ def test_no_compiler(trained, colours, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("train_forget.py: error: --compile on")
 
 
-def test_the_probe_of_the_compiler_is_not_answered_from_a_cache(monkeypatch):
-    assert can_compile(torch.device("cpu"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no-compiler",))
-    torch.compiler.reset()
-    assert not can_compile(torch.device("cpu"))
+def test_the_probe_of_the_compiler_is_not_answered_from_a_cache():
+    # In a process of its own: torch remembers for the rest of one that there is no compiler.
+    script = """
+import torch
+from util.hardware import can_compile
+assert can_compile(torch.device("cpu"))
+torch._inductor.config.cpp.cxx = ("/no-compiler",)
+torch.compiler.reset()
+assert not can_compile(torch.device("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_images_stay_where_there_is_room(monkeypatch):
