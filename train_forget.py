@@ -203,7 +203,8 @@ def forget(
     """The run, in its folder."""
     checkpoint_sha256 = sha256(args.checkpoint)
     with first_before_others():
-        enter(folder, args, needed_bytes(pretrained.model, len(tasks)), checkpoint_sha256=checkpoint_sha256)
+        needed = needed_bytes(pretrained.model, len(tasks))
+        enter(folder, args, hardware, needed, checkpoint_sha256=checkpoint_sha256)
     config = describe_run(args, hardware, data[0].images.device) | {"checkpoint_sha256": checkpoint_sha256}
     write_json(folder.config, config)
 

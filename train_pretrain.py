@@ -127,7 +127,7 @@ def pretrain(
     """The run, in its folder."""
     train_set, test_set = data
     with first_before_others():
-        enter(folder, args, needed_bytes(model, 1))
+        enter(folder, args, hardware, needed_bytes(model, 1))
     write_json(folder.config, describe_run(args, hardware, train_set.images.device))
     print(
         f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "

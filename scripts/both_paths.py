@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 
@@ -116,24 +117,40 @@ class Bench:
     def plain_training(self, name: str) -> tuple[Work, plain_path.PlainTraining]:
         method, model = self.begin(name, self.plain_hardware())
         model.train()
-        paths, labels = self.files["train"]
-        (plan,) = method.passes(0)
-        loaders = {}
-        for stream, indices in plan.streams.items():
-            files = [paths[i] for i in indices], [labels[i] for i in indices]
-            dataset = plain_path.JpegFiles(*files, mirror=name == "pretrain")
-            loaders[stream] = plain_path.load(dataset, plan.sizes[stream], self.args.workers)
         teacher = copy.deepcopy(self.model).to(self.hardware.device).eval() if name == "der_pp" else None
         training = plain_path.PlainTraining(
             name,
             method.args,
             model,
-            loaders,
+            self.loaders(method),
             teacher,
             getattr(method, "importance", None),
             getattr(method, "forgotten", None),
         )
+        (plan,) = method.passes(0)
         return Work(training.step, sum(plan.sizes.values())), training
+
+    def loaders(self, method: Method) -> dict[str, DataLoader]:
+        """For each stream of the method, its files decoded in worker processes."""
+        paths, labels = self.files["train"]
+        (plan,) = method.passes(0)
+        loaders = {}
+        for stream, indices in plan.streams.items():
+            files = [paths[i] for i in indices], [labels[i] for i in indices]
+            dataset = plain_path.JpegFiles(*files, mirror=isinstance(method, Pretrain))
+            loaders[stream] = plain_path.load(dataset, plan.sizes[stream], self.args.workers)
+        return loaders
+
+    def decoding(self) -> Callable[[Trainer, Batch], object]:
+        """A GS-LoRA step on images that are decoded from their files for it."""
+        method, _ = self.begin("gs_lora", self.hardware)
+        streams = [plain_path.endless(loader) for loader in self.loaders(method).values()]
+
+        def step(trainer: Trainer, batch: Batch) -> object:
+            images = torch.cat([next(stream)[0] for stream in streams]).to(self.hardware.device)
+            return trainer.step(replace(batch, images=(255 * images).to(torch.uint8)))
+
+        return step
 
     def losses(self, trainer: Trainer, plain: plain_path.PlainTraining) -> tuple[float, float]:
         """Both paths' loss of the same batch, with the same random labels, without dropout."""

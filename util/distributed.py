@@ -64,6 +64,15 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def everywhere(condition: bool) -> bool:
+    """Whether `condition` holds in all processes, which all ask: what one cannot do, none does."""
+    if world_size() == 1:
+        return condition
+    found = [False] * world_size()
+    dist.all_gather_object(found, condition)
+    return all(found)
+
+
 @contextlib.contextmanager
 def first_before_others() -> Iterator[None]:
     """The first process goes through the block before the others do: they find what it has left on disk."""

@@ -6,6 +6,8 @@ Each part is automatic, can be switched off alone (`util.arguments.add_fast_path
 
 import contextlib
 import ctypes
+import functools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +24,8 @@ ModelType = TypeVar("ModelType", bound=torch.nn.Module)
 # Training arithmetic, in FLOPs, from which on compiling pays for itself twice over. CPU: measured, it takes 10 to 25
 # seconds and then saves 0.4 s per TFLOP on two cores. CUDA: an estimate, from half a minute of compiling.
 WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
+# From this speed of bf16 against fp32 matrix products on: what autocast converts has to be earned back.
+WORTH_BF16 = 1.2
 # One function is compiled anew for each shape of batch, mode, and kind of block; past the limit it would run eagerly.
 RECOMPILE_LIMIT = 64
 # Names in glibc's malloc.h.
@@ -52,7 +56,8 @@ class Hardware:
         """Settle what is still open for `work` FLOPs of training: compile where that pays and the machine can."""
         compiles = self.compile
         if compiles is None:
-            compiles = work >= WORTH_COMPILING[self.device.type] and can_compile(self.device)
+            worth = work >= WORTH_COMPILING[self.device.type]
+            compiles = distributed.everywhere(worth and can_compile(self.device))
         elif compiles and not can_compile(self.device):
             raise UsageError("--compile on: torch.compile does not work here (is there a C++ compiler?); use --compile off")
         graphs = compiles and self.device.type == "cuda" and self.cuda_graphs is not False
@@ -164,12 +169,29 @@ def _device(name: str) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware: CUDA from Ampere on, CPUs with avx512_bf16 or amx."""
+    """Whether bf16 pays: on CUDA from Ampere on, on a CPU that has it in hardware and gains by it, which is measured."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # torch has no public query for these two; without them autocast would emulate, slower than fp32.
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(probe() for probe in probes if probe is not None)
+    has = any(probe() for probe in probes if probe is not None)
+    return distributed.everywhere(has and bf16_speedup() > WORTH_BF16)
+
+
+@functools.cache
+def bf16_speedup() -> float:
+    """How many times as fast as in fp32 this CPU multiplies matrices in bf16: 0.1 s of products, taken in turn.
+
+    Flags do not tell: with avx512_bf16 alone, AMD's cores are several times as fast, and some of Intel's half as fast.
+    """
+    matrices = [torch.ones(768, 768, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    best = [math.inf, math.inf]
+    for _ in range(6):  # the first of them sets up
+        for number, matrix in enumerate(matrices):
+            start = time.perf_counter()
+            matrix @ matrix
+            best[number] = min(best[number], time.perf_counter() - start)
+    return best[0] / best[1]
 
 
 def can_compile(device: torch.device) -> bool:

@@ -1,14 +1,17 @@
 """`checkpoints/last.pth`: where a run is, saved while it goes, so that it can be interrupted anywhere."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from backbone.recognizer import Recognizer
+from util import distributed
 from util.arguments import first_difference, read_json
 from util.checkpoint import torch_load, torch_save
 from util.engine import Trainer
 from util.errors import RunError, UsageError
 from util.folders import OutputFolder
+from util.hardware import Hardware
 
 # Options that may differ between an interrupted run and the one that continues it.
 FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "save_every", "eval_every", "config"}
@@ -32,7 +35,9 @@ def needed_bytes(model: Recognizer, checkpoints: int) -> int:
     return weights * (checkpoints + 2 * 3)
 
 
-def enter(folder: OutputFolder, args: argparse.Namespace, needed: int, **identity: str) -> None:
+def enter(
+    folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, needed: int, **identity: str
+) -> None:
     """Make the locked folder ready for the run of `args`, as --resume and --overwrite say.
 
     Given both, a run that was interrupted is continued, and any other replaced; `args` then say which. `needed`: bytes
@@ -54,7 +59,17 @@ def enter(folder: OutputFolder, args: argparse.Namespace, needed: int, **identit
                 f"--resume: {folder.path} was started with other options: {difference}; repeat the first command, or use "
                 f"--overwrite"
             )
+    if args.resume:
+        _tell_other_choices(folder, config.get("hardware"), hardware)
     folder.prepare(args.overwrite and not args.resume, args.resume, needed)
+
+
+def _tell_other_choices(folder: OutputFolder, before: object, hardware: Hardware) -> None:
+    """In one line, where the machine now chooses otherwise than when the run was begun."""
+    choices = before if isinstance(before, dict) else {}
+    other = [f"{key} {choices[key]}, now {now}" for key, now in hardware.as_dict().items() if choices.get(key, now) != now]
+    if other and not distributed.rank():
+        print(f"warning: {folder.path} was begun with {'; '.join(other)}: it may end in other bits", file=sys.stderr)
 
 
 class LastState:

@@ -1,4 +1,5 @@
 import ctypes
+import itertools
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import torch
 
 from tests.conftest import ROOT
 from util.errors import UsageError
-from util.hardware import choose_hardware
+from util.hardware import bf16_speedup, choose_hardware
 
 
 def test_the_choices_of_a_cpu():
@@ -35,6 +36,21 @@ def test_autocast_runs_matrix_products_in_bf16():
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with choose_hardware("cpu", precision).autocast():
             assert (a @ a).dtype == dtype
+
+
+def test_bf16_is_chosen_where_it_is_there_and_pays(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    for supported, speedup, chosen in ((True, 0.5, False), (True, 1.0, False), (True, 2.0, True), (False, 2.0, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=supported: there, raising=False)
+        monkeypatch.setattr("util.hardware.bf16_speedup", lambda factor=speedup: factor)
+        assert choose_hardware("cpu").bf16 == chosen
+
+
+def test_the_speed_of_bf16_is_that_of_the_best_of_products_in_turn(monkeypatch):
+    seconds = itertools.cycle([9.0, 9.0, 3.0, 1.0, 4.0, 2.0])  # fp32, bf16, fp32, …
+    clock = itertools.accumulate(itertools.chain.from_iterable((100.0, taken) for taken in seconds))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert bf16_speedup.__wrapped__() == 3.0
 
 
 @pytest.mark.parametrize("device", ["abacus", "mps", f"cuda:{torch.cuda.device_count()}"])
