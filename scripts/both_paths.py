@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import io
+import shutil
 import subprocess
 import sys
 import time
@@ -35,7 +36,7 @@ from util.evaluate import predict
 from util.hardware import Hardware, choose_hardware
 
 IDENTITIES = 8  # half of them to forget
-EPOCHS = 20  # of a task; the plain path sweeps the test set after each of its steps
+EPOCHS = 20  # of a task, each of one step
 
 
 @dataclass
@@ -189,11 +190,24 @@ class Bench:
         """train_forget.py's, for GS-LoRA on these faces; saves the checkpoint that they name."""
         checkpoint = self.folder / "checkpoint.pth"
         save_checkpoint(checkpoint, Checkpoint(self.model, self.train_set.classes))
-        words = ["--checkpoint", checkpoint, "--data", self.folder / "faces", "--cache-dir", self.folder / "cache"]
+        words = ["--checkpoint", checkpoint, "--data", self.task_folder(), "--cache-dir", self.folder / "cache"]
         words += ["--num-tasks", 1, "--forget-per-task", IDENTITIES // 2, "--data-ratio", 1, "--overwrite"]
         words += ["--batch-size", self.args.batch_size, "--epochs", EPOCHS, "--output-dir", self.folder / "run"]
         words += ["--device", self.hardware.device, "--compile", "on" if compiled else "off"]
         return [str(word) for word in [*words, "--precision", "bf16" if self.hardware.bf16 else "fp32"]]
+
+    def task_folder(self) -> Path:
+        """The faces with one test image a class: by this, evaluations weigh as in the paper's setting, where 9,000 test
+        images before and after a task stand against 7,600 steps of 96."""
+        folder = self.folder / "task"
+        if not folder.exists():
+            shutil.copytree(self.folder / "faces" / "train", folder / "train")
+            paths, labels = self.files["test"]
+            for label in {*labels}:
+                target = folder / "test" / self.test_set.classes[label] / "0.jpg"
+                target.parent.mkdir(parents=True)
+                shutil.copy(paths[labels.index(label)], target)
+        return folder
 
     def seconds_to_first_step(self, compiled: bool) -> tuple[float, float]:
         """From the start of a process of train_forget.py to the beginning and to the end of its first step, data in the
@@ -235,15 +249,20 @@ class Bench:
         return time.perf_counter() - start, in_steps
 
     def plain_task(self) -> float:
-        """The same task on the plain path, which sweeps the test set after every step. Seconds in all."""
+        """The same task on the plain path. It recognises as many test images as it trains on: the published code sweeps
+        9,000 of them in every 100 steps of 96. Seconds in all."""
         start = time.perf_counter()
         work, training = self.plain_training("gs_lora")
-        steps = max(len(stream) for stream in training.loaders.values())
+        steps = EPOCHS * max(len(stream) for stream in training.loaders.values())
         test = plain_path.load(plain_path.JpegFiles(*self.files["test"]), 48, self.args.workers, train=False)
+        waiting = 0
         with SummaryWriter(self.folder / "plain") as writer:
-            for step in range(EPOCHS * steps):
+            for step in range(steps):
                 writer.add_scalar("loss", work.run(), step)
-                writer.add_scalar("accuracy", plain_path.evaluate(training.model, test), step)
+                waiting += work.images
+                if waiting >= len(self.test_set) or step == steps - 1:
+                    waiting = 0
+                    writer.add_scalar("accuracy", plain_path.evaluate(training.model, test), step)
         torch.save(training.model.state_dict(), self.folder / "plain.pth")
         return time.perf_counter() - start
 
