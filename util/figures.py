@@ -136,25 +136,35 @@ def sweep_figure(title: str, name: str, labels: Sequence[str], runs: Sequence[di
 
 
 def scaling_figure(figures: dict) -> Figure:
-    """Time and memory over the number of images and over the model's arithmetic, as scripts/scaling.py measures them."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2))
-    axes_of = (("images", "images", "training images"), ("models", "gflops_per_image", "GFLOPs of an image's forward pass"))
-    for axes, (kind, x, label) in zip(panels, axes_of, strict=True):
-        rows, exponents = figures[kind], figures["exponents"][kind]
-        places = [row[x] for row in rows]
-        memory = axes.twinx()
-        for side, key, name, color, unit in (
-            (axes, "seconds", "time", "tab:blue", "seconds for an epoch and an evaluation"),
-            (memory, "memory_mb", "memory", "tab:red", "peak memory (MB)"),
-        ):
-            side.loglog(places, [row[key] for row in rows], "o-", color=color)
-            side.set_ylabel(f"{unit}, exponent {exponents[name]:.2f}", color=color)
-            side.minorticks_off()
-            side.set_yticks([row[key] for row in rows], [f"{row[key]:.3g}" for row in rows])
-        names = [f"\n{row['model'].removeprefix('face_vit_')}" if kind == "models" else "" for row in rows]
+    """Time and memory over the number of images and over the model's arithmetic, as scripts/scaling.py measures them.
+
+    Double logarithmic, as many decades in y as in x, so that slopes are exponents.
+    """
+    figure, panels = plt.subplots(2, 2, figsize=(10, 7.5), sharex="col")
+    columns = (("images", "images", "training images"), ("models", "gflops_per_image", "GFLOPs of an image's forward pass"))
+    rows = (("seconds", "time", "tab:blue", "s, epoch and evaluation"), ("memory_mb", "memory", "tab:red", "MB at most"))
+    for column, (kind, x, label) in enumerate(columns):
+        found, exponents = figures[kind], figures["exponents"][kind]
+        places = [row[x] for row in found]
+        for line, (key, name, color, unit) in enumerate(rows):
+            axes, values = panels[line, column], [row[key] for row in found]
+            axes.loglog(places, values, "o-", color=color, label=f"{name}, exponent {exponents[name]:.2f}")
+            for place, value in zip(places, values, strict=True):
+                text = f"{value:.1f}" if value < 100 else f"{value:.0f}"
+                axes.annotate(text, (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+            # As many decades in y as in x around the middle of the values.
+            half = np.sqrt(max(max(places) / min(places), max(values) / min(values))) * 1.5
+            middle = np.sqrt(max(values) * min(values))
+            axes.set_ylim(middle / half, middle * half)
+            axes.set_xlim(min(places) / 1.5, max(places) * 1.5)
+            axes.set_ylabel(unit)
+            axes.legend(loc="lower right")
+            axes.grid(alpha=0.3)
+            axes.minorticks_off()
+        names = [f"\n{row['model'].removeprefix('face_vit_').split('_patch')[0]}" for row in found]
+        names = names if kind == "models" else [""] * len(found)
         axes.set_xticks(places, [f"{place:.3g}{name}" for place, name in zip(places, names, strict=True)], fontsize=8)
         axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
     figure.tight_layout()
     return figure
 
