@@ -31,10 +31,23 @@ Groups = dict[str, list[int]]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
+    args = build_parser(argv).parse_args(argv)
+    if args.pairs < 0:
+        raise UsageError(f"--pairs {args.pairs} is out of range: at least 0")
+    if args.forget_classes is not None and args.results is not None:
+        raise UsageError("--forget-classes and --results both name the groups: give one of them")
+    return args
+
+
+def build_parser(argv: list[str] | None) -> argparse.ArgumentParser:
+    """The options; their defaults are those of the record that `argv` names, if it names one."""
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_record_argument(chooser)
     record = chooser.parse_known_args(argv)[0].verify_record
+    # Abbreviated, --verify-record would be missed by the chooser.
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False
+    )
     add_record_argument(parser)
     parser.add_argument("--checkpoint", type=Path, required=record is None, metavar="FILE", help="ours or published layout")
     parser.add_argument(
@@ -56,12 +69,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, help="none: exps/test-<folder>-<checkpoint>")
     if record is not None:
         parser.set_defaults(**settings_of(load_record(record), record))
-    args = parser.parse_args(argv)
-    if args.pairs < 0:
-        raise UsageError(f"--pairs {args.pairs} is out of range: at least 0")
-    if args.forget_classes is not None and args.results is not None:
-        raise UsageError("--forget-classes and --results both name the groups: give one of them")
-    return args
+    return parser
 
 
 def add_record_argument(parser: argparse.ArgumentParser) -> None:

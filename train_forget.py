@@ -28,7 +28,7 @@ from util.arguments import (
     load_data_of,
     run_main,
 )
-from util.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.checkpoint import Checkpoint, check_classes, load_checkpoint, published_state
 from util.config import add_config_argument, describe_run, with_config
 from util.continual import ContinualRun
 from util.distributed import first_before_others
@@ -178,6 +178,8 @@ def assemble(
     check_classes(pretrained, data[0], args.checkpoint)
     METHODS[args.method].check_model(args, pretrained.model)
     make_optimizer(pretrained.model, Optimization.of(args), hardware)  # knows whether there is one of that name
+    if args.published_layout:
+        published_state(pretrained.model)  # knows whether the layout can hold it
     return pretrained, data, make_tasks(args, data[0])
 
 

@@ -29,7 +29,7 @@ from util.arguments import (
     load_data_of,
     run_main,
 )
-from util.checkpoint import Checkpoint, load_backbone, save_checkpoint, save_published
+from util.checkpoint import Checkpoint, load_backbone, published_state, save_checkpoint, save_published
 from util.config import add_config_argument, describe_run, with_config
 from util.distributed import first_before_others
 from util.engine import Optimization, Trainer, derived_seed, make_optimizer
@@ -112,6 +112,8 @@ def main(argv: list[str] | None) -> None:
     hardware = hardware.decide(3 * args.epochs * len(train_set) * forward_flops(model))
     hardware.place(model)
     make_optimizer(model, Optimization.of(args), hardware)  # knows whether there is one of that name
+    if args.published_layout:
+        published_state(model)  # knows whether the layout can hold it
     folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}")
     with folder.locked():
         pretrain(args, hardware, model, (train_set, test_set), folder)

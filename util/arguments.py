@@ -131,15 +131,26 @@ def add_optimization_arguments(parser: argparse.ArgumentParser, **defaults: obje
 
 
 def check_optimization(args: argparse.Namespace) -> None:
-    """Raise UsageError for optimisation values that cannot work."""
+    """Raise UsageError for optimisation values that cannot work, and for numbers of any option that are not finite."""
+    check_finite_arguments(args)
     if args.epochs < 1 or args.batch_size < 1:
         raise UsageError(f"--epochs {args.epochs} and --batch-size {args.batch_size} must be at least 1")
     if not args.lr > 0 or args.weight_decay < 0 or args.min_lr < 0:
         raise UsageError("--lr must be above 0, --weight-decay and --min-lr at least 0")
+    if args.clip_grad is not None and not args.clip_grad > 0:
+        raise UsageError(f"--clip-grad {args.clip_grad} is out of range: above 0")
     if not 0 <= args.warmup_epochs <= args.epochs:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} is out of range: 0 to --epochs ({args.epochs})")
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed} is out of range: at least 0")
+
+
+def check_finite_arguments(args: argparse.Namespace) -> None:
+    """Raise UsageError for an option that is, or holds, NaN or an infinity: argparse takes them for numbers."""
+    for key, value in vars(args).items():
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                raise UsageError(f"{option_name(key)} {one} is not a finite number")
 
 
 def run_main(main: Callable[[list[str] | None], None]) -> None:

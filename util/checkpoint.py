@@ -59,9 +59,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_published(path: Path, model: Recognizer) -> None:
-    """Write the bare state dict of the published layout."""
+    """Write the bare state dict of the published layout. Raises UsageError if that cannot hold the model."""
+    torch_save(path, published_state(model))
+
+
+def published_state(model: Recognizer) -> dict:
+    """The model in the published layout. Raises UsageError if that cannot hold it."""
     num_heads = model.backbone.blocks[0].attn.num_heads
-    torch_save(path, to_published(_cpu_state(model.backbone), _cpu_state(model.head), num_heads=num_heads))
+    return to_published(_cpu_state(model.backbone), _cpu_state(model.head), num_heads=num_heads)
 
 
 def _cpu_state(module: torch.nn.Module) -> dict:
