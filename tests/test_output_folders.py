@@ -133,6 +133,10 @@ def test_a_disk_that_fills_up(trained, colours, command, tmp_path, monkeypatch):
         assert "error: cannot write: No space left on device" in process.stderr.strip().splitlines()[-1]
         for path in disk.rglob("*.pth"):
             torch.load(path, weights_only=True)
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        code, _, err = command("train_forget.py", *words, "--resume")
+        assert code == 0, err
+        assert len(results_of(disk / "run")["tasks"]) == 2
     finally:
         subprocess.run(["umount", disk], check=True)
 
