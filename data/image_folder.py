@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data.cache import cached_images
 from data.image_set import ImageSet
+from data.shared_images import shared_images
 from util.errors import RunError, UsageError
 
 VERSION = 1  # of the decoding: a change of the pixels it yields needs another number, so that old cache files lapse
@@ -161,7 +162,7 @@ def _report(listing: Listing) -> None:
     untested = [name for label, name in enumerate(listing.classes) if label not in tested]
     if untested:
         print(f"warning: {where}: {len(untested)} classes have no test images, {untested[0]} first", file=sys.stderr)
-    shared = shared_images(listing)
+    shared = shared_images(listing.root, listing.paths, [size for size, _ in listing.stamps], listing.num_train)
     if shared:
         test, train = min(shared.items())
         print(
@@ -169,34 +170,6 @@ def _report(listing: Listing) -> None:
             f"as well ({printable(test)} is {printable(train)}): accuracies on them say nothing about new images",
             file=sys.stderr,
         )
-
-
-def shared_images(listing: Listing) -> dict[str, str]:
-    """Test images whose files hold the same bytes as a training image's: test path → a training path.
-
-    Few files are read in whole: only those with the size and the beginning of one of the other split.
-    """
-    pairs = zip(listing.paths, listing.stamps, strict=True)
-    by_split = [(index < listing.num_train, path, size) for index, (path, (size, _)) in enumerate(pairs) if size >= 0]
-    groups: dict[object, tuple[list[str], list[str]]] = {}
-    for in_train, path, size in by_split:
-        groups.setdefault(size, ([], []))[not in_train].append(path)
-    for length in (4096, -1):
-        refined: dict[object, tuple[list[str], list[str]]] = {}
-        for before, (train, test) in groups.items():
-            if train and test:
-                for split, paths in enumerate((train, test)):
-                    for path in paths:
-                        with suppress(OSError):
-                            key = before, _digest(listing.root / path, length)
-                            refined.setdefault(key, ([], []))[split].append(path)
-        groups = refined
-    return {path: train[0] for train, test in groups.values() if train for path in test}
-
-
-def _digest(path: Path, length: int) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(length)).digest()
 
 
 def _cache_key(listing: Listing, image_size: int) -> str:
