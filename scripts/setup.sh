@@ -12,7 +12,7 @@ _stamp_of() { printf '%s\n' "$1" "$(cat $_requirements | cksum)"; }
 _imports_all() { # interpreter: can it import every package (really: a broken build is found by importing, not by looking)?
   "$1" - $_requirements >/dev/null 2>&1 <<'PY'
 import importlib, re, sys
-names = {"scikit-learn": "sklearn", "pillow": "PIL"}
+names = {"scikit-learn": "sklearn", "pillow": "PIL", "pytest-xdist": "xdist"}
 for path in sys.argv[1:]:
     for line in open(path):
         package = re.split(r"[<>=!~\[ #;]", line.strip())[0]
