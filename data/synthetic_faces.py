@@ -6,7 +6,9 @@ pose, lighting, expression, glasses, clothes, background, occlusion, blur and no
 that pixels and colours alone do not tell the identities apart, and a small Face Transformer does.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from data.face_renderer import BACKGROUND_GRID, HAIR_TONES, IRIS_TONES, SKIN_TON
 from data.image_set import ImageSet
 from util.errors import UsageError
 
-VERSION = 2  # raised with every change of the pictures, so that cached ones are drawn again
+VERSION = 3  # raised with every change of the pictures, so that cached ones are drawn again
 
 # Lengths in half image widths, angles in radians; each is uniform over its range. Left and right are always alike, so
 # that a mirrored face is the same identity.
@@ -143,7 +145,8 @@ def synthetic_faces(
             [_uniform(seed, identity, stream, count, _variation_width()) for identity in range(identities)]
         )
         labels = torch.arange(identities).repeat_interleave(count)
-        images = _draw(who[labels.numpy()], how, image_size, seed, device)
+        with _one_thread():
+            images = _draw(who[labels.numpy()], how, image_size, seed, device)
         sets.append(ImageSet("synthetic_faces", images, labels.to(device), classes))
     return sets[0], sets[1]
 
@@ -177,6 +180,17 @@ def _variation_width() -> int:
 def _uniform(seed: int, identity: int, stream: int, count: int, width: int) -> np.ndarray:
     """(count, width) numbers in [0, 1); row k is the same for every count above k, as rows are filled in order."""
     return np.random.default_rng([seed, identity, stream]).random((count, width), dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """How many threads share an operation moves its rounding, and with it the grey level of a pixel here and there."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _draw(who: np.ndarray, how: np.ndarray, image_size: int, seed: int, device: torch.device) -> Tensor:

@@ -32,6 +32,15 @@ def small():
     return synthetic_faces(identities=5, train_per_identity=4, test_per_identity=2, image_size=32, seed=3)
 
 
+def test_the_number_of_threads_changes_no_pixel():
+    drawn = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        drawn.append(synthetic_faces(identities=20, train_per_identity=20, test_per_identity=1, image_size=56)[0].images)
+        assert torch.get_num_threads() == threads
+    assert torch.equal(*drawn)
+
+
 def test_shapes_types_and_labels(small):
     train, test = small
     assert train.name == test.name == "synthetic_faces"
