@@ -122,6 +122,7 @@ def ablation_table(bench: Bench, repeats: int) -> list[dict]:
         "bf16": {"bf16": False},
         "compiled blocks": {"compile": False, "cuda_graphs": False},
         "CUDA graphs": {"cuda_graphs": False},
+        "lean last block": {"lean_last_block": False},
         "fast dropout": {"fast_dropout": False},
         "fused optimizer": {"fused_optimizer": False},
     }

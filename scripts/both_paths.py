@@ -75,7 +75,8 @@ class Bench:
 
     def plain_hardware(self) -> Hardware:
         device = str(self.hardware.device)
-        return choose_hardware(device, "fp32", "plain", dropout="torch", fused_optimizer="off", compile="off").decide(0)
+        off = {"last_block": "full", "dropout": "torch", "fused_optimizer": "off", "compile": "off"}
+        return choose_hardware(device, "fp32", "plain", **off).decide(0)
 
     def arguments(self, name: str) -> argparse.Namespace:
         """The script's own defaults for this method; the rate is small, for the model has to last."""

@@ -85,6 +85,7 @@ def add_hardware_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     _add_choice(group, "precision", ("bf16", "fp32"), "auto: bf16 where the hardware has it")
     _add_choice(group, "attention", ("fused", "plain"), "auto: fused on CUDA, plain on a CPU")
+    _add_choice(group, "last-block", ("lean", "full"), "auto: lean, for the class token alone where it is the embedding")
     _add_choice(group, "keep-memory", ("on", "off"), "do not hand freed memory back to the system; auto: on, on a CPU")
     _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
 

@@ -7,6 +7,7 @@ Each part is automatic, can be switched off alone (`util.arguments.add_fast_path
 import contextlib
 import ctypes
 import functools
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import TypeVar
 import torch
 
 from backbone.dropout import replace_dropout
+from backbone.last_block import replace_last_block
 from util import distributed
 from util.errors import UsageError
 
@@ -39,17 +41,19 @@ class Hardware:
     device: torch.device
     bf16: bool
     fused_attention: bool = False
+    lean_last_block: bool = False
     fast_dropout: bool = False
     fused_optimizer: bool = False
     compile: bool | None = False
     cuda_graphs: bool | None = False
 
     def place(self, model: ModelType) -> ModelType:
-        """Move a model to the device and choose the attention (timm's `fused_attn`) and the dropout of all its blocks."""
+        """Move a model to the device and choose its attention (timm's `fused_attn`), dropout and last block."""
         for module in model.modules():
             if hasattr(module, "fused_attn"):
                 module.fused_attn = self.fused_attention
         replace_dropout(model, self.fast_dropout)
+        replace_last_block(model, self.lean_last_block)
         return model.to(self.device)
 
     def decide(self, work: float) -> "Hardware":
@@ -98,6 +102,7 @@ class Hardware:
         is_cuda = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if is_cuda else f"{torch.get_num_threads()} CPU threads"
         parts = ["bf16 autocast" if self.bf16 else "fp32", f"{'fused' if self.fused_attention else 'plain'} attention"]
+        parts += ["lean last block"] * self.lean_last_block
         parts += ["fast dropout"] * self.fast_dropout + ["fused optimizer"] * self.fused_optimizer
         parts += ["compiled blocks"] * bool(self.compile) + ["CUDA graphs"] * bool(self.cuda_graphs)
         parts += [f"{distributed.world_size()} processes"] * (distributed.world_size() > 1)
@@ -129,6 +134,7 @@ def choose_hardware(
     device: str = "auto",
     precision: str = "auto",
     attention: str = "auto",
+    last_block: str = "auto",
     dropout: str = "auto",
     fused_optimizer: str = "auto",
     compile: str = "auto",
@@ -143,6 +149,7 @@ def choose_hardware(
         # On a CPU the backward pass of scaled_dot_product_attention costs more than all else at 50 tokens, and about as
         # much as two matrix products and a softmax at 197.
         fused_attention=_choice(attention, "fused", not on_cpu),
+        lean_last_block=_choice(last_block, "lean", True),
         fast_dropout=_choice(dropout, "fast", on_cpu),
         fused_optimizer=_choice(fused_optimizer, "on", True),
         compile=_choice(compile, "on", None),
@@ -196,6 +203,8 @@ def bf16_speedup() -> float:
 
 def can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here: by compiling something, which needs a C++ compiler (CUDA: Triton as well)."""
+    # With CUDA's tools but no GPU, the first compilation for a CPU warns that there is no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     unseen = time.time_ns() % 2**20  # a constant in the code: no cache of kernels knows it
     try:
         return torch.compile(lambda x: x + unseen)(torch.ones(8, device=device)).sum().item() == 8 * (1 + unseen)

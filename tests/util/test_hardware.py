@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import torch
+from timm.models.vision_transformer import Block
 
+from backbone.last_block import ClassTokenBlock
 from tests.conftest import ROOT
 from util.errors import UsageError
 from util.hardware import bf16_speedup, choose_hardware
@@ -29,6 +31,14 @@ def test_fused_and_plain_attention_agree(make_recognizer):
         with torch.no_grad():
             logits.append(model(images))
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-3)
+
+
+def test_the_last_block_serves_the_class_token_alone_unless_told_otherwise(make_recognizer):
+    model = make_recognizer()
+    for choice, expected in (("auto", ClassTokenBlock), ("full", Block), ("lean", ClassTokenBlock)):
+        hardware = choose_hardware("cpu", "fp32", last_block=choice)
+        assert type(hardware.place(model).backbone.blocks[-1]) is expected
+        assert ("lean last block" in hardware.describe()) == (expected is ClassTokenBlock)
 
 
 def test_autocast_runs_matrix_products_in_bf16():
