@@ -79,14 +79,16 @@ def add_record_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(record: dict, path: Path) -> dict:
-    """The data and the precision that a record was made with, as defaults of our options."""
+    """The data and the arithmetic that a record was made with, as defaults of our options."""
     kinds = {"data": str, "validation_share": (float, type(None))}
     kinds |= dict.fromkeys(("identities", "train_per_identity", "test_per_identity", "data_seed"), int)
     settings = {key: record["arguments"].get(key) for key in kinds if key in record["arguments"]}
     wrong = [key for key, value in settings.items() if not isinstance(value, kinds[key]) or isinstance(value, bool)]
     if wrong:
         raise RunError(f"{path}: damaged record: {wrong[0]} is {settings[wrong[0]]!r}")
-    return settings | {"precision": "bf16" if record["hardware"].get("bf16") else "fp32"}
+    made_with = record["hardware"].get
+    last_block = "lean" if made_with("lean_last_block") else "full"
+    return settings | {"precision": "bf16" if made_with("bf16") else "fp32", "last_block": last_block}
 
 
 def confirm(args: argparse.Namespace) -> None:

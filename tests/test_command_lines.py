@@ -117,6 +117,16 @@ def test_per_class_csv_and_groups_by_name_or_number(trained, colours, command, t
     assert "| forgotten" in out
 
 
+def test_the_lean_last_block_recognises_what_the_full_one_does(trained, colours, command, tmp_path):
+    found = {}
+    for choice in ("lean", "full"):
+        options = ("--checkpoint", trained, "--data", colours, "--last-block", choice, "--output-dir", tmp_path / choice)
+        code, _, err = command("test.py", *options)
+        assert code == 0, err
+        found[choice] = json.loads((tmp_path / choice / "test.json").read_text())["groups"]
+    assert found["lean"] == found["full"]
+
+
 def test_an_interrupted_run_resumes_to_the_same_end(run_folder, trained, colours, command, tmp_path, monkeypatch):
     options = forget_options(trained, colours, tmp_path / "cut")
     from util import continual

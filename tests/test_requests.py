@@ -155,6 +155,22 @@ def test_an_untrue_record_is_not_confirmed(path, value, what, named, command, tm
     assert "record before it" in err
 
 
+@pytest.mark.parametrize(("bf16", "lean"), [(True, False), (False, True), (True, True), (False, False)])
+def test_a_record_is_recomputed_in_the_arithmetic_it_was_made_in(bf16, lean, named, command, tmp_path, monkeypatch):
+    from util import record as module
+
+    shutil.copytree(named / "first", tmp_path / "run")
+    file = tmp_path / "run" / "deletions" / "task_1.json"
+    values = json.loads(file.read_text())
+    change(values, "hardware/bf16", bf16)
+    change(values, "hardware/lean_last_block", lean)
+    file.write_text(json.dumps(values))
+    predict, used = module.predict, []
+    monkeypatch.setattr(module, "predict", lambda *rest: used.append(rest[2]) or predict(*rest))
+    command("test.py", "--verify-record", file)
+    assert [(hardware.bf16, hardware.lean_last_block) for hardware in used] == [(bf16, lean)] * 2
+
+
 def test_a_replaced_model_or_a_damaged_record_is_told(named, command, tmp_path):
     shutil.copytree(named / "first", tmp_path / "run")
     checkpoints, file = tmp_path / "run" / "checkpoints", tmp_path / "run" / "deletions" / "task_2.json"
