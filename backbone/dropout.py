@@ -44,13 +44,13 @@ def drawn_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 def hashed_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
     """As `drawn_mask`, to 32 bits, from a hash of the position and two random seeds.
 
-    The hash is the multiply-xorshift permutation "lowbias32" of C. Wellons' hash-prospector. One seed is added to the
-    position, the other enters between two rounds: with the first alone, two masks could be one another, shifted.
+    The hash is the multiply-xorshift permutation "lowbias32" of C. Wellons' hash-prospector. Of the position it sees a
+    random odd multiple and a random shift: with the shift alone, two masks could be one another, moved along.
     """
     threshold = round(p * 2**32)
     seeds = torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32)
-    bits = torch.arange(shape.numel(), dtype=torch.int32) + seeds[0]
-    bits = hash_32(hash_32(bits) ^ seeds[1]).view(shape)
+    positions = torch.arange(shape.numel(), dtype=torch.int32)
+    bits = hash_32(positions * (seeds[1] | 1) + seeds[0]).view(shape)
     return bits >= threshold - 2**31, 1 - threshold / 2**32
 
 
