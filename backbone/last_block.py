@@ -39,9 +39,7 @@ def _rows_of(linear: nn.Linear, rows: slice, x: Tensor) -> Tensor:
     """The outputs `rows` of a linear layer, with its adapter if it has one."""
     bias = None if linear.bias is None else linear.bias[rows]
     y = F.linear(x, linear.weight[rows], bias)
-    if isinstance(linear, LoRALinear):
-        y = y + F.linear(F.linear(x, linear.lora_A), linear.lora_B[rows]) / len(linear.lora_A)
-    return y
+    return y + linear.update(x, linear.lora_B[rows]) if isinstance(linear, LoRALinear) else y
 
 
 def _heads(x: Tensor, count: int, attn: Attention) -> tuple[Tensor, ...]:

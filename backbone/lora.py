@@ -53,8 +53,11 @@ class LoRALinear(nn.Linear):
         return adapted
 
     def forward(self, x: Tensor) -> Tensor:
-        rank = self.lora_A.shape[0]
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_A), self.lora_B) / rank
+        return F.linear(x, self.weight, self.bias) + self.update(x, self.lora_B)
+
+    def update(self, x: Tensor, lora_B: Tensor) -> Tensor:
+        """(1/r) B A x, for all of B or for some of its rows: those outputs alone."""
+        return F.linear(F.linear(x, self.lora_A), lora_B) / len(self.lora_A)
 
 
 def add_adapters(backbone: nn.Module, rank: int, place: str = "ffn") -> None:
