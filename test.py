@@ -13,19 +13,21 @@ import csv
 import io
 from pathlib import Path
 
+from backbone.fast_path import to_device
 from backbone.halves import replace_lower_half
 from backbone.lora import apply_adapters
+from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import named_classes
-from util.arguments import HelpFormatter, add_data_arguments, add_hardware_arguments, hardware_of, load_data_of, run_main
-from util.checkpoint import Checkpoint, check_classes, load_checkpoint
-from util.errors import RunError, UsageError
-from util.evaluate import Predictions, embed_images, predictions_of
-from util.files import load_tensors, write_json, write_text
-from util.record import load_record, verify_record
-from util.results import load_results
-from util.tables import markdown_table, percent
-from util.verification import FALSE_ACCEPT_RATES, verify
+from util.cli.arguments import HelpFormatter, add_data_arguments, add_hardware_arguments, hardware_of, run_main
+from util.evaluation.evaluate import Predictions, embed_images, predictions_of
+from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
+from util.report.results import load_results
+from util.report.tables import markdown_table, percent
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import load_tensors, write_json, write_text
+from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.training.record import load_record, verify_record
 
 Groups = dict[str, list[int]]
 
@@ -80,22 +82,22 @@ def add_record_argument(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(record: dict, path: Path) -> dict:
     """The data and the arithmetic that a record was made with, as defaults of our options."""
-    kinds = {"data": str, "validation_share": (float, type(None))}
+    kinds = {"data": str, "val_fraction": (float, type(None))}
     kinds |= dict.fromkeys(("identities", "train_per_identity", "test_per_identity", "data_seed"), int)
     settings = {key: record["arguments"].get(key) for key in kinds if key in record["arguments"]}
     wrong = [key for key, value in settings.items() if not isinstance(value, kinds[key]) or isinstance(value, bool)]
     if wrong:
         raise RunError(f"{path}: damaged record: {wrong[0]} is {settings[wrong[0]]!r}")
     made_with = record["hardware"].get
-    last_block = "lean" if made_with("lean_last_block") else "full"
-    return settings | {"precision": "bf16" if made_with("bf16") else "fp32", "last_block": last_block}
+    last_block = "on" if made_with("cls_only_last_block") else "off"
+    return settings | {"precision": "bf16" if made_with("bf16") else "fp32", "cls_only_last_block": last_block}
 
 
 def confirm(args: argparse.Namespace) -> None:
     """Print every check of --verify-record. Raises RunError if one fails."""
     record = load_record(args.verify_record)
     hardware = hardware_of(args)
-    data = load_data_of(args, record["images"]["size"], hardware.device)
+    data = build_datasets(args, record["images"]["size"], hardware.device)
     failed, rows = [], []
     for what, so, details in verify_record(args.verify_record, record, data, hardware):
         rows.append([what, "not checked" if so is None else "confirmed" if so else "NOT SO", details])
@@ -161,10 +163,10 @@ def main(argv: list[str] | None) -> None:
         apply_adapters(checkpoint.model.backbone, load_tensors(path), path)
     if args.deposit is not None:
         replace_lower_half(checkpoint.model.backbone, load_tensors(args.deposit), args.deposit)
-    _, test_set = load_data_of(args, checkpoint.model.architecture.image_size, hardware.device)
+    _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, hardware.device)
     check_classes(checkpoint, test_set, args.checkpoint)
     groups = class_groups(args, checkpoint, test_set)
-    model = hardware.place(checkpoint.model)
+    model = to_device(checkpoint.model, hardware)
 
     embeddings = embed_images(model, test_set, hardware)
     predictions = predictions_of(model, embeddings, test_set.labels)
@@ -186,7 +188,7 @@ def main(argv: list[str] | None) -> None:
     write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
     write_text(output / "per_class.csv", per_class_csv(predictions, test_set.classes, groups))
     if curves:
-        from util.figures import roc_figure, save_figure
+        from util.report.figures import roc_figure, save_figure
 
         save_figure(roc_figure(curves), output / "roc.png")
     print(f"\nper class, figures and numbers: {output}")

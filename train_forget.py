@@ -11,13 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from backbone.fast_path import to_device
 from backbone.recognizer import Recognizer, forward_flops
+from data import build_datasets
 from data.batches import Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests
 from methods import METHODS, method_class
 from methods.base import Method
-from util.arguments import (
+from util.cli.arguments import (
     HelpFormatter,
     add_data_arguments,
     add_fast_path_arguments,
@@ -25,20 +27,19 @@ from util.arguments import (
     add_optimization_arguments,
     check_optimization,
     hardware_of,
-    load_data_of,
     run_main,
 )
-from util.checkpoint import Checkpoint, check_classes, load_checkpoint, published_state
-from util.config import add_config_argument, describe_run, with_config
-from util.continual import ContinualRun
-from util.distributed import first_before_others
-from util.engine import Optimization, epochs_of_task, make_optimizer
-from util.errors import UsageError
-from util.files import sha256, write_json
-from util.folders import RunFolder
-from util.hardware import Hardware
-from util.resume import add_resume_arguments, check_resume, enter, needed_bytes
-from util.tables import Comparison
+from util.cli.config import add_config_argument, describe_run, with_config
+from util.report.tables import Comparison
+from util.runtime.distributed import main_process_first
+from util.runtime.errors import UsageError
+from util.runtime.files import sha256, write_json
+from util.runtime.hardware import Hardware
+from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint, published_state
+from util.storage.folders import RunFolder
+from util.training.continual import ContinualRun
+from util.training.engine import Optimization, epochs_of_task, make_optimizer
+from util.training.resume import add_resume_arguments, check_resume, enter, needed_bytes
 
 # Of the optimisation options, where neither the command nor the method says otherwise.
 SHARED_DEFAULTS = {"lr": 1e-4, "weight_decay": 0.05, "warmup_epochs": 0, "opt": "adamw"}
@@ -174,7 +175,7 @@ def assemble(
 ) -> tuple[Checkpoint, tuple[ImageSet, ImageSet], list[ForgettingTask]]:
     """The pre-trained model, the data and the tasks. Raises UsageError if they do not fit together."""
     pretrained = load_pretrained(args)
-    data = load_data_of(args, pretrained.model.architecture.image_size, hardware.device)
+    data = build_datasets(args, pretrained.model.architecture.image_size, hardware.device)
     check_classes(pretrained, data[0], args.checkpoint)
     METHODS[args.method].check_model(args, pretrained.model)
     make_optimizer(pretrained.model, Optimization.of(args), hardware)  # knows whether there is one of that name
@@ -204,13 +205,13 @@ def forget(
 ) -> None:
     """The run, in its folder."""
     checkpoint_sha256 = sha256(args.checkpoint)
-    with first_before_others():
+    with main_process_first():
         needed = needed_bytes(pretrained.model, len(tasks))
         enter(folder, args, hardware, needed, checkpoint_sha256=checkpoint_sha256)
     config = describe_run(args, hardware, data[0].images.device) | {"checkpoint_sha256": checkpoint_sha256}
     write_json(folder.config, config)
 
-    model = hardware.place(pretrained.model)
+    model = to_device(pretrained.model, hardware)
     sizes = [len(task.forget) for task in tasks]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))
     print(

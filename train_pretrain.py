@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from backbone.fast_path import to_device
 from backbone.heads import HEADS
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops
+from data import build_datasets
 from data.image_set import ImageSet
 from methods.pretrain import Pretrain
-from util.arguments import (
+from util.cli.arguments import (
     HelpFormatter,
     add_data_arguments,
     add_fast_path_arguments,
@@ -26,20 +28,19 @@ from util.arguments import (
     add_optimization_arguments,
     check_optimization,
     hardware_of,
-    load_data_of,
     run_main,
 )
-from util.checkpoint import Checkpoint, load_backbone, published_state, save_checkpoint, save_published
-from util.config import add_config_argument, describe_run, with_config
-from util.distributed import first_before_others
-from util.engine import Optimization, Trainer, derived_seed, make_optimizer
-from util.errors import UsageError
-from util.evaluate import predict
-from util.files import write_json
-from util.folders import PretrainFolder
-from util.hardware import Hardware
-from util.monitor import Monitor, open_writer
-from util.resume import LastState, add_resume_arguments, check_resume, enter, needed_bytes
+from util.cli.config import add_config_argument, describe_run, with_config
+from util.evaluation.evaluate import predict
+from util.runtime.distributed import main_process_first
+from util.runtime.errors import UsageError
+from util.runtime.files import write_json
+from util.runtime.hardware import Hardware
+from util.storage.checkpoint import Checkpoint, load_backbone, published_state, save_checkpoint, save_published
+from util.storage.folders import PretrainFolder
+from util.training.engine import Optimization, Trainer, derived_seed, make_optimizer
+from util.training.monitor import Monitor, open_writer
+from util.training.resume import LastState, add_resume_arguments, check_resume, enter, needed_bytes
 
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
@@ -106,11 +107,11 @@ def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = hardware_of(args)
     image_size = args.image_size or default_image_size(args.model)
-    train_set, test_set = load_data_of(args, image_size, hardware.device)
+    train_set, test_set = build_datasets(args, image_size, hardware.device)
     choose_epochs(args, len(train_set))
     model = build_model(args, len(train_set.classes), image_size)
     hardware = hardware.decide(3 * args.epochs * len(train_set) * forward_flops(model))
-    hardware.place(model)
+    to_device(model, hardware)
     make_optimizer(model, Optimization.of(args), hardware)  # knows whether there is one of that name
     if args.published_layout:
         published_state(model)  # knows whether the layout can hold it
@@ -128,7 +129,7 @@ def pretrain(
 ) -> None:
     """The run, in its folder."""
     train_set, test_set = data
-    with first_before_others():
+    with main_process_first():
         enter(folder, args, hardware, needed_bytes(model, 1))
     write_json(folder.config, describe_run(args, hardware, train_set.images.device))
     print(
@@ -155,7 +156,7 @@ def pretrain(
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
         save_published(folder.published, model)
-    measured = "test" if args.validation_share is None else "held-out"
+    measured = "test" if args.val_fraction is None else "held-out"
     print(
         f"{measured} accuracy {accuracies['acc']:.2f}% plain, {accuracies['margin_acc']:.2f}% margin, after "
         f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({done.images_per_second:.0f} images/s): "

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 
 def half_depth(backbone: nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 # Layer names are timm's, which all of its plain vision transformers share.
 PLACES = {"ffn": ("mlp.fc1", "mlp.fc2"), "attention": ("attn.qkv",)}

@@ -21,7 +21,7 @@ from timm.models import is_model
 from torch import Tensor
 
 from backbone import face_transformer  # noqa: F401  registers the models that are named here
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 State = dict[str, Tensor]
 

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import face_transformer  # noqa: F401  registers the Face Transformers with timm
 from backbone.heads import HEADS
-from util.distributed import sharded
-from util.errors import UsageError
+from util.runtime.distributed import sharded
+from util.runtime.errors import UsageError
 
 
 @dataclass

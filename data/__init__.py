@@ -1,5 +1,6 @@
 """What a model is trained and tested on."""
 
+import argparse
 import hashlib
 import os
 
@@ -9,6 +10,36 @@ import torch
 from data.cache import cached_images
 from data.image_folder import image_folder as load_folder  # so that data.image_folder stays the module
 from data.image_set import ImageSet
+from data.tasks import split_validation
+from util.runtime import distributed
+
+SYNTHETIC = "synthetic_faces"
+
+
+def build_datasets(args: argparse.Namespace, image_size: int, device: torch.device) -> tuple[ImageSet, ImageSet]:
+    """The training and the test set that the data options name; the training set on the device if that has room."""
+    with distributed.main_process_first():
+        train_set, test_set = load_data(
+            args.data,
+            image_size,
+            identities=args.identities,
+            train_per_identity=args.train_per_identity,
+            test_per_identity=args.test_per_identity,
+            seed=args.data_seed,
+            cache_dir=args.cache_dir,
+            device=device,
+        )
+    if args.val_fraction is not None:
+        split = split_validation(train_set.labels, len(train_set.classes), args.val_fraction)
+        train_set, test_set = map(train_set.subset, split)
+    if args.images == "device" or (args.images == "auto" and has_room(device, train_set.images.nbytes)):
+        return train_set.to(device), test_set.to(device)
+    return train_set, test_set
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether `size` bytes of images leave most of the device's free memory to the model."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * size
 
 
 def load_data(

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from data.cache import cached_images
 from data.image_set import ImageSet
 from data.shared_images import shared_images
-from util.errors import RunError, UsageError
+from util.runtime.errors import RunError, UsageError
 
 VERSION = 1  # of the decoding: a change of the pixels it yields needs another number, so that old cache files lapse
 SPLITS = ("train", "test")

@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 
 from data.face_renderer import BACKGROUND_GRID, HAIR_TONES, IRIS_TONES, SKIN_TONES, palette, render
 from data.image_set import ImageSet
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 VERSION = 3  # raised with every change of the pictures, so that cached ones are drawn again
 

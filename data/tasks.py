@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Te
     Raises UsageError if a class has too few images for both.
     """
     if not 0 < share < 1:
-        raise UsageError(f"--validation-share {share} is out of range: between 0 and 1")
+        raise UsageError(f"--val-fraction {share} is out of range: between 0 and 1")
     kept, held = [], []
     for label, indices in enumerate(_indices_by_class(labels, num_classes)):
         count = max(1, round(share * len(indices)))

@@ -12,7 +12,7 @@ from methods.lwf import LwF
 from methods.mas import MAS
 from methods.retrain import Retrain
 from methods.scrub import SCRUB, SCRUBS
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 # In the order of the paper's tables.
 METHODS: dict[str, type[Method]] = {

@@ -14,9 +14,8 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from util.arguments import option_name
-from util.errors import UsageError
-from util.hardware import Hardware
+from util.runtime.errors import UsageError
+from util.runtime.hardware import Hardware
 
 
 class Method(ABC):
@@ -105,4 +104,5 @@ def refuse_negative(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < 0:
-            raise UsageError(f"{option_name(name)} cannot be negative")
+            option = name.strip("_").replace("_", "-")
+            raise UsageError(f"--{option} cannot be negative")

@@ -9,8 +9,8 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
 from methods.relabel import wrong_labels
-from util.evaluate import embed_images
-from util.hardware import Hardware
+from util.evaluation.evaluate import embed_images
+from util.runtime.hardware import Hardware
 
 
 class Teacher:

@@ -13,8 +13,8 @@ from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, per_task, refuse_negative
-from util.errors import UsageError
-from util.evaluate import predict
+from util.evaluation.evaluate import predict
+from util.runtime.errors import UsageError
 
 
 class GSLoRA(Method):

@@ -15,8 +15,8 @@ from data.tasks import ForgettingTask
 from methods.base import per_task, refuse_negative
 from methods.distillation import kl_divergence
 from methods.gs_lora import GSLoRA
-from util.errors import UsageError
-from util.evaluate import embed_images
+from util.evaluation.evaluate import embed_images
+from util.runtime.errors import UsageError
 
 
 class GSLoRApp(GSLoRA):

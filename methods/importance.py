@@ -8,8 +8,8 @@ from torch.func import functional_call, grad, vmap
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
-from util.distributed import alone, share_of, sum_over_processes
-from util.hardware import Hardware, plain_attention
+from util.runtime.distributed import alone, share_of, sum_over_processes
+from util.runtime.hardware import Hardware, plain_attention
 
 # Gradients of several images are held at once: as many as fit in this many bytes.
 GRADIENT_BYTES = 1 << 29

@@ -15,9 +15,9 @@ from data.tasks import ForgettingTask
 from methods.base import Method, refuse_negative
 from methods.distillation import Teacher, kl_divergence
 from methods.relabel import wrong_labels
-from util.distributed import sharded
-from util.errors import UsageError
-from util.evaluate import map_images
+from util.evaluation.evaluate import map_images
+from util.runtime.distributed import sharded
+from util.runtime.errors import UsageError
 
 
 class LIRF(Method):

@@ -8,7 +8,7 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch
 from methods.base import refuse_negative
 from methods.distillation import RelabelAndMatch, kl_divergence
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 
 class LwF(RelabelAndMatch):

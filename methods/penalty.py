@@ -14,7 +14,7 @@ from data.tasks import ForgettingTask
 from methods.base import Method, refuse_negative
 from methods.importance import Importance
 from methods.relabel import wrong_labels
-from util.hardware import Hardware
+from util.runtime.hardware import Hardware
 
 
 class QuadraticPenalty(Method):

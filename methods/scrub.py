@@ -13,7 +13,7 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, refuse_negative
 from methods.distillation import Teacher, kl_divergence
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 AVERAGE_WEIGHT = 0.1  # of the newest weights in SCRUB-S's running average
 

@@ -23,11 +23,11 @@ import torch
 from backbone.recognizer import default_image_size
 from methods.importance import batch_importance, image_importance
 from scripts.both_paths import EPOCHS, Bench, Work, read_back, teacher_every_step, two_forward_passes
-from util.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
-from util.errors import RunError, UsageError
-from util.files import write_json
-from util.hardware import Hardware, keep_freed_memory
-from util.tables import markdown_table
+from util.cli.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
+from util.report.tables import markdown_table
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import write_json
+from util.runtime.hardware import Hardware, keep_freed_memory
 
 TABLES = ("steps", "ablation", "task", "start", "importances")
 TRAININGS = {"gs_lora": "forget step, GS-LoRA", "der_pp": "forget step, DER++", "ewc": "forget step, EWC*"} | {
@@ -122,7 +122,7 @@ def ablation_table(bench: Bench, repeats: int) -> list[dict]:
         "bf16": {"bf16": False},
         "compiled blocks": {"compile": False, "cuda_graphs": False},
         "CUDA graphs": {"cuda_graphs": False},
-        "lean last block": {"lean_last_block": False},
+        "class-token-only last block": {"cls_only_last_block": False},
         "fast dropout": {"fast_dropout": False},
         "fused optimizer": {"fused_optimizer": False},
     }

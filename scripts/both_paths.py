@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train_forget
 import train_pretrain
+from backbone.fast_path import to_device
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data import load_data
 from data.batches import Batch, batches, random_flip
@@ -30,10 +31,10 @@ from methods import METHODS
 from methods.base import Method
 from methods.pretrain import Pretrain
 from scripts import plain_path
-from util.checkpoint import Checkpoint, save_checkpoint
-from util.engine import Optimization, Trainer
-from util.evaluate import predict
-from util.hardware import Hardware, choose_hardware
+from util.evaluation.evaluate import predict
+from util.runtime.hardware import Hardware, choose_hardware
+from util.storage.checkpoint import Checkpoint, save_checkpoint
+from util.training.engine import Optimization, Trainer
 
 IDENTITIES = 8  # half of them to forget
 EPOCHS = 20  # of a task, each of one step
@@ -75,7 +76,7 @@ class Bench:
 
     def plain_hardware(self) -> Hardware:
         device = str(self.hardware.device)
-        off = {"last_block": "full", "dropout": "torch", "fused_optimizer": "off", "compile": "off"}
+        off = {"cls_only_last_block": "off", "dropout": "torch", "fused_optimizer": "off", "compile": "off"}
         return choose_hardware(device, "fp32", "plain", **off).decide(0)
 
     def arguments(self, name: str) -> argparse.Namespace:
@@ -89,7 +90,7 @@ class Bench:
 
     def begin(self, name: str, hardware: Hardware) -> tuple[Method, Recognizer]:
         """A method that has begun the task, and its model on the device."""
-        model = hardware.place(copy.deepcopy(self.model))
+        model = to_device(copy.deepcopy(self.model), hardware)
         method = (Pretrain if name == "pretrain" else METHODS[name])(self.arguments(name), hardware)
         torch.manual_seed(0)
         method.begin_run(model, [self.task], self.train_set)
@@ -175,8 +176,8 @@ class Bench:
 
     def evaluation(self) -> tuple[Work, Work]:
         hardware, count = self.hardware, len(self.test_set)
-        fast = hardware.place(copy.deepcopy(self.model))
-        plain = self.plain_hardware().place(copy.deepcopy(self.model))
+        fast = to_device(copy.deepcopy(self.model), hardware)
+        plain = to_device(copy.deepcopy(self.model), self.plain_hardware())
         files = plain_path.JpegFiles(*self.files["test"])
         with FlopCounterMode(display=False) as counter:
             predict(fast, self.test_set, hardware)
@@ -214,7 +215,7 @@ class Bench:
         """From the start of a process of train_forget.py to the beginning and to the end of its first step, data in the
         cache. Before it the pre-trained model is evaluated; compiling is part of the step."""
         script = (
-            "import sys, time; import train_forget; from util.engine import Trainer; step = Trainer.step\n"
+            "import sys, time; import train_forget; from util.training.engine import Trainer; step = Trainer.step\n"
             "def first(trainer, batch):\n"
             "    print('\\n', time.time()); step(trainer, batch); trainer.hardware.synchronize()\n"
             "    print(time.time()); sys.exit()\n"

@@ -24,16 +24,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_forget
 from methods import METHODS, method_class
-from util.arguments import first_difference, read_json, run_main
-from util.errors import RunError, UsageError
-from util.files import sha256
-from util.folders import RunFolder
-from util.hardware import choose_hardware
-from util.interrupt import Interrupted, end_on_sigterm
-from util.report import write_report
-from util.results import load_results
-from util.resume import FREE_ON_RESUME
-from util.tables import CELL_WIDTH, Comparison, table_line
+from util.cli.arguments import first_difference, run_main
+from util.report.results import load_results
+from util.report.tables import CELL_WIDTH, Comparison, table_line
+from util.report.write import write_report
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import read_json, sha256
+from util.runtime.hardware import choose_hardware
+from util.runtime.interrupt import Interrupted, end_on_sigterm
+from util.storage.folders import RunFolder
+from util.training.resume import FREE_ON_RESUME
 
 
 @dataclass

@@ -25,13 +25,13 @@ from data import load_data
 from methods import METHODS
 from scripts.benchmark import measure, peak_memory
 from scripts.both_paths import Bench
-from util.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
-from util.checkpoint import Checkpoint, save_checkpoint
-from util.errors import RunError
-from util.files import write_json
-from util.hardware import Hardware
-from util.results import load_results
-from util.tables import markdown_table
+from util.cli.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
+from util.report.results import load_results
+from util.report.tables import markdown_table
+from util.runtime.errors import RunError
+from util.runtime.files import write_json
+from util.runtime.hardware import Hardware
+from util.storage.checkpoint import Checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS = 100  # of a task in the whole table

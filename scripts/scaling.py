@@ -22,13 +22,13 @@ from backbone.recognizer import default_image_size, forward_flops
 from data.batches import batches
 from scripts.benchmark import measure, peak_memory
 from scripts.both_paths import IDENTITIES, Bench, Work
-from util.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
-from util.errors import UsageError
-from util.evaluate import predict
-from util.figures import save_figure, scaling_figure
-from util.files import write_json, write_text
-from util.hardware import Hardware
-from util.tables import markdown_table
+from util.cli.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
+from util.evaluation.evaluate import predict
+from util.report.figures import save_figure, scaling_figure
+from util.report.tables import markdown_table
+from util.runtime.errors import UsageError
+from util.runtime.files import write_json, write_text
+from util.runtime.hardware import Hardware
 
 MODELS = ("face_vit_p8s8_d6", "face_vit_p8s8_d12", "face_vit_p8s8_d18", "vit_base_patch16_224")
 

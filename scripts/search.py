@@ -1,8 +1,8 @@
 """Try the values of a method's options on a grid, and set the outcomes side by side, best first.
 
 python scripts/search.py --method ewc --grid lr=1e-4,1e-3 lambda=1,10 --seeds 1337 1 -- \\
-    --checkpoint FILE --data DIR --validation-share 0.2
-What follows -- goes to train_forget.py; with --validation-share there, the test set is not looked at.
+    --checkpoint FILE --data DIR --val-fraction 0.2
+What follows -- goes to train_forget.py; with --val-fraction there, the test set is not looked at.
 """
 
 import argparse
@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_forget
 from methods import METHODS
-from util.arguments import run_main
-from util.errors import RunError, UsageError
-from util.files import write_text
-from util.results import load_results
-from util.tables import markdown_table, percent
+from util.cli.arguments import run_main
+from util.report.results import load_results
+from util.report.tables import markdown_table, percent
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import write_text
 
 Grid = dict[str, list[str]]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.arguments import run_main
-from util.errors import UsageError
-from util.figures import save_figure, sweep_figure
-from util.files import write_text
-from util.results import load_results
-from util.tables import sweep_table
+from util.cli.arguments import run_main
+from util.report.figures import save_figure, sweep_figure
+from util.report.results import load_results
+from util.report.tables import sweep_table
+from util.runtime.errors import UsageError
+from util.runtime.files import write_text
 
 
 def main(argv: list[str] | None) -> None:

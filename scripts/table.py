@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from methods import METHODS
-from util.arguments import run_main
-from util.errors import UsageError
-from util.report import write_report
-from util.results import load_results
-from util.tables import Comparison
+from util.cli.arguments import run_main
+from util.report.results import load_results
+from util.report.tables import Comparison
+from util.report.write import write_report
+from util.runtime.errors import UsageError
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

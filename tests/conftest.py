@@ -14,7 +14,7 @@ from PIL import Image
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet
 from data.tasks import drawn_requests, forgetting_tasks
-from util.hardware import Hardware
+from util.runtime.hardware import Hardware
 
 ROOT = Path(__file__).parents[1]
 # 4×4 tokens of 16 pixels: an epoch takes milliseconds.

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from data.tasks import class_order
 from tests.conftest import results_of
-from util.checkpoint import load_checkpoint
+from util.storage.checkpoint import load_checkpoint
 
 
 def forget_options(trained: Path, colours: Path, output: Path) -> list:
@@ -117,19 +117,20 @@ def test_per_class_csv_and_groups_by_name_or_number(trained, colours, command, t
     assert "| forgotten" in out
 
 
-def test_the_lean_last_block_recognises_what_the_full_one_does(trained, colours, command, tmp_path):
+def test_the_cls_only_last_block_recognises_what_the_full_one_does(trained, colours, command, tmp_path):
     found = {}
-    for choice in ("lean", "full"):
-        options = ("--checkpoint", trained, "--data", colours, "--last-block", choice, "--output-dir", tmp_path / choice)
+    for choice in ("on", "off"):
+        options = ("--checkpoint", trained, "--data", colours, "--cls-only-last-block", choice)
+        options += ("--output-dir", tmp_path / choice)
         code, _, err = command("test.py", *options)
         assert code == 0, err
         found[choice] = json.loads((tmp_path / choice / "test.json").read_text())["groups"]
-    assert found["lean"] == found["full"]
+    assert found["on"] == found["off"]
 
 
 def test_an_interrupted_run_resumes_to_the_same_end(run_folder, trained, colours, command, tmp_path, monkeypatch):
     options = forget_options(trained, colours, tmp_path / "cut")
-    from util import continual
+    from util.training import continual
 
     keep = continual.ContinualRun._after_epoch
 

@@ -9,7 +9,7 @@ import torch
 
 from methods import METHODS
 from tests.conftest import ROOT, SMALL, results_of
-from util.checkpoint import load_checkpoint
+from util.storage.checkpoint import load_checkpoint
 
 
 def method_run(name: str, trained: Path, colours: Path, output: Path, *options: object) -> list:
@@ -76,7 +76,7 @@ def test_the_deposit_brings_back_what_the_student_forgot(trained, colours, comma
 
 @pytest.mark.parametrize("name", ["ewc", "mas"])
 def test_what_a_method_carries_over_survives_a_stop_between_tasks(name, trained, colours, command, tmp_path, monkeypatch):
-    from util import continual
+    from util.training import continual
 
     def arguments(folder: str) -> list:
         return [*method_run(name, trained, colours, tmp_path / folder, "--epochs", 2, "--lr", "1e-3"), "--num-tasks", 2]
@@ -101,19 +101,19 @@ def test_what_a_method_carries_over_survives_a_stop_between_tasks(name, trained,
         assert all(torch.equal(value, resumed[key]) for key, value in whole.state_dict().items())
 
 
-def test_a_validation_share_leaves_the_test_set_alone(trained, colours, command, tmp_path, monkeypatch):
-    options = ("--epochs", 1, "--validation-share", 0.25)
+def test_a_val_fraction_leaves_the_test_set_alone(trained, colours, command, tmp_path, monkeypatch):
+    options = ("--epochs", 1, "--val-fraction", 0.25)
     code, _, err = command(*method_run("l2", trained, colours, tmp_path, *options))
     assert code == 0, err
     dataset = results_of(tmp_path)["dataset"]
     assert (dataset["train_images"], dataset["test_images"]) == (90, 30)
     pretrain = ("--data", colours, *SMALL, "--epochs", 1, "--output-dir", tmp_path / "pretrained")
-    code, out, err = command("train_pretrain.py", *pretrain, "--validation-share", 0.25)
+    code, out, err = command("train_pretrain.py", *pretrain, "--val-fraction", 0.25)
     assert code == 0, err
     assert "held-out accuracy" in out
-    code, _, err = command(*method_run("l2", trained, colours, tmp_path, "--overwrite", "--validation-share", 1.5))
+    code, _, err = command(*method_run("l2", trained, colours, tmp_path, "--overwrite", "--val-fraction", 1.5))
     assert code == 2
-    assert "--validation-share 1.5 is out of range" in err
+    assert "--val-fraction 1.5 is out of range" in err
 
 
 def test_the_readmes_example_of_a_method_runs(trained, colours, command, tmp_path, monkeypatch):

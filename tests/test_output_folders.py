@@ -15,7 +15,7 @@ import torch
 from tests.conftest import ROOT, SMALL, results_of
 from tests.test_bad_input import refused
 from tests.test_command_lines import forget_options
-from util.folders import RunFolder
+from util.storage.folders import RunFolder
 
 
 def start(script: str, *words: object, **options) -> subprocess.Popen:
@@ -65,7 +65,7 @@ def test_pre_training_is_neither_replaced_nor_run_twice_at_once(colours, command
 def test_a_run_that_goes_on_with_other_arithmetic_is_warned(trained, colours, command, tmp_path, monkeypatch):
     words = [*forget_options(trained, colours, tmp_path / "run"), "--epochs", 1, "--device", "cpu"]
     for has, warned in ((True, False), (True, False), (False, True)):
-        monkeypatch.setattr("util.hardware.has_fast_bf16", lambda device, has=has: has)
+        monkeypatch.setattr("util.runtime.hardware.has_fast_bf16", lambda device, has=has: has)
         code, _, err = command("train_forget.py", *words, "--resume")
         assert code == 0, err
         assert ("was begun with bf16 True, now False: it may end in other bits" in err) == warned
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up(trained, colours, command, tmp_path, monkeypatch):
         words = forget_options(trained, colours, disk / "run")
         refused(command("train_forget.py", *words), 2, "MB are free")
         script = "import sys, shutil; shutil.disk_usage = lambda p: type('U', (), {'free': 1 << 40}); import train_forget"
-        script += "; from util.arguments import run_main; sys.argv[0] = 'train_forget.py'; run_main(train_forget.main)"
+        script += "; from util.cli.arguments import run_main; sys.argv[0] = 'train_forget.py'; run_main(train_forget.main)"
         process = subprocess.run(
             [sys.executable, "-c", script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
         )
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_that_step(poisoned, trained, 
 
 
 def test_weights_that_are_not_finite_do_not_replace_good_ones(trained, colours, command, tmp_path, monkeypatch):
-    from util.engine import Trainer
+    from util.training.engine import Trainer
 
     step = Trainer.step
 

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import results_of
 from tests.test_bad_input import refused
 from tests.test_command_lines import forget_options, run_folder  # noqa: F401
-from util.files import sha256
+from util.runtime.files import sha256
 
 
 def request(trained, colours, output, *options: object) -> list:
@@ -75,7 +75,7 @@ def test_impossible_names_end_before_anything_starts(words, message, trained, co
 
 
 def test_an_interrupted_request_on_top_of_another_run_goes_on(named, trained, colours, command, tmp_path, monkeypatch):
-    from util import continual
+    from util.training import continual
 
     output, source = tmp_path / "run", named / "first" / "checkpoints" / "task_2.pth"
     words = request(trained, colours, output, "--forget-classes", "c0", "--then", "c1", "--resume-from", source)
@@ -157,18 +157,18 @@ def test_an_untrue_record_is_not_confirmed(path, value, what, named, command, tm
 
 @pytest.mark.parametrize(("bf16", "lean"), [(True, False), (False, True), (True, True), (False, False)])
 def test_a_record_is_recomputed_in_the_arithmetic_it_was_made_in(bf16, lean, named, command, tmp_path, monkeypatch):
-    from util import record as module
+    from util.training import record as module
 
     shutil.copytree(named / "first", tmp_path / "run")
     file = tmp_path / "run" / "deletions" / "task_1.json"
     values = json.loads(file.read_text())
     change(values, "hardware/bf16", bf16)
-    change(values, "hardware/lean_last_block", lean)
+    change(values, "hardware/cls_only_last_block", lean)
     file.write_text(json.dumps(values))
     predict, used = module.predict, []
     monkeypatch.setattr(module, "predict", lambda *rest: used.append(rest[2]) or predict(*rest))
     command("test.py", "--verify-record", file)
-    assert [(hardware.bf16, hardware.lean_last_block) for hardware in used] == [(bf16, lean)] * 2
+    assert [(hardware.bf16, hardware.cls_only_last_block) for hardware in used] == [(bf16, lean)] * 2
 
 
 def test_a_replaced_model_or_a_damaged_record_is_told(named, command, tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 from backbone.halves import half_depth, lower_half, lower_parameters, mid_features, replace_lower_half, upper_half
 from backbone.recognizer import Architecture, build_recognizer
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 
 def face_vit(depth: int = 4) -> nn.Module:

@@ -8,8 +8,8 @@ from torch import nn
 
 from backbone import lora
 from backbone.recognizer import Architecture, build_recognizer
-from util.errors import RunError, UsageError
-from util.files import load_tensors, save_tensors
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import load_tensors, save_tensors
 
 IMAGES = torch.rand(3, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -10,7 +10,7 @@ import torch
 from backbone.heads import CosFace
 from backbone.lora import add_adapters
 from backbone.published import from_published, is_published, published_architecture, to_published
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 DIM, HEADS, DEPTH, IMAGE, HIDDEN, CLASSES, RANK = 128, 2, 2, 32, 192, 5, 3
 TOKENS = (IMAGE // 8) ** 2 + 1

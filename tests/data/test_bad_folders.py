@@ -13,7 +13,7 @@ from PIL import Image
 import data.image_folder
 from data.image_folder import image_folder
 from tests.data.conftest import SIZE, noise, save
-from util.errors import RunError, UsageError
+from util.runtime.errors import RunError, UsageError
 
 
 def test_cache_in_the_way_of_a_file(tmp_path, root, load, capsys):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.data.conftest import SIZE, noise, save
 from tests.mutants import MUTANTS, damaged
-from util.errors import RunError
+from util.runtime.errors import RunError
 
 FORMATS = {"jpg": {"exif": Image.Exif()}, "png": {}, "gif": {"save_all": True}, "webp": {}, "tiff": {}, "bmp": {}, "ppm": {}}
 

@@ -8,7 +8,7 @@ from PIL import Image
 import data.image_folder
 from data.image_folder import image_folder
 from tests.data.conftest import SIZE, noise, save
-from util.errors import RunError
+from util.runtime.errors import RunError
 
 
 def test_sets_labels_and_order(root, load, capsys):

@@ -4,7 +4,7 @@ import torch
 
 from data import load_data
 from tests.data.conftest import SIZE
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 
 def test_load_data_reads_folders(root, tmp_path):

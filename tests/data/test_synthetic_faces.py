@@ -10,7 +10,7 @@ from threadpoolctl import threadpool_limits
 
 from data import synthetic_faces as module
 from data.synthetic_faces import VARIATION, VARIATION_COLOURS, contact_sheet, synthetic_faces
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 
 @pytest.fixture(autouse=True)

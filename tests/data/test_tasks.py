@@ -5,7 +5,7 @@ import torch
 
 from data.tasks import class_order, forgetting_tasks, named_classes, named_requests
 from tests.conftest import drawn_tasks
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 LABELS = torch.arange(100).repeat_interleave(30)[torch.randperm(3000, generator=torch.Generator().manual_seed(5))]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from backbone import lora
+from backbone.fast_path import to_device
 from backbone.recognizer import Recognizer
 from data.batches import Batch, batches
 from data.image_set import ImageSet
@@ -88,7 +89,7 @@ def begin(make_recognizer, make_images, cpu) -> Callable[..., Begun]:
         name: str, *options: str, number: int = 1, tasks: int = 2, moved: bool = True, classes: int = 6, **model_options
     ) -> Begun:
         images = make_images(num_classes=classes)
-        model = cpu.place(make_recognizer(num_classes=classes, dtype=torch.float64, **model_options).eval())
+        model = to_device(make_recognizer(num_classes=classes, dtype=torch.float64, **model_options).eval(), cpu)
         before = copy.deepcopy(model)
         method = METHODS[name](arguments(name, *options), cpu)
         all_tasks = tasks_over(images, tasks)

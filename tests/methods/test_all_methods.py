@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 
+from backbone.fast_path import to_device
 from methods import METHODS
 from train_forget import build_parser, parse_arguments
-from util.engine import Optimization, Trainer, derived_seed
-from util.errors import UsageError
-from util.monitor import Monitor
+from util.runtime.errors import UsageError
+from util.training.engine import Optimization, Trainer, derived_seed
+from util.training.monitor import Monitor
 
 ALL = pytest.mark.parametrize("name", list(METHODS))
 # Of the methods that keep something over epochs: settings by which it matters within four epochs.
@@ -87,11 +88,11 @@ def test_the_gradient_is_that_of_the_loss(begin, monkeypatch, name, pass_number)
 
 
 def trainer_of(name: str, method_arguments, make_recognizer, make_images, make_tasks, hardware, number: int) -> Trainer:
-    """A run's trainer, as `util.continual` makes it."""
+    """A run's trainer, as `util.training.continual` makes it."""
     args = method_arguments(name, "--epochs", "4", "--lr", "1e-3", *SHORT.get(name, ()))
     images = make_images()
     tasks = make_tasks(images, 2)
-    model = hardware.place(make_recognizer(pos_drop_rate=0.1))
+    model = to_device(make_recognizer(pos_drop_rate=0.1), hardware)
     method = METHODS[name](args, hardware)
     method.begin_run(model, tasks, images)
     torch.manual_seed(derived_seed(7, number))

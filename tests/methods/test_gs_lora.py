@@ -9,7 +9,7 @@ from backbone import lora
 from data.batches import Pass, batches
 from methods.gs_lora import GSLoRA
 from tests.conftest import drawn_tasks
-from util.errors import UsageError
+from util.runtime.errors import UsageError
 
 CPU = torch.device("cpu")
 

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 
+from backbone.fast_path import to_device
 from methods import importance
 from methods.importance import batch_importance, image_importance
-from util.hardware import Hardware
+from util.runtime.hardware import Hardware
 
 INDICES = torch.tensor([3, 40, 11, 25, 0, 17, 30, 8])
 
@@ -39,7 +40,7 @@ MEASURES = pytest.mark.parametrize(("measure", "plain"), [(torch.square, np.squa
 
 @pytest.fixture
 def model(make_recognizer, cpu):
-    model = cpu.place(make_recognizer(dtype=torch.float64).eval())
+    model = to_device(make_recognizer(dtype=torch.float64).eval(), cpu)
     model.head.requires_grad_(False)
     return model
 
@@ -80,7 +81,7 @@ def noting(sizes: list[int], function):
 
 def test_a_model_in_training_is_measured_without_dropout_and_left_in_training(make_recognizer, make_images, cpu):
     images = make_images()
-    model = cpu.place(make_recognizer(dtype=torch.float64, pos_drop_rate=0.5, proj_drop_rate=0.5).train())
+    model = to_device(make_recognizer(dtype=torch.float64, pos_drop_rate=0.5, proj_drop_rate=0.5).train(), cpu)
     found = image_importance(model, squared_error, torch.abs, images, INDICES, cpu)
     in_batches = batch_importance(model, squared_error, torch.abs, images, INDICES, cpu, 8)
     assert model.training and model.backbone.training
@@ -91,7 +92,7 @@ def test_a_model_in_training_is_measured_without_dropout_and_left_in_training(ma
 
 @pytest.mark.parametrize("measure", [torch.square, torch.abs])
 def test_half_precision_finds_nearly_the_same(make_recognizer, make_images, cpu, measure):
-    images, model = make_images(), cpu.place(make_recognizer().eval())
+    images, model = make_images(), to_device(make_recognizer().eval(), cpu)
     model.head.requires_grad_(False)
     bf16 = Hardware(torch.device("cpu"), bf16=True)
     whole, half = (

@@ -25,7 +25,7 @@ def test_every_table_is_measured_and_printed(command, tmp_path):
         assert row["ratio"] == pytest.approx(row["images_per_second"]["fast"] / row["images_per_second"]["plain"])
         assert row["utilisation"] > 0
     parts = {row["part"] for row in figures["ablation"]}
-    assert {"teacher once a task", "one forward pass", "images decoded once", "fast dropout", "lean last block"} <= parts
+    assert {"teacher once a task", "one forward pass", "images decoded once", "fast dropout"} <= parts
     assert 0 < figures["task"]["share"] < 1
     begun, ended = figures["start"]["eager"]
     assert 0.5 < begun < ended

@@ -13,7 +13,7 @@ import torch
 
 from methods import METHODS
 from tests.conftest import ROOT, results_of
-from util.folders import RunFolder
+from util.storage.folders import RunFolder
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_runs_from_another_checkpoint_are_not_taken_for_these(command, further, 
 
 
 def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch):
-    from util import continual
+    from util.training import continual
 
     keep = continual.ContinualRun._after_epoch
 
@@ -175,7 +175,7 @@ def test_any_results_merge_into_a_table(command, further, tmp_path):
 def test_a_search_sets_the_points_of_a_grid_side_by_side(command, further, tmp_path):
     grid = ("--grid", "lr=1e-4,1e-2", "beta=0.1+0.2")
     arguments = ("scripts/search.py", "--method", "gs_lora", *grid, "--output-dir", tmp_path, *further)
-    code, _out, err = command(*arguments, "--validation-share", 0.25)
+    code, _out, err = command(*arguments, "--val-fraction", 0.25)
     assert code == 0, err
     table = (tmp_path / "table.md").read_text().split("\n\n")[1].splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (table[0], *table[2:])]

@@ -1,0 +1,138 @@
+import csv
+import io
+
+import numpy as np
+import pytest
+
+from util.report.tables import Comparison, markdown_table, sweep_table
+from util.runtime.errors import UsageError
+
+KEYS = ("h_mean", "acc_remain", "acc_forget", "acc_old", "acc_missing")
+
+
+def task(number: int, **after) -> dict:
+    values = {f"{m}{key}": after.get(key) for m in ("", "margin_") for key in KEYS}
+    before = {f"{m}acc_{group}": 90.0 for m in ("", "margin_") for group in ("remain", "forget")}
+    images = {"forget_classes": [9], "train_images": {"forget": 7, "remain": 70}}
+    costs = {"groups": {"norms": {}, "zero_ratio": 0.5}, "train_seconds": 61.4}
+    return {"task": number, "setting": f"{10 - number}-1", "before": before, "after": values, **images, **costs}
+
+
+def run(*tasks: dict, method: str = "gs_lora", seed: int = 1337, classes: int = 10) -> dict:
+    dataset = {"name": "faces", "classes": classes, "train_images": 100, "test_images": 20}
+    return {"method": method, "seed": seed, "dataset": dataset, "model": {"tunable_ratio": 0.01283}, "tasks": list(tasks)}
+
+
+def single(h_mean: float, acc_forget: float = 0.0, **options) -> dict:
+    return run(task(1, h_mean=h_mean, acc_remain=80.0, acc_forget=acc_forget), **options)
+
+
+def cells(table: str) -> list[list[str]]:
+    """The first table's cells, without the rule under the header."""
+    lines = [line for line in table.split("\n\n")[1].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
+
+
+def test_columns_line_up_as_text():
+    table = markdown_table(["name", "x"], [["a", "1"], ["longer", "1000"]])
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_the_papers_layout():
+    first = task(1, h_mean=80.0, acc_remain=85.123, acc_forget=0.0)
+    second = task(2, h_mean=81.0, acc_remain=86.0, acc_forget=1.0, acc_old=2.0)
+    header, before, row = cells(Comparison([run(first, second)], ["GS-LoRA"]).markdown())
+    assert header[2:] == ["9-1 H ↑", "Acc_r ↑", "Acc_f ↓", "8-1 H ↑", "Acc_r ↑", "Acc_f ↓", "Acc_o ↓", "s"]
+    assert before[2:] == ["–", "90.00", "90.00", "–", "90.00", "90.00", "–", "–"]
+    assert row == ["GS-LoRA", "1.28%", "80.00", "85.12", "0.00", "81.00", "86.00", "1.00", "2.00", "123"]
+
+
+def test_missing_classes_get_a_column_and_unfinished_runs_dots():
+    whole = run(task(1, h_mean=1.0, acc_remain=2.0, acc_forget=3.0, acc_missing=4.0), task(2, h_mean=5.0))
+    header, _, first, second = cells(Comparison([whole, run(whole["tasks"][0])], ["whole", "part"]).markdown())
+    assert header[5] == "Acc_m ↑"
+    assert first[5].strip("*") == second[5].strip("*") == "4.00"
+    assert second[6:-1] == ["…"] * (len(header) - 7)
+    assert second[-1] == "–"
+
+
+def test_the_best_is_bold_and_the_second_best_in_italics():
+    found = {"l2": (70.0, 3.0), "ewc": (90.0, 0.0), "mas": (80.0, 0.0), "lwf": (80.0, 1.0)}
+    runs = [single(*values, method=name) for name, values in found.items()]
+    _, _, *rows = cells(Comparison(runs, ["a", "b", "c", "d"]).markdown())
+    assert [row[2] for row in rows] == ["70.00", "**90.00**", "*80.00*", "*80.00*"]
+    # Two share the first place: the next is the third.
+    assert [row[4] for row in rows] == ["3.00", "**0.00**", "**0.00**", "1.00"]
+
+
+def test_runs_of_one_label_become_mean_and_sample_deviation():
+    values = [70.0, 80.0, 85.5]
+    runs = [single(value, seed=seed) for seed, value in enumerate(values)]
+    comparison = Comparison(runs, ["GS-LoRA"] * 3)
+    _, _, row = cells(comparison.markdown())
+    assert row[2] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+    lines = list(csv.DictReader(io.StringIO(comparison.csv())))
+    (line,) = (x for x in lines if (x["row"], x["reading"], x["metric"]) == ("GS-LoRA", "plain", "h_mean"))
+    assert float(line["mean"]) == pytest.approx(np.mean(values), abs=1e-4)
+    assert float(line["std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-4)
+    assert (line["runs"], line["task"], line["setting"]) == ("3", "1", "9-1")
+
+
+def test_a_failed_method_keeps_its_row_and_says_why():
+    comparison = Comparison([single(70.0)], ["GS-LoRA"])
+    comparison.add_note("EWC*", "failed: the loss is not finite")
+    text = comparison.markdown()
+    assert cells(text)[-1][:3] == ["EWC*", "failed", "–"]
+    assert "EWC*: failed: the loss is not finite" in text
+
+
+def test_latex_escapes_and_marks():
+    text = Comparison([single(70.0), single(80.5, method="ewc")], ["GS_LoRA", "EWC*"]).latex()
+    assert r"\multicolumn{3}{c}{9-1}" in text
+    assert r"GS\_LoRA & 1.28\% & \underline{70.00} & \textbf{80.00}" in text
+    assert r"EWC$^*$ & 1.28\% & \textbf{80.50}" in text
+    assert text.count(r"\begin{tabular}") == 2
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert {line.count(" & ") for line in rows if "multicolumn" not in line} == {5}
+
+
+def test_runs_of_other_data_or_tasks_are_not_compared():
+    with pytest.raises(UsageError, match="not of the same data and tasks"):
+        Comparison([single(70.0), single(70.0, classes=11)], ["a", "b"])
+    other = single(70.0)
+    other["tasks"][0]["setting"] = "9-3"
+    with pytest.raises(UsageError, match="9-3"):
+        Comparison([single(70.0), other], ["a", "b"])
+
+
+def casia(name: str = "casia100") -> dict:
+    tasks = [task(1, h_mean=70.0, acc_remain=80.0, acc_forget=1.0), task(2, h_mean=71.0, acc_old=3.0)]
+    tasks[0]["setting"], tasks[1]["setting"] = "100-20", "80-20"
+    whole = run(*tasks, classes=100)
+    whole["dataset"]["name"] = name
+    return whole
+
+
+def test_published_rows_stand_beside_ours_by_the_margin_alone():
+    comparison = Comparison([casia()], ["GS-LoRA"])
+    comparison.add_published()
+    plain, margin = comparison.markdown().split("Margin accuracy")
+    assert "(published)" not in plain
+    (line,) = (line for line in margin.splitlines() if "GS-LoRA (published)" in line)
+    row = [cell.strip() for cell in line.split("|")[1:-1]]
+    # Table 2 of arXiv 2501.09705.
+    assert row[1:] == ["1.28%", "74.40", "74.16", "0.00", "73.59", "73.37", "0.00", "0.05", "–"]
+
+
+@pytest.mark.parametrize("runs", [casia("synthetic_faces"), single(70.0)])
+def test_published_rows_need_their_setting(runs):
+    with pytest.raises(UsageError, match="cannot be compared"):
+        Comparison([runs], ["GS-LoRA"]).add_published()
+
+
+def test_a_sweeps_table_has_a_row_per_run():
+    runs = [run(task(1, h_mean=70.0, acc_remain=80.0, acc_forget=0.5)), run(task(1, h_mean=75.0))]
+    header, before, first, second = cells("\n\n" + sweep_table("rank", ["4", "8"], runs))
+    assert (header[0], before[0], first[0], second[0]) == ("rank", "Pre-train", "4", "8")
+    assert first[1:4] == ["70.00", "80.00", "0.50"]
+    assert first[7:] == ["50%", "1.28%", "61"]

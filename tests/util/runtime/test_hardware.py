@@ -1,0 +1,123 @@
+import ctypes
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+
+from backbone.fast_path import to_device
+from backbone.last_block import ClassTokenBlock
+from tests.conftest import ROOT
+from util.runtime.errors import UsageError
+from util.runtime.hardware import bf16_speedup, choose_hardware
+
+
+def test_the_choices_of_a_cpu():
+    auto = choose_hardware("cpu")
+    assert auto.device.type == "cpu"
+    assert not auto.fused_attention
+    assert choose_hardware("cpu", "bf16").bf16
+    assert not choose_hardware("cpu", "fp32").bf16
+    assert "fp32, fused attention" in choose_hardware("cpu", "fp32", "fused").describe()
+
+
+def test_fused_and_plain_attention_agree(make_recognizer):
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    logits = []
+    for attention in ("fused", "plain"):
+        model = to_device(make_recognizer(), choose_hardware("cpu", "fp32", attention)).eval()
+        assert {block.attn.fused_attn for block in model.backbone.blocks} == {attention == "fused"}
+        with torch.no_grad():
+            logits.append(model(images))
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-3)
+
+
+def test_the_last_block_serves_the_class_token_alone_unless_told_otherwise(make_recognizer):
+    model = make_recognizer()
+    for choice, expected in (("auto", ClassTokenBlock), ("off", Block), ("on", ClassTokenBlock)):
+        hardware = choose_hardware("cpu", "fp32", cls_only_last_block=choice)
+        assert type(to_device(model, hardware).backbone.blocks[-1]) is expected
+        assert ("class-token-only last block" in hardware.describe()) == (expected is ClassTokenBlock)
+
+
+def test_autocast_runs_matrix_products_in_bf16():
+    a = torch.ones(2, 2)
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with choose_hardware("cpu", precision).autocast():
+            assert (a @ a).dtype == dtype
+
+
+def test_bf16_is_chosen_where_it_is_there_and_pays(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    for supported, speedup, chosen in ((True, 0.5, False), (True, 1.0, False), (True, 2.0, True), (False, 2.0, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda there=supported: there, raising=False)
+        monkeypatch.setattr("util.runtime.hardware.bf16_speedup", lambda factor=speedup: factor)
+        assert choose_hardware("cpu").bf16 == chosen
+
+
+def test_the_speed_of_bf16_is_that_of_the_best_of_products_in_turn(monkeypatch):
+    seconds = itertools.cycle([9.0, 9.0, 3.0, 1.0, 4.0, 2.0])  # fp32, bf16, fp32, …
+    clock = itertools.accumulate(itertools.chain.from_iterable((100.0, taken) for taken in seconds))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    assert bf16_speedup.__wrapped__() == 3.0
+
+
+@pytest.mark.parametrize("device", ["abacus", "mps", f"cuda:{torch.cuda.device_count()}"])
+def test_devices_that_are_not_there(device):
+    with pytest.raises(UsageError, match="--device"):
+        choose_hardware(device)
+
+
+def test_compiling_is_decided_by_the_work(monkeypatch):
+    auto = choose_hardware("cpu")
+    assert auto.compile is None
+    assert auto.decide(1e16).compile
+    assert not auto.decide(1e9).compile
+    assert not choose_hardware("cpu", compile="off").decide(1e16).compile
+    assert choose_hardware("cpu", compile="on").decide(0).compile
+    assert not choose_hardware("cpu", compile="on").decide(0).cuda_graphs
+    monkeypatch.setattr("util.runtime.hardware.can_compile", lambda device: False)
+    assert not auto.decide(1e16).compile
+    with pytest.raises(UsageError, match="--compile off"):
+        choose_hardware("cpu", compile="on").decide(0)
+
+
+def test_compiled_blocks_compute_what_eager_ones_do(make_recognizer):
+    hardware = choose_hardware("cpu", "fp32", compile="on").decide(0)
+    images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(5)
+    found = []
+    for compiled in (False, True):
+        model = to_device(make_recognizer(), hardware)
+        if compiled:
+            hardware.prepare(model)
+        loss = model.head.loss(model.embed(images), labels)
+        loss.backward()
+        with hardware.eager():
+            assert model(images).isfinite().all()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for eager, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_freed_memory_is_kept():
+    """Freed blocks of 64 MB are there again without the kernel mapping them anew: no page faults."""
+    pytest.importorskip("resource")
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("not glibc")
+    # In a process of its own: what other tests have freed is there to be used, however it was obtained.
+    script = """
+import resource, torch
+from util.runtime.hardware import keep_freed_memory
+keep_freed_memory(True)
+for _ in range(10):  # an aligned block may need a little more room than its predecessor of equal size has left
+    torch.ones(64 << 20, dtype=torch.uint8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(64 << 20, dtype=torch.uint8)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64  # MB, of 5 × 64

@@ -1,0 +1,118 @@
+"""Logits → accuracies of every group of classes, in both readings, from one sweep over the images.
+
+Plain accuracy is what a user of the model sees: the largest cosine wins. Margin accuracy is the published reading: the
+true class must still win after its margin has been taken off, for which the head needs the label.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from backbone.recognizer import Recognizer
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from util.evaluation.metrics import h_mean, top1
+from util.runtime.hardware import Hardware
+
+READINGS = ("", "margin_")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N images: true and predicted class (N,), and whether each reading counts it, bool (N,)."""
+
+    labels: Tensor
+    predicted: Tensor
+    correct: Tensor
+    margin_correct: Tensor
+
+    def among(self, classes: Iterable[int]) -> Tensor:
+        """Which images are of these classes: bool (N,)."""
+        return torch.isin(self.labels, torch.tensor(sorted(classes), dtype=self.labels.dtype))
+
+    def accuracies(self, classes: Iterable[int]) -> dict[str, float | None]:
+        """{"acc": %, "margin_acc": %} over the images of `classes`; None where there are no such images."""
+        return {
+            "acc": top1(self.correct, self.among(classes)),
+            "margin_acc": top1(self.margin_correct, self.among(classes)),
+        }
+
+
+@torch.inference_mode()
+def map_images(
+    model: Recognizer,
+    function: Callable[[Tensor], Tensor],
+    image_set: ImageSet,
+    hardware: Hardware,
+    indices: Tensor | None = None,
+    batch_size: int | None = None,
+) -> Tensor:
+    """`function` of the images (of those at `indices`), uint8 (B, 3, H, W) → (B, …), in float32 on the device.
+
+    `model` is in evaluation mode meanwhile.
+    """
+    was_training = model.training
+    model.eval()
+    count = len(image_set) if indices is None else len(indices)
+    chunks = []
+    batch_size = batch_size or hardware.eval_batch
+    for start in range(0, count, batch_size):
+        rows = slice(start, start + batch_size)
+        images = image_set.images[rows if indices is None else indices[rows].to(image_set.images.device)]
+        # Large batches, the last of another shape: there is little to gain from compiling for them.
+        with hardware.autocast(), hardware.eager():
+            chunks.append(function(images.to(hardware.device, non_blocking=True)).float())
+    model.train(was_training)
+    return torch.cat(chunks)
+
+
+def embed_images(
+    model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None
+) -> Tensor:
+    """Embeddings float32 (N, dim) of the images (of those at `indices`), in evaluation mode, on the device."""
+    return map_images(model, model.embed, image_set, hardware, indices)
+
+
+@torch.inference_mode()
+def predict(
+    model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None
+) -> Predictions:
+    """Recognise every image (those at `indices`)."""
+    embeddings = embed_images(model, image_set, hardware, indices)
+    labels = image_set.labels if indices is None else image_set.labels[indices.to(image_set.labels.device)]
+    return predictions_of(model, embeddings, labels)
+
+
+@torch.inference_mode()
+def predictions_of(model: Recognizer, embeddings: Tensor, labels: Tensor) -> Predictions:
+    labels = labels.to(embeddings.device)
+    logits = model.head(embeddings)
+    predicted = logits.argmax(dim=1)
+    margin_predicted = model.head.add_margin(logits, labels).argmax(dim=1)
+    return Predictions(
+        labels.cpu(), predicted.cpu(), (predicted == labels).cpu(), (margin_predicted == labels).cpu()
+    )
+
+
+def accuracies_before(pretrained: Predictions, task: ForgettingTask) -> dict[str, float | None]:
+    """The pre-trained model on this task's classes: the paper's "Pre-train" row."""
+    result = {}
+    for reading in READINGS:
+        result[f"{reading}acc_remain"] = pretrained.accuracies(task.remain)[f"{reading}acc"]
+        result[f"{reading}acc_forget"] = pretrained.accuracies(task.forget)[f"{reading}acc"]
+    return result
+
+
+def accuracies_after(now: Predictions, task: ForgettingTask, before: dict) -> dict[str, float | None]:
+    """All accuracies after a task, and H against the pre-trained model's accuracies `before`."""
+    groups = {"remain": task.remain, "forget": task.forget, "old": task.old, "missing": task.missing}
+    result = {}
+    for reading in READINGS:
+        for group, classes in groups.items():
+            result[f"{reading}acc_{group}"] = now.accuracies(classes)[f"{reading}acc"]
+        result[f"{reading}h_mean"] = h_mean(
+            result[f"{reading}acc_remain"], result[f"{reading}acc_forget"], before[f"{reading}acc_forget"]
+        )
+    return result

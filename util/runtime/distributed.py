@@ -1,0 +1,176 @@
+"""Several processes on one run: `torchrun --nproc-per-node=N train_forget.py …`, one GPU each (NCCL), or CPUs (gloo).
+
+Every process draws the same batches from the same seeds. What is shared out is the backbone's forward pass, training and
+evaluation alike: each process embeds its share of the rows (`sharded`), the embeddings are gathered, and every process
+computes the loss of the whole batch. So a loss need not be a mean over images (GS-LoRA clamps a batch's mean, penalties
+look at parameters), and no method knows of any of this. Only the first process writes and prints.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.runtime.errors import UsageError
+
+_alone = False
+
+
+def world_size() -> int:
+    """How many processes share the work."""
+    return 1 if _alone or not dist.is_initialized() else dist.get_world_size()
+
+
+def rank() -> int:
+    """This process's number, from 0; known before `start`, from torchrun's environment."""
+    return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
+
+
+def start(device: str) -> str:
+    """Join the other processes where torchrun has started this one. Takes --device, returns this process's own device.
+
+    Raises UsageError for a device with a number, or where there are fewer GPUs than processes.
+    """
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
+        return device
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: torchrun gives each process its own device; use auto, cpu or cuda")
+    if device == "cuda" and local >= count:
+        raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {count} CUDA devices; lower --nproc-per-node")
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
+    return device
+
+
+def stop() -> None:
+    """Leave the others, all work done."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def everywhere(condition: bool) -> bool:
+    """Whether `condition` holds in all processes, which all ask: what one cannot do, none does."""
+    if world_size() == 1:
+        return condition
+    found = [False] * world_size()
+    dist.all_gather_object(found, condition)
+    return all(found)
+
+
+@contextlib.contextmanager
+def main_process_first() -> Iterator[None]:
+    """The first process goes through the block before the others do: they find what it has left on disk."""
+    if rank() and world_size() > 1:
+        dist.barrier()
+    yield
+    if not rank() and world_size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Inside, nothing is shared out: each process does all of what it is asked."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def share_of(items: list) -> list:
+    """Every N-th of the items, from this process's number on."""
+    return items[rank() :: world_size()] if world_size() > 1 else items
+
+
+def sum_over_processes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sums over all processes, elementwise; every process names the same tensors."""
+    if world_size() > 1:
+        for tensor in tensors.values():
+            dist.all_reduce(tensor)
+    return tensors
+
+
+def sharded(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> tuple[Tensor, ...]:
+    """function(rows): rows (B, …) → tensors (B, …), each process computing it for its share of the rows.
+
+    `function` must treat rows apart. Differentiable; the outputs are float32.
+    """
+    if world_size() == 1:
+        return function(rows)
+    # Equal shares: the last rows are repeated where they do not come out even, and what they gave is dropped.
+    size = -(-len(rows) // world_size())
+    mine = torch.arange(rank() * size, (rank() + 1) * size, device=rows.device).clamp_max(len(rows) - 1)
+    with _own_randomness(rows.device):
+        parts = function(rows[mine])
+    return tuple(_Gather.apply(part.float())[: len(rows)] for part in parts)
+
+
+@contextlib.contextmanager
+def _own_randomness(device: torch.device) -> Iterator[None]:
+    """Inside, every process draws random numbers of its own (dropout masks for its share); outside, all draw the same
+    ones (wrong labels, flips), and where nothing is drawn inside they are those of a single process."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    before = [generator.get_state() for generator in generators]
+    for generator, state in zip(generators, before, strict=True):
+        seed = hashlib.sha256(state.numpy().tobytes() + bytes([rank() % 256, rank() // 256])).digest()
+        generator.manual_seed(int.from_bytes(seed[:7], "little"))
+    entered = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state, start in zip(generators, before, entered, strict=True):
+            drawn = not torch.equal(generator.get_state(), start)
+            generator.set_state(state)
+            if drawn:  # on to other numbers for the next time, by one everywhere
+                torch.rand((), generator=generator, device=generator.device)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes, one after another.
+
+    Every process goes on to the same loss, so that the gradient arriving here is the same everywhere, and a process needs
+    only its own rows of it. DistributedDataParallel then averages the parameters' gradients over the N processes: times N
+    here, that average is the sum over the shares. Gradients that do not come through here (the head's, a penalty's) are
+    the same everywhere, and so is their average.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, mine: Tensor) -> Tensor:
+        ctx.size = len(mine)
+        parts = [torch.empty_like(mine) for _ in range(world_size())]
+        dist.all_gather(parts, mine.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
+        start = rank() * ctx.size
+        return gradient[start : start + ctx.size] * world_size()
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """`module`, which holds a model and whose forward pass is its loss, with gradients averaged over the processes."""
+    if world_size() == 1:
+        return module
+    # All processes build the same buffers. Newer versions of torch give the option another name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(module, **{option: False})

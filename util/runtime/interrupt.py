@@ -1,0 +1,65 @@
+"""SIGINT and SIGTERM while training: the step at hand is finished, the run saved, and then it ends."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from util.runtime import distributed
+from util.runtime.errors import RunError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(RunError):
+    """The run was asked to stop, and could save before."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Stop:
+    """`received` is the signal that asked the run to stop, or None."""
+
+    received: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+    """Inside, the first SIGINT or SIGTERM is noted; a second SIGINT interrupts at once, as it would outside.
+
+    Nothing changes outside the main thread, and where several processes share a run: each would stop at a step of its
+    own. These end at once, and continue from the last save.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread() or distributed.world_size() > 1:
+        yield stop
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if stop.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.received = signal.Signals(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def end_on_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends the script as SIGINT does, so that it can end what it has started. In the main thread alone."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

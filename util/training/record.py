@@ -1,0 +1,182 @@
+"""Records of deletion: what a task was asked to forget, what it did, and how anyone can confirm it.
+
+`deletions/task_<t>.json` holds SHA-256 hashes of the model before and after, of every image that the task has seen and
+of the test set, the settings, and the accuracies. It names the hash of the record before it, so that none can be left
+out or exchanged later without that showing. It is no proof that nothing of the classes is left in the weights: the
+accuracies say what is known of that.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbone.fast_path import to_device
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from util.cli.arguments import plain_arguments
+from util.cli.config import code_and_packages
+from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
+from util.runtime import distributed
+from util.runtime.errors import RunError
+from util.runtime.files import read_json, sha256, write_json
+from util.runtime.hardware import Hardware
+from util.storage.checkpoint import check_classes, load_checkpoint
+from util.storage.folders import RunFolder, utc_now
+
+SCHEMA = 1
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Of a state dict's names, dtypes, shapes and values; the same on every device and in every file format."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def image_hashes(images: ImageSet, indices: Tensor | None = None) -> list[str]:
+    """Of the decoded pixels, uint8 (3, H, W), of each image (of those at `indices`)."""
+    chosen = range(len(images)) if indices is None else indices.tolist()
+    return [hashlib.sha256(images.images[i].cpu().contiguous().numpy()).hexdigest() for i in chosen]
+
+
+def joint_hash(hashes: list[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+class Recorder:
+    """Notes what a task starts from; writes its record when it is done."""
+
+    def __init__(self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet]) -> None:
+        self.args, self.hardware = args, hardware
+        self.train_set, self.test_set = data
+        self.test_hash = joint_hash(image_hashes(self.test_set))
+
+    def begin(self, model: nn.Module) -> None:
+        """Before a task; `model` is the one that entered it."""
+        self.started, self.before = utc_now(), weights_sha256(model)
+
+    def write(self, folder: RunFolder, task: ForgettingTask, model: nn.Module, entry: dict) -> None:
+        """After a task whose checkpoint is written; `entry` is its part of results.json."""
+        if distributed.rank():
+            return  # the first process alone has written the files that are hashed here
+        classes = self.train_set.classes
+        earlier = folder.record(task.number - 1)
+        record = {
+            "schema": SCHEMA,
+            "task": task.number,
+            "request": {
+                "forget": {str(c): classes[c] for c in task.forget},
+                "forgotten_before": {str(c): classes[c] for c in task.old},
+                "remain": list(task.remain),
+                "missing": list(task.missing),
+                "named": self.args.forget_classes is not None,
+            },
+            "started": self.started,
+            "finished": utc_now(),
+            "resumed": bool(self.args.resume),
+            "model": {
+                "before": self.before,
+                "after": weights_sha256(model),
+                "pretrained_file": sha256(self.args.checkpoint),
+                "after_file": sha256(folder.checkpoint(task.number)),
+            },
+            "images": {
+                "size": self.train_set.image_size,
+                "forget": image_hashes(self.train_set, task.forget_indices),
+                "remain": image_hashes(self.train_set, task.remain_indices),
+                "test": self.test_hash,
+            },
+            "accuracies": {"before": entry["before"], "after": entry["after"]},
+            "arguments": plain_arguments(self.args),
+            "hardware": self.hardware.as_dict(),
+            **code_and_packages(),
+            "previous_record": sha256(earlier) if earlier.exists() else None,
+        }
+        write_json(folder.record(task.number), record)
+
+
+def load_record(path: Path) -> dict:
+    """Read a record. Raises UsageError if it is missing, RunError if it is none."""
+    record = read_json(path)
+    parts = {"request": dict, "model": dict, "images": dict, "accuracies": dict, "arguments": dict, "hardware": dict}
+    if record.get("schema") != SCHEMA or not all(isinstance(record.get(key), kind) for key, kind in parts.items()):
+        raise RunError(f"{path}: not a record of deletion of schema {SCHEMA}")
+    numbers = record.get("task"), record["images"].get("size")
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise RunError(f"{path}: damaged record: task {numbers[0]!r}, images of {numbers[1]!r} pixels")
+    return record
+
+
+def verify_record(
+    path: Path, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware
+) -> Iterator[tuple[str, bool | None, str]]:
+    """Recompute what `record` says, from the files beside it: (what, whether it is so, details); None: cannot be told.
+
+    `data` are the training and the test set. Raises RunError if parts of the record are missing.
+    """
+    try:
+        yield from _checks(RunFolder(path.resolve().parent.parent), record, data, hardware)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged record: {type(error).__name__} {error}") from None
+
+
+def _checks(
+    folder: RunFolder, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware
+) -> Iterator[tuple[str, bool | None, str]]:
+    number, model, images, request = (record[key] for key in ("task", "model", "images", "request"))
+    train_set, test_set = data
+    after = folder.checkpoint(number)
+    entered = record["arguments"]["checkpoint" if number == 1 else "resume_from"]
+    before = folder.checkpoint(number - 1)
+    if not before.exists() and entered is not None:
+        before = Path(entered)
+    earlier = folder.record(number - 1)
+    if record["previous_record"] is None:
+        yield "record before it", None, "it names none"
+    else:
+        yield _compare("record before it", earlier, record["previous_record"], sha256)
+    yield _compare("file of the model after", after, model["after_file"], sha256)
+    yield _compare("weights before", before, model["before"], lambda file: weights_sha256(load_checkpoint(file).model))
+    yield _compare("weights after", after, model["after"], lambda file: weights_sha256(load_checkpoint(file).model))
+
+    forget = [int(c) for c in request["forget"]]
+    names = [train_set.classes[c] if c < len(train_set.classes) else None for c in forget]
+    yield "names of the forgotten classes", names == [*request["forget"].values()], ", ".join(map(str, names))
+    for group, classes in (("forget", forget), ("remain", request["remain"])):
+        here = torch.isin(train_set.labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
+        absent = len(set(images[group]) - set(image_hashes(train_set, here)))
+        yield f"training images to {group}", absent == 0, f"{len(images[group]) - absent} of {len(images[group])} found"
+    yield "test images", joint_hash(image_hashes(test_set)) == images["test"], f"{len(test_set)} images"
+
+    pretrained = Path(record["arguments"]["checkpoint"])
+    if not (after.exists() and pretrained.exists()):
+        yield "accuracies", None, f"no file {pretrained if after.exists() else after}"
+        return
+    predictions = []
+    for file in (pretrained, after):
+        checkpoint = load_checkpoint(file, record["arguments"].get("head") if file == pretrained else None)
+        check_classes(checkpoint, test_set, file)
+        predictions.append(predict(to_device(checkpoint.model, hardware), test_set, hardware))
+    old = tuple(int(c) for c in request["forgotten_before"])
+    none = torch.empty(0, dtype=torch.long)
+    task = ForgettingTask(number, tuple(forget), tuple(request["remain"]), old, tuple(request["missing"]), none, none)
+    found: dict[str, Any] = {"before": accuracies_before(predictions[0], task)}
+    found["after"] = accuracies_after(predictions[1], task, found["before"])
+    for when, values in found.items():
+        differing = [key for key in values if values[key] != record["accuracies"][when].get(key)]
+        shown = ", ".join(f"{key} {record['accuracies'][when].get(key)}, found {values[key]}" for key in differing)
+        yield f"accuracies {when}", not differing, shown or f"all {len(values)}"
+
+
+def _compare(what: str, file: Path, expected: str, digest: Callable[[Path], str]) -> tuple[str, bool | None, str]:
+    if not file.exists():
+        return what, None, f"no file {file}"
+    found = digest(file)
+    return what, found == expected, found[:16] if found == expected else f"{found[:16]}, recorded {expected[:16]}"

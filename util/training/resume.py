@@ -1,0 +1,103 @@
+"""`checkpoints/last.pth`: where a run is, saved while it goes, so that it can be interrupted anywhere."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from backbone.recognizer import Recognizer
+from util.cli.arguments import first_difference
+from util.runtime import distributed
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import read_json
+from util.runtime.hardware import Hardware
+from util.storage.checkpoint import torch_load, torch_save
+from util.storage.folders import OutputFolder
+from util.training.engine import Trainer
+
+# Options that may differ between an interrupted run and the one that continues it.
+FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "save_every", "eval_every", "config"}
+
+
+def add_resume_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--save-every", type=int, default=5, metavar="N", help="epochs between two saves for --resume")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
+    group.add_argument("--resume", action="store_true", help="continue the run of --output-dir; with --overwrite: if it can")
+
+
+def check_resume(args: argparse.Namespace) -> None:
+    """Raise UsageError for values that cannot work."""
+    if args.save_every < 1:
+        raise UsageError(f"--save-every {args.save_every} is out of range: at least 1")
+
+
+def needed_bytes(model: Recognizer, checkpoints: int) -> int:
+    """About what a run writes: `checkpoints` of the model, and the last state with the optimizer's, old and new."""
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    return weights * (checkpoints + 2 * 3)
+
+
+def enter(
+    folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, needed: int, **identity: str
+) -> None:
+    """Make the locked folder ready for the run of `args`, as --resume and --overwrite say.
+
+    Given both, a run that was interrupted is continued, and any other replaced; `args` then say which. `needed`: bytes
+    that the run writes. `identity`: further entries of config.json that a run keeps.
+    Raises UsageError if the folder's run is another one, or as `OutputFolder.prepare` does.
+    """
+    if args.resume and not folder.config.exists():
+        args.resume = False
+    elif args.resume:
+        config = read_json(folder.config)
+        difference = first_difference(config.get("arguments", {}), args, FREE_ON_RESUME)
+        for key, value in identity.items():
+            if config.get(key) != value:
+                difference = difference or f"{key} {config.get(key)}, now {value}"
+        if args.overwrite:
+            args.resume = difference is None and folder.last.exists() and not folder.finished
+        elif difference is not None:
+            raise UsageError(
+                f"--resume: {folder.path} was started with other options: {difference}; repeat the first command, or use "
+                f"--overwrite"
+            )
+    if args.resume:
+        _tell_other_choices(folder, config.get("hardware"), hardware)
+    folder.prepare(args.overwrite and not args.resume, args.resume, needed)
+
+
+def _tell_other_choices(folder: OutputFolder, before: object, hardware: Hardware) -> None:
+    """In one line, where the machine now chooses otherwise than when the run was begun."""
+    choices = before if isinstance(before, dict) else {}
+    other = [f"{key} {choices[key]}, now {now}" for key, now in hardware.as_dict().items() if choices.get(key, now) != now]
+    if other and not distributed.rank():
+        print(f"warning: {folder.path} was begun with {'; '.join(other)}: it may end in other bits", file=sys.stderr)
+
+
+class LastState:
+    """`checkpoints/last.pth`, of the run that `args` describe."""
+
+    def __init__(self, path: Path, args: argparse.Namespace) -> None:
+        self.path, self.args = path, args
+
+    def save(self, trainer: Trainer) -> None:
+        """Raises RunError instead of replacing a good state by weights that are not finite."""
+        if not all(parameter.isfinite().all() for parameter in trainer.parameters):
+            raise RunError(f"the weights are not finite after epoch {trainer.epoch}; lower --lr; {self.path} is kept")
+        torch_save(self.path, trainer.state_dict())
+
+    def after_epoch(self, trainer: Trainer) -> None:
+        """Save every --save-every epochs, and after the last."""
+        if trainer.epoch % self.args.save_every == 0 or trainer.epoch == trainer.settings.epochs:
+            self.save(trainer)
+
+    def restore(self, trainer: Trainer) -> None:
+        """Take `trainer` to where its task was when it was last saved; a task that was never saved starts anew.
+
+        Raises RunError if the file is damaged, or does not fit.
+        """
+        if self.args.resume and self.path.exists():
+            state = torch_load(self.path)
+            if not isinstance(state, dict):
+                raise RunError(f"{self.path}: damaged: not the state of a run; use --overwrite to start anew")
+            if state.get("task") == trainer.task:
+                trainer.load_state_dict(state)
