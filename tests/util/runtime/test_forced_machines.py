@@ -100,6 +100,7 @@ def test_a_set_larger_than_memory(tmp_path):
     """100 GB of images, in a cache file of holes: a few-shot task and its evaluation take a small part of it."""
     script = """
 import sys, torch
+from backbone.fast_path import to_device
 from backbone.recognizer import Architecture, build_recognizer
 from data.cache import _header, cached_images
 from data.image_set import ImageSet
