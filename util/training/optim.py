@@ -1,6 +1,7 @@
 """Optimizer, schedule and length of a task's training."""
 
 import argparse
+from bisect import bisect_left
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -44,9 +45,8 @@ def steps_of_epochs(method: Method, task: ForgettingTask, epochs: int) -> list[i
 
 def epochs_for(method: Method, task: ForgettingTask, epochs: int, min_updates: int) -> int:
     """`epochs`, or as many more as it takes to make `min_updates` updates."""
-    while (steps := sum(steps_of_epochs(method, task, epochs))) < min_updates:
-        epochs = max(epochs + 1, min_updates * epochs // steps)
-    return epochs
+    candidates = range(max(epochs, min_updates) + 1)
+    return bisect_left(candidates, min_updates, lo=epochs, key=lambda n: sum(steps_of_epochs(method, task, n)))
 
 
 def make_optimizer(model: nn.Module, schedule: Schedule, hardware: Hardware) -> Optimizer:
