@@ -7,14 +7,16 @@ that pixels and colours alone do not tell the identities apart, and a small Face
 """
 
 import contextlib
+import hashlib
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
+from data.cache import cached_images
 from data.face_renderer import BACKGROUND_GRID, HAIR_TONES, IRIS_TONES, SKIN_TONES, palette, render
 from data.image_set import ImageSet
 from util.runtime.errors import UsageError
@@ -117,6 +119,7 @@ VARIATION_COLOURS = {
 }
 GLASSES_SHARE, OCCLUDED_SHARE = 0.18, 0.12
 TRAIN, TEST, IDENTITIES, NOISE = 1, 2, 3, 4  # the streams of random numbers of one seed
+LEAST = {"identities": 2, "train_per_identity": 1, "test_per_identity": 1, "image_size": 16, "seed": 0}
 # Pixels drawn at once: on a CPU what its caches hold; on a GPU enough to fill it, in about 1 GB.
 CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
@@ -128,49 +131,45 @@ def synthetic_faces(
     image_size: int = 56,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    cache_dir: str | os.PathLike | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """Draws a training and a test set with the same identities and different variations, on `device`.
+    """Draw a training and a test set with the same identities and different variations, on `device`.
 
     Image k of identity i depends on (seed, i, k, train or test) alone, not on how many are drawn; the random numbers
     are drawn on the CPU, so that every device draws the same faces up to the rounding of its arithmetic.
-    Raises UsageError for fewer than 2 identities, fewer than 1 image, images below 16×16 or a negative seed.
+
+    cache_dir: where the faces are kept once drawn; then they are mapped from there, on the CPU.
     """
-    _check(identities, train_per_identity, test_per_identity, image_size, seed)
-    device = torch.device(device)
-    who = np.stack([_uniform(seed, identity, IDENTITIES, 1, len(IDENTITY))[0] for identity in range(identities)])
-    classes = tuple(f"id{identity:03d}" for identity in range(identities))
-    sets = []
-    for stream, count in ((TRAIN, train_per_identity), (TEST, test_per_identity)):
-        how = np.concatenate(
-            [_uniform(seed, identity, stream, count, _variation_width()) for identity in range(identities)]
-        )
-        labels = torch.arange(identities).repeat_interleave(count)
-        with _one_thread():
-            images = _draw(who[labels.numpy()], how, image_size, seed, device)
-        sets.append(ImageSet("synthetic_faces", images, labels.to(device), classes))
-    return sets[0], sets[1]
-
-
-def contact_sheet(image_set: ImageSet, identities: int = 8, per_identity: int = 8) -> Tensor:
-    """The first images of the first identities, one row an identity, as one uint8 picture (3, H, W)."""
-    rows = []
-    for label in range(min(identities, len(image_set.classes))):
-        images = image_set.images[(image_set.labels == label).nonzero().flatten()[:per_identity]]
-        missing = per_identity - len(images)
-        rows.append(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]))
-    return make_grid(torch.cat(rows), nrow=per_identity, padding=2, pad_value=255)
-
-
-def _check(identities: int, train_per_identity: int, test_per_identity: int, image_size: int, seed: int) -> None:
-    for name, value, least in (
-        ("identities", identities, 2),
-        ("train_per_identity", train_per_identity, 1),
-        ("test_per_identity", test_per_identity, 1),
-        ("image_size", image_size, 16),
-        ("seed", seed, 0),
-    ):
+    numbers = (identities, train_per_identity, test_per_identity, image_size, seed)
+    for (name, least), value in zip(LEAST.items(), numbers, strict=True):
         if value < least:
             raise UsageError(f"synthetic_faces: {name} is {value}; give at least {least}")
+    device = torch.device(device)
+    cut = identities * train_per_identity
+    splits = [(slice(cut), TRAIN, train_per_identity), (slice(cut, None), TEST, test_per_identity)]
+
+    def draw(images: Tensor) -> None:
+        who = np.stack([_uniform(seed, identity, IDENTITIES, 1, len(IDENTITY))[0] for identity in range(identities)])
+        for part, stream, count in splits:
+            how = [_uniform(seed, identity, stream, count, _variation_width()) for identity in range(identities)]
+            with _one_thread():
+                images[part] = _draw(who.repeat(count, axis=0), np.concatenate(how), image_size, seed, device)
+
+    shape = (identities * (train_per_identity + test_per_identity), 3, image_size, image_size)
+    if cache_dir is None:
+        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        draw(images)
+    else:
+        # Devices differ in the rounding of their arithmetic, so each has its own file.
+        digest = hashlib.sha256(repr((VERSION, numbers, device.type)).encode()).hexdigest()[:32]
+        key = f"synthetic_faces-{image_size}-{digest}"
+        images = cached_images(key, shape, lambda array: draw(torch.from_numpy(array)), cache_dir)
+    classes = tuple(f"id{identity:03d}" for identity in range(identities))
+    labels = torch.arange(identities, device=images.device)
+    train, test = (
+        ImageSet("synthetic_faces", images[part], labels.repeat_interleave(count), classes) for part, _, count in splits
+    )
+    return train, test
 
 
 def _variation_width() -> int:
@@ -235,6 +234,4 @@ def _parameters(who: Tensor, how: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 def _scale(uniform: Tensor, ranges: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
     columns = uniform[:, :, None, None, None].unbind(1)
-    return {
-        name: low + (high - low) * column for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)
-    }
+    return {name: low + (high - low) * column for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)}

@@ -179,9 +179,7 @@ def _indices_by_class(labels: Tensor, num_classes: int) -> list[np.ndarray]:
     return np.split(order, np.searchsorted(values[order], np.arange(1, num_classes)))
 
 
-def _sample(
-    indices: np.ndarray, label: int, task: int, seed: int, data_ratio: float, few_shot: int | None
-) -> np.ndarray:
+def _sample(indices: np.ndarray, label: int, task: int, seed: int, data_ratio: float, few_shot: int | None) -> np.ndarray:
     """Draw a class's images for one task; sorted, so that only the generator of the epoch orders batches."""
     count = few_shot if few_shot is not None else max(1, round(data_ratio * len(indices)))
     if count > len(indices):
