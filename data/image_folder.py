@@ -3,8 +3,7 @@
 - Grey, palette, CMYK and two-tone images become RGB; 16-bit ones are scaled to 8 bits; float pixels must lie in [0, 1].
 - Transparent pixels are laid over black; of an animation the first frame is taken; an EXIF rotation is carried out.
 - Images are resized on the shorter side (bicubic) and centre-cropped.
-- Hidden files and folders, and files whose extension is no image's, are skipped and counted on stderr.
-- Test images with the content of training images are counted on stderr at every run, and kept.
+- Hidden files and those whose extension is no image's are skipped and counted on stderr.
 - Damaged images, and those of more than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), end the run, all named together.
 """
 
@@ -13,7 +12,6 @@ import os
 import sys
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -33,19 +31,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "ICO"
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items() if name in FORMATS)
 IMAGES_PER_JOB = 32
 DAMAGED_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a folder, training images first, each split sorted by class and name."""
-
-    root: Path
-    classes: tuple[str, ...]
-    paths: list[Path]
-    labels: list[int]
-    stamps: list[tuple[int, int]]  # size in bytes and modification time in ns
-    num_train: int
-    skipped: list[str]
+Sample = tuple[str, int]  # path and label
 
 
 def image_folder(
@@ -53,40 +39,41 @@ def image_folder(
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of `root`, as square RGB images of `image_size` pixels a side.
 
-    The classes are the training folders' names, sorted. Both sets share one cache file, keyed by the folder's place,
-    every image's name, size and modification time, and `image_size`.
+    The classes are the training folders' names, sorted. Both sets share one cache file, keyed by every image's path, size
+    and modification time, and by `image_size`.
     """
     if image_size < 1:
         raise UsageError(f"image size {image_size}: must be at least 1 pixel")
+    root = Path(root).resolve()
     try:
-        listing = list_images(Path(root))
+        classes, train, test = _list_images(root)
+        paths, cut = [Path(path) for path, _ in train + test], len(train)
+        # A broken link stands for itself: decoding names it with what else is damaged.
+        stats = [path.stat(follow_symlinks=path.exists()) for path in paths]
     except OSError as error:
         raise UsageError(f"{error.filename}: cannot be listed ({error.strerror})") from error
-    content = VERSION, image_size, [str(path) for path in listing.paths], listing.stamps
-    digest = hashlib.sha256(repr(content).encode()).hexdigest()[:32]
+    files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+    digest = hashlib.sha256(repr((VERSION, image_size, files)).encode()).hexdigest()[:32]
+    shape = (len(paths), 3, image_size, image_size)
     images = cached_images(
-        f"{listing.root.name}-{image_size}-{digest}",
-        (len(listing.paths), 3, image_size, image_size),
-        lambda array: _decode_all(listing, array),
-        cache_dir,
+        f"{root.name}-{image_size}-{digest}", shape, lambda array: _decode_all(root, paths, array), cache_dir
     )
-    _report(listing)
-    train, test = (
-        ImageSet(listing.root.name, images[part], torch.tensor(listing.labels[part]), listing.classes)
-        for part in (slice(listing.num_train), slice(listing.num_train, None))
+    _warn_of_shared_images(root, paths[:cut], paths[cut:])
+    labels = torch.tensor([label for _, label in train + test])
+    return (
+        ImageSet(root.name, images[:cut], labels[:cut], classes),
+        ImageSet(root.name, images[cut:], labels[cut:], classes),
     )
-    return train, test
 
 
-def list_images(root: Path) -> Listing:
-    """Find the images of `root` and their classes without opening any."""
+def _list_images(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample]]:
+    """The classes, and the training and the test images with their labels, sorted by class and name; none is opened."""
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder of images")
-    root = root.resolve()
     for split in ("train", "test"):
         if not (root / split).is_dir():
             raise UsageError(f"{root}: has no folder {split}/; expected {{train,test}}/<class>/<image>")
-    classes, tested = _classes(root / "train"), _classes(root / "test")
+    classes, tested = _folders(root / "train"), _folders(root / "test")
     if len(classes) < 2:
         raise UsageError(f"{root}/train: {len(classes)} class folders; at least 2 are needed, <class>/<image>")
     unknown = sorted(set(tested) - set(classes))
@@ -102,68 +89,59 @@ def list_images(root: Path) -> Listing:
             return False
         return True
 
-    labels = {name: label for label, name in enumerate(classes)}
+    label_of = {name: label for label, name in enumerate(classes)}
     train, test = (
-        make_dataset(root / split, labels, is_valid_file=is_image, allow_empty=True) for split in ("train", "test")
+        make_dataset(root / split, label_of, is_valid_file=is_image, allow_empty=True) for split in ("train", "test")
     )
-    empty = sorted(set(labels.values()) - {label for _, label in train})
+    empty, untested = ([classes[c] for c in sorted({*label_of.values()} - {c for _, c in split})] for split in (train, test))
     if empty:
-        raise UsageError(f"{root}/train/{classes[empty[0]]}: no images ({len(empty)} such class folders)")
+        raise UsageError(f"{root}/train/{empty[0]}: no images ({len(empty)} such class folders)")
     if not test:
         raise UsageError(f"{root}/test: no images")
-    paths = [Path(path) for path, _ in train + test]
-    # A broken link stands for itself: decoding names it with what else is damaged.
-    stats = [path.stat(follow_symlinks=path.exists()) for path in paths]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    return Listing(root, tuple(classes), paths, [label for _, label in train + test], stamps, len(train), skipped)
+    if skipped:
+        print(f"{root}: skipped {len(skipped)} files that are not images, {min(skipped)} first", file=sys.stderr)
+    if untested:
+        print(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first", file=sys.stderr)
+    return tuple(classes), train, test
 
 
-def _classes(folder: Path) -> list[str]:
+def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _report(listing: Listing) -> None:
-    root, cut = listing.root, listing.num_train
-    if listing.skipped:
-        first, count = min(listing.skipped), len(listing.skipped)
-        print(f"{root}: skipped {count} files that are not images, {first} first", file=sys.stderr)
-    tested = set(listing.labels[cut:])
-    untested = [name for label, name in enumerate(listing.classes) if label not in tested]
-    if untested:
-        print(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first", file=sys.stderr)
-    shared = shared_images(listing.paths[:cut], listing.paths[cut:])
+def _warn_of_shared_images(root: Path, train: list[Path], test: list[Path]) -> None:
+    shared = shared_images(train, test)
     if shared:
-        test, train = (path.relative_to(root) for path in min(shared.items()))
+        first, twin = (path.relative_to(root) for path in min(shared.items()))
         print(
-            f"warning: {root}: {len(shared)} of {len(listing.paths) - cut} test images are training images as well "
-            f"({test} is {train}): accuracies on them say nothing about new images",
+            f"warning: {root}: {len(shared)} of {len(test)} test images are training images as well ({first} is {twin}): "
+            "accuracies on them say nothing about new images",
             file=sys.stderr,
         )
 
 
-def _decode_all(listing: Listing, array: np.ndarray) -> None:
+def _decode_all(root: Path, paths: list[Path], array: np.ndarray) -> None:
     """Decode every image into its place in `array`; RunError names the damaged ones.
 
     In threads, because PIL decodes and resizes without Python's lock and a process would have to import torch again.
     """
-    paths = listing.paths
 
     def decode(index: int) -> str | None:
         try:
             array[index] = decode_image(paths[index], array.shape[-1])
         except Exception as error:  # a damaged file can make PIL raise anything
-            return f"{paths[index].relative_to(listing.root)} ({_reason(error)})"
+            return f"{paths[index].relative_to(root)} ({_reason(error)})"
 
     with ThreadPool(min(os.cpu_count() or 1, 8)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         done = pool.imap(decode, range(len(paths)), IMAGES_PER_JOB)
-        bar = tqdm(done, f"decoding {listing.root.name}", len(paths), unit=" images", disable=None)
+        bar = tqdm(done, f"decoding {root.name}", len(paths), unit=" images", disable=None)  # None: only on a terminal
         damaged = [reason for reason in bar if reason]
     if damaged:
         more = f" and {len(damaged) - DAMAGED_SHOWN} more" if len(damaged) > DAMAGED_SHOWN else ""
         raise RunError(
-            f"{listing.root}: {len(damaged)} of {len(paths)} images cannot be decoded: "
+            f"{root}: {len(damaged)} of {len(paths)} images cannot be decoded: "
             f"{', '.join(damaged[:DAMAGED_SHOWN])}{more}; replace or remove them"
         )
 

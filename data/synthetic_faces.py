@@ -25,92 +25,56 @@ VERSION = 3  # raised with every change of the pictures, so that cached ones are
 
 # Lengths in half image widths, angles in radians; each is uniform over its range. Left and right are always alike, so
 # that a mirrored face is the same identity.
+# fmt: off
 IDENTITY = {
-    "face_width": (0.49, 0.66),
-    "face_height": (0.68, 0.86),
-    "jaw_taper": (0.0, 0.36),
-    "jaw_square": (0.0, 0.9),
-    "head_depth": (0.5, 0.6),
-    "ear_size": (0.09, 0.17),
-    "eye_x": (0.19, 0.31),
-    "eye_y": (-0.16, 0.04),
-    "eye_width": (0.075, 0.15),
-    "eye_height": (0.04, 0.105),
-    "eye_tilt": (-0.3, 0.4),
-    "eye_socket": (0.0, 0.7),
-    "iris_size": (0.04, 0.06),
-    "iris_tone": (0.0, 1.0),
+    # outline
+    "face_width": (0.49, 0.66), "face_height": (0.68, 0.86), "jaw_taper": (0.0, 0.36), "jaw_square": (0.0, 0.9),
+    "head_depth": (0.5, 0.6), "ear_size": (0.09, 0.17),
+    # eyes
+    "eye_x": (0.19, 0.31), "eye_y": (-0.16, 0.04), "eye_width": (0.075, 0.15), "eye_height": (0.04, 0.105),
+    "eye_tilt": (-0.3, 0.4), "eye_socket": (0.0, 0.7), "iris_size": (0.04, 0.06), "iris_tone": (0.0, 1.0),
     "lash": (0.004, 0.018),
-    "brow_gap": (0.11, 0.21),
-    "brow_length": (0.10, 0.18),
-    "brow_thickness": (0.01, 0.065),
-    "brow_tilt": (-0.07, 0.08),
+    # brows
+    "brow_gap": (0.11, 0.21), "brow_length": (0.10, 0.18), "brow_thickness": (0.01, 0.065), "brow_tilt": (-0.07, 0.08),
     "brow_arch": (-0.02, 0.08),
-    "nose_length": (0.22, 0.40),
-    "nose_width": (0.07, 0.16),
-    "nose_bridge": (0.03, 0.075),
-    "nose_height": (0.25, 0.8),
+    # nose
+    "nose_length": (0.22, 0.40), "nose_width": (0.07, 0.16), "nose_bridge": (0.03, 0.075), "nose_height": (0.25, 0.8),
     "nostril": (0.012, 0.032),
-    "mouth_gap": (0.12, 0.21),
-    "mouth_width": (0.14, 0.27),
-    "upper_lip": (0.015, 0.065),
-    "lower_lip": (0.025, 0.085),
+    # mouth
+    "mouth_gap": (0.12, 0.21), "mouth_width": (0.14, 0.27), "upper_lip": (0.015, 0.065), "lower_lip": (0.025, 0.085),
     "lip_tone": (0.0, 1.0),
-    "cheek_flush": (0.0, 0.6),
-    "beard": (-1.1, 0.9),
-    "beard_low": (-0.03, 0.12),
-    "beard_arch": (-0.05, 0.5),
+    # cheeks and beard
+    "cheek_flush": (0.0, 0.6), "beard": (-1.1, 0.9), "beard_low": (-0.03, 0.12), "beard_arch": (-0.05, 0.5),
     "moustache": (-1.1, 0.9),
-    "hair_line": (0.35, 0.85),
-    "hair_arch": (-0.25, 0.6),
-    "hair_peak": (-0.1, 0.15),
-    "hair_top": (0.02, 0.18),
-    "hair_side": (-0.04, 0.16),
-    "hair_length": (-0.3, 1.3),
-    "strands": (22.0, 75.0),
-    "curl": (0.0, 3.5),
-    "gloss": (0.3, 1.3),
+    # hair
+    "hair_line": (0.35, 0.85), "hair_arch": (-0.25, 0.6), "hair_peak": (-0.1, 0.15), "hair_top": (0.02, 0.18),
+    "hair_side": (-0.04, 0.16), "hair_length": (-0.3, 1.3), "strands": (22.0, 75.0), "curl": (0.0, 3.5), "gloss": (0.3, 1.3),
     "hair_tone": (0.0, 1.0),
+    # skin
     "skin_tone": (0.0, 1.0),
 }
-
 VARIATION = {
-    "shift_x": (-0.05, 0.05),
-    "shift_y": (-0.05, 0.05),
-    "scale": (0.94, 1.06),
-    "roll": (-0.11, 0.11),
-    "yaw": (-0.36, 0.36),
+    # pose
+    "shift_x": (-0.05, 0.05), "shift_y": (-0.05, 0.05), "scale": (0.94, 1.06), "roll": (-0.11, 0.11), "yaw": (-0.36, 0.36),
     "pitch": (-0.15, 0.15),
-    "smile": (-0.04, 0.08),
-    "mouth_open": (-0.09, 0.07),
-    "eye_open": (0.45, 1.15),
-    "gaze_x": (-0.03, 0.03),
-    "gaze_y": (-0.012, 0.012),
-    "brow_raise": (-0.015, 0.03),
-    "frown": (-0.02, 0.012),
+    # expression
+    "smile": (-0.04, 0.08), "mouth_open": (-0.09, 0.07), "eye_open": (0.45, 1.15), "gaze_x": (-0.03, 0.03),
+    "gaze_y": (-0.012, 0.012), "brow_raise": (-0.015, 0.03), "frown": (-0.02, 0.012),
+    # hair
     "strand_phase": (0.0, 2 * math.pi),
-    "light_x": (-0.75, 0.75),
-    "light_y": (-0.6, 0.3),
-    "light": (0.35, 1.1),
-    "ambient": (0.22, 0.5),
-    "exposure": (0.65, 1.3),
+    # light
+    "light_x": (-0.75, 0.75), "light_y": (-0.6, 0.3), "light": (0.35, 1.1), "ambient": (0.22, 0.5), "exposure": (0.65, 1.3),
     "patchiness": (0.05, 0.35),
-    "blur": (-0.6, 0.45),
-    "noise": (0.004, 0.02),
-    "glasses": (0.0, 1.0),
-    "lens_width": (0.15, 0.21),
-    "lens_height": (0.10, 0.16),
-    "lens_square": (0.0, 1.0),
-    "lens_tint": (-1.4, 0.6),
-    "frame": (0.010, 0.022),
-    "frame_tone": (0.02, 0.5),
-    "occluder": (0.0, 1.0),
-    "occluder_x": (-0.8, 0.8),
-    "occluder_y": (-0.8, 0.9),
-    "occluder_angle": (0.0, math.pi),
-    "occluder_width": (0.1, 0.35),
-    "occluder_height": (0.06, 0.18),
+    # camera
+    "blur": (-0.6, 0.45), "noise": (0.004, 0.02),
+    # glasses
+    "glasses": (0.0, 1.0), "lens_width": (0.15, 0.21), "lens_height": (0.10, 0.16), "lens_square": (0.0, 1.0),
+    "lens_tint": (-1.4, 0.6), "frame": (0.010, 0.022), "frame_tone": (0.02, 0.5),
+    # occlusion
+    "occluder": (0.0, 1.0), "occluder_x": (-0.8, 0.8), "occluder_y": (-0.8, 0.9), "occluder_angle": (0.0, math.pi),
+    "occluder_width": (0.1, 0.35), "occluder_height": (0.06, 0.18),
 }
+# fmt: on
 VARIATION_COLOURS = {
     "cast": (0.82, 1.16),
     "backdrop_colour": (0.1, 0.9),

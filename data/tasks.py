@@ -117,9 +117,17 @@ def forgetting_tasks(
     missing = tuple(sorted(staying[:num_missing]))
     by_class = _indices_by_class(labels, num_classes)
 
-    def sample(classes: list[int], number: int) -> Tensor:
-        drawn = [_sample(by_class[c], c, number, seed, data_ratio, few_shot) for c in classes]
-        return torch.from_numpy(np.concatenate(drawn))
+    def sample(classes: list[int], task: int) -> Tensor:
+        """Draw the classes' images for one task; sorted, so that only the generator of the epoch orders batches."""
+        parts = []
+        for c in classes:
+            known = len(by_class[c])
+            count = few_shot if few_shot is not None else max(1, round(data_ratio * known))
+            if count > known:
+                raise UsageError(f"class {c} has {known} training images, fewer than the {count} a class asked for")
+            shuffled = np.random.default_rng([seed, task, c]).permutation(by_class[c])
+            parts.append(np.sort(shuffled[:count]))
+        return torch.from_numpy(np.concatenate(parts))
 
     tasks, old = [], set()
     for number, request in enumerate(requests, start=1):
@@ -163,12 +171,3 @@ def _indices_by_class(labels: Tensor, num_classes: int) -> list[np.ndarray]:
     values = labels.cpu().numpy()
     order = np.argsort(values, kind="stable")
     return np.split(order, np.searchsorted(values[order], np.arange(1, num_classes)))
-
-
-def _sample(indices: np.ndarray, label: int, task: int, seed: int, data_ratio: float, few_shot: int | None) -> np.ndarray:
-    """Draw a class's images for one task; sorted, so that only the generator of the epoch orders batches."""
-    count = few_shot if few_shot is not None else max(1, round(data_ratio * len(indices)))
-    if count > len(indices):
-        raise UsageError(f"class {label} has {len(indices)} training images, fewer than the {count} a class asked for")
-    generator = np.random.default_rng([seed, task, label])
-    return np.sort(generator.permutation(indices)[:count])
