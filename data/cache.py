@@ -25,8 +25,8 @@ def cached_images(
     fill:      writes the content into a uint8 array. What it raises is passed on, and nothing is kept.
     cache_dir: default `$XDG_CACHE_HOME/continual-forgetting`, else `~/.cache/continual-forgetting`.
 
-    Writing to the tensor does not change the file. Where the folder cannot be written to or is full, the images are held
-    in memory, and one line on stderr says so.
+    Writing to the tensor does not change the file; one larger than memory is read-only. Where the folder cannot be written
+    to or is full, the images are held in memory, and one line on stderr says so.
     """
     try:
         path = cache_folder(cache_dir) / f"{key}.raw"
