@@ -27,15 +27,12 @@ class Pass:
 
     @property
     def steps(self) -> int:
-        return max(-(-len(indices) // self._size(indices)) for indices in self.streams.values())
+        return max(-(-len(indices) // self.sizes[name]) for name, indices in self.streams.items())
 
     @property
     def sizes(self) -> dict[str, int]:
         """Images of each stream in one batch: the batch size, or the whole stream where that is smaller."""
-        return {name: self._size(indices) for name, indices in self.streams.items()}
-
-    def _size(self, indices: Tensor) -> int:
-        return min(self.batch_size, len(indices))
+        return {name: min(self.batch_size, len(indices)) for name, indices in self.streams.items()}
 
     def schedule(self, generator: torch.Generator) -> Tensor:
         """Shuffle: (steps, sum of sizes) positions, the streams one after another in every row."""

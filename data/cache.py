@@ -1,60 +1,46 @@
-"""Decoded images, kept: one `.npy` file per key, mapped by every later run.
+"""Decoded images, kept: one file of raw pixels per key, which later runs map.
 
-A cache file is written beside its place under a name of its own, flushed to disk and renamed, so that a reader sees a
-whole file or none, whatever is killed when. Processes that build the same key at once each write their own; the last
-rename wins and the others keep the pages they have mapped. Nothing ever writes to a file under its final name. The
-folder may be deleted at any time. Pixels damaged inside a file of the right header and length go unnoticed: the cache
-is trusted like any other file of its owner.
+A file is filled under another name and then renamed: a reader finds all of it or nothing, whatever is killed when.
+The folder may be deleted at any time.
 """
 
-import io
 import math
-import mmap
 import os
-import platform
-import secrets
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
-
-TEMPORARY_SUFFIX = ".continual-forgetting.tmp"
-ABANDONED_SECONDS = 24 * 3600
-# A private mapping that reserves no memory: a set larger than the machine's memory can still be mapped. Python names
-# the flag from 3.13 on; its value is Linux's, but for a few old architectures.
-NORESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
-PRIVATE = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", NORESERVE)
 
 
 def cached_images(
-    key: str, shape: Sequence[int], fill: Callable[[np.ndarray], None], cache_dir: str | os.PathLike | None = None
+    key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], cache_dir: str | os.PathLike | None = None
 ) -> Tensor:
-    """The uint8 tensor that `fill` writes, from the cache where `key` is known with this shape.
+    """The uint8 tensor of `shape` that `fill` writes, from the cache where `key` is known.
 
-    key:       a file name without extension that changes whenever the content would.
-    shape:     of the tensor, no dimension 0.
-    fill:      writes the content into a uint8 array of `shape`. What it raises is passed on, and nothing is kept.
+    key:       a file name without extension that changes whenever the content or the shape would.
+    fill:      writes the content into a uint8 array. What it raises is passed on, and nothing is kept.
     cache_dir: default `$XDG_CACHE_HOME/continual-forgetting`, else `~/.cache/continual-forgetting`.
 
-    Returns a tensor mapped copy-on-write: it may be written to, and the file does not change. A file that is truncated
-    or of another shape or dtype is built anew. Where the folder cannot be written to or is full, the images are held
-    in memory instead and one line on stderr says so.
+    Writing to the tensor does not change the file; one larger than memory is read-only. Where the folder cannot be written
+    to or is full, the images are held in memory, and one line on stderr says so.
     """
-    shape = tuple(shape)
     try:
-        path = cache_folder(cache_dir) / f"{key}.npy"
-        images = _stored(path, shape)
-        if images is None:
+        path = cache_folder(cache_dir) / f"{key}.raw"
+        if not _is_whole(path, shape):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(path.parent)
-    except (OSError, RuntimeError) as error:  # pathlib raises RuntimeError where there is no home folder
-        return _in_memory(shape, fill, error)
-    return _build(path, shape, fill) if images is None else images
+            with FileLock(path.with_name(f".{key}.lock")):
+                if not _is_whole(path, shape):  # nobody has built it in the meantime
+                    _build(path, shape, fill)
+        return torch.from_numpy(_mapped(path, shape))
+    except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
+        print(f"warning: the image cache cannot be written, images are held in memory instead ({error})", file=sys.stderr)
+    images = torch.empty(shape, dtype=torch.uint8)
+    fill(images.numpy())
+    return images
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -63,86 +49,26 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "continual-forgetting"
 
 
-def _build(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> Tensor:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
+    return path.is_file() and path.stat().st_size == math.prod(shape)
+
+
+def _build(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")  # left by a killed process, it is overwritten
     try:
-        try:
-            mapping = _allocate(temporary, shape)
-        except OSError as error:
-            return _in_memory(shape, fill, error)
-        array = _array(mapping, shape)
+        with open(temporary, "wb") as file:
+            if hasattr(os, "posix_fallocate"):  # if the disk filled up later, writing to the mapping would kill the process
+                os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+        array = np.memmap(temporary, np.uint8, "r+", shape=shape)
         fill(array)
-        try:
-            mapping.flush()
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-                images = _private(file, shape)
-            os.replace(temporary, path)
-        except OSError as error:
-            _warn(error)
-            return torch.from_numpy(array)  # the mapping outlives the name of its file
-        return images
+        array.flush()
+        os.replace(temporary, path)
     finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _allocate(path: Path, shape: tuple[int, ...]) -> mmap.mmap:
-    """A shared mapping of a new .npy file of this shape, its header written."""
-    header = _header(shape)
-    size = len(header) + math.prod(shape)
-    with open(path, "x+b") as file:
-        file.write(header)
-        file.truncate(size)
-        file.flush()
-        if hasattr(os, "posix_fallocate"):  # a page of a sparse file that finds the disk full kills the process
-            os.posix_fallocate(file.fileno(), 0, size)
-        return mmap.mmap(file.fileno(), size)
-
-
-def _stored(path: Path, shape: tuple[int, ...]) -> Tensor | None:
-    """The images of a cache file; None where it is missing, unreadable, truncated or of another shape or dtype."""
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
     try:
-        with open(path, "rb") as file:
-            header = _header(shape)
-            if os.fstat(file.fileno()).st_size != len(header) + math.prod(shape) or file.read(len(header)) != header:
-                return None
-            return _private(file, shape)
-    except OSError:
-        return None
-
-
-def _header(shape: tuple[int, ...]) -> bytes:
-    """The only header a cache file may have: comparing bytes leaves nothing of a strange file to be parsed."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    return header.getvalue()
-
-
-def _private(file: io.BufferedReader, shape: tuple[int, ...]) -> Tensor:
-    size = len(_header(shape)) + math.prod(shape)
-    mapping = mmap.mmap(file.fileno(), size, flags=PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    return torch.from_numpy(_array(mapping, shape))
-
-
-def _array(mapping: mmap.mmap, shape: tuple[int, ...]) -> np.ndarray:
-    return np.frombuffer(mapping, np.uint8, offset=len(_header(shape))).reshape(shape)
-
-
-def _in_memory(shape: tuple[int, ...], fill: Callable[[np.ndarray], None], error: Exception) -> Tensor:
-    _warn(error)
-    array = np.empty(shape, np.uint8)
-    fill(array)
-    return torch.from_numpy(array)
-
-
-def _warn(error: Exception) -> None:
-    print(f"warning: the image cache cannot be written, images are held in memory instead ({error})", file=sys.stderr)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Remove what builds killed more than a day ago have left; a build that runs keeps its file's time young."""
-    for temporary in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        with suppress(OSError):
-            if time.time() - temporary.stat().st_mtime > ABANDONED_SECONDS:
-                temporary.unlink()
+        return np.memmap(path, np.uint8, "c", shape=shape)
+    except OSError:  # larger than memory: copy-on-write would reserve all of it
+        return np.memmap(path, np.uint8, "r", shape=shape)

@@ -63,17 +63,9 @@ def render(face: dict[str, Tensor], image_size: int, noise: Tensor) -> Tensor:
     """
     size = image_size * SUPERSAMPLING
     drawing = _place(face, size)
-    _paint_behind(drawing, face)
-    _paint_skin(drawing, face)
-    _paint_eyes(drawing, face)
-    _paint_brows(drawing, face)
-    _paint_nose(drawing, face)
-    _paint_beard(drawing, face)
-    _paint_mouth(drawing, face)
-    _paint_hair(drawing, face)
-    _paint_glasses(drawing, face)
-    _light(drawing, face)
-    _paint_occluder(drawing, face)
+    face_parts = (_paint_skin, _paint_eyes, _paint_brows, _paint_nose, _paint_beard, _paint_mouth, _paint_hair)
+    for paint in (_paint_behind, *face_parts, _paint_glasses, _light, _paint_occluder):
+        paint(drawing, face)
     return _develop(drawing.canvas, face, noise)
 
 

@@ -1,33 +1,24 @@
 """Image folders, `{train,test}/<class>/<image>`, as two ImageSets: decoded once, in parallel, into the cache.
 
-What becomes of unusual files:
-- grey, palette, CMYK and two-tone images become RGB; 16-bit ones are scaled to 8 bits; float pixels must lie in [0, 1];
-- transparent pixels are laid over black; of an animation the first frame is taken; an EXIF rotation is carried out
-  (unreadable EXIF: the image is taken as upright);
-- any size is resized on the shorter side (bicubic) and centre-cropped, so a 1×1 image becomes one flat colour;
-- links are followed, out of the folder too; a broken link with an image's name counts as a damaged image;
-- hidden files, files whose extension is no image format of PIL's, and folders inside class folders are skipped and
-  counted on stderr; EPS is skipped as well, since PIL would hand it to Ghostscript;
-- test images that are training images as well, by the content of their files, are counted on stderr at every run, and kept;
-- damaged images, and images of more pixels than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), end the run: all of them
-  are found first, of training and test images together;
-- bytes of a name that are not UTF-8 appear as `\\xNN` in class names and messages.
+- Grey, palette, CMYK and two-tone images become RGB; 16-bit ones are scaled to 8 bits; float pixels must lie in [0, 1].
+- Transparent pixels are laid over black; of an animation the first frame is taken; an EXIF rotation is carried out.
+- Images are resized on the shorter side (bicubic) and centre-cropped.
+- Hidden files and those whose extension is no image's are skipped and counted on stderr.
+- Damaged images, and those of more than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), end the run, all named together.
 """
 
-import functools
 import hashlib
 import os
-import re
 import sys
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
 from data.cache import cached_images
@@ -35,258 +26,158 @@ from data.image_set import ImageSet
 from data.shared_images import shared_images
 from util.runtime.errors import RunError, UsageError
 
-VERSION = 1  # of the decoding: a change of the pixels it yields needs another number, so that old cache files lapse
-SPLITS = ("train", "test")
-NOT_DECODED = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # by Ghostscript, or known to PIL by name only
+VERSION = 1  # of the decoding: to be raised with every change of its pixels, so that cached ones lapse
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "ICO")  # none that PIL leaves to a program
+EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items() if name in FORMATS)
 IMAGES_PER_JOB = 32
 DAMAGED_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a folder, training images first, each split sorted by class and name."""
-
-    root: Path
-    classes: tuple[str, ...]
-    paths: list[str]
-    labels: list[int]
-    stamps: list[tuple[int, int]]  # size in bytes and modification time in ns; (-1, -1) where the file cannot be found
-    num_train: int
-    skipped: list[str]
+Sample = tuple[str, int]  # path and label
 
 
 def image_folder(
-    root: str | os.PathLike,
-    image_size: int,
-    cache_dir: str | os.PathLike | None = None,
-    workers: int | None = None,
-    progress: bool = True,
+    root: str | os.PathLike, image_size: int, cache_dir: str | os.PathLike | None = None
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of `root`, as square RGB images of `image_size` pixels a side.
 
-    The classes are the training folders' names, sorted. Both sets share one cache file, keyed by the folder's place,
-    every image's name, size and modification time, and `image_size`.
-
-    workers:  decoding threads; default one per core, at most 8.
-    progress: show a progress bar on stderr while decoding, where that is a terminal.
-
-    Raises UsageError where the folder is not laid out as above, RunError where images are damaged.
+    The classes are the training folders' names, sorted. Both sets share one cache file, keyed by every image's path, size
+    and modification time, and by `image_size`.
     """
     if image_size < 1:
         raise UsageError(f"image size {image_size}: must be at least 1 pixel")
+    root = Path(root).resolve()
     try:
-        listing = list_images(Path(root))
+        classes, train, test = _list_images(root)
+        paths, cut = [Path(path) for path, _ in train + test], len(train)
+        # A broken link stands for itself: decoding names it with what else is damaged.
+        stats = [path.stat(follow_symlinks=path.exists()) for path in paths]
     except OSError as error:
-        raise UsageError(f"{printable(error.filename)}: cannot be listed ({error.strerror})") from error
-    _report(listing)
-
-    def fill(array: np.ndarray) -> None:
-        _decode_all(listing, array, workers, progress)
-
-    shape = (len(listing.paths), 3, image_size, image_size)
-    images = cached_images(_cache_key(listing, image_size), shape, fill, cache_dir)
-    labels = torch.tensor(listing.labels)
-    name, cut = printable(listing.root.name), listing.num_train
+        raise UsageError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+    files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+    digest = hashlib.sha256(repr((VERSION, image_size, files)).encode()).hexdigest()[:32]
+    shape = (len(paths), 3, image_size, image_size)
+    images = cached_images(
+        f"{root.name}-{image_size}-{digest}", shape, lambda array: _decode_all(root, paths, array), cache_dir
+    )
+    _warn_of_shared_images(root, paths[:cut], paths[cut:])
+    labels = torch.tensor([label for _, label in train + test])
     return (
-        ImageSet(name, images[:cut], labels[:cut], listing.classes),
-        ImageSet(name, images[cut:], labels[cut:], listing.classes),
+        ImageSet(root.name, images[:cut], labels[:cut], classes),
+        ImageSet(root.name, images[cut:], labels[cut:], classes),
     )
 
 
-def list_images(root: Path) -> Listing:
-    """Find the images of `root` and their classes without opening any. Raises UsageError, OSError."""
+def _list_images(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample]]:
+    """The classes, and the training and the test images with their labels, sorted by class and name; none is opened."""
     if not root.is_dir():
-        raise UsageError(f"{printable(root)}: no such folder of images")
-    missing = [split for split in SPLITS if not (root / split).is_dir()]
-    if missing:
-        raise UsageError(f"{printable(root)}: has no folder {missing[0]}/; expected {{train,test}}/<class>/<image>")
-    root, skipped = root.resolve(), []
-    train, test = (_list_split(root / split, skipped) for split in SPLITS)
-    _check_classes(root, train, test)
-    names = sorted(train)
-    paths, labels, stamps = [], [], []
-    for split, found in zip(SPLITS, (train, test), strict=True):
-        for label, name in enumerate(names):
-            for image, stamp in sorted(found.get(name, {}).items()):
-                paths.append(os.path.join(split, name, image))
-                labels.append(label)
-                stamps.append(stamp)
-    num_train = sum(len(images) for images in train.values())
-    return Listing(root, tuple(map(printable, names)), paths, labels, stamps, num_train, skipped)
-
-
-def _list_split(folder: Path, skipped: list[str]) -> dict[str, dict[str, tuple[int, int]]]:
-    """Per class folder the images and their stamps; what is neither joins `skipped`."""
-    extensions, classes = _formats()[0], {}
-    for class_entry in os.scandir(folder):
-        if class_entry.name.startswith(".") or not class_entry.is_dir():
-            skipped.append(class_entry.path)
-            continue
-        images = classes[class_entry.name] = {}
-        for entry in os.scandir(class_entry.path):
-            name = entry.name
-            if name.startswith(".") or os.path.splitext(name)[1].lower() not in extensions:
-                skipped.append(entry.path)
-            elif entry.is_file():
-                status = entry.stat()
-                images[name] = status.st_size, status.st_mtime_ns
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                images[name] = -1, -1
-            else:
-                skipped.append(entry.path)
-    return classes
-
-
-def _check_classes(root: Path, train: dict, test: dict) -> None:
-    where = printable(root)
-    if len(train) < 2:
-        raise UsageError(f"{where}/train: {len(train)} class folders; at least 2 are needed, <class>/<image>")
-    empty = sorted(name for name, images in train.items() if not images)
-    if empty:
-        raise UsageError(f"{where}/train/{printable(empty[0])}: no images ({len(empty)} such class folders)")
-    unknown = sorted(set(test) - set(train))
+        raise UsageError(f"{root}: no such folder of images")
+    for split in ("train", "test"):
+        if not (root / split).is_dir():
+            raise UsageError(f"{root}: has no folder {split}/; expected {{train,test}}/<class>/<image>")
+    classes, tested = _folders(root / "train"), _folders(root / "test")
+    if len(classes) < 2:
+        raise UsageError(f"{root}/train: {len(classes)} class folders; at least 2 are needed, <class>/<image>")
+    unknown = sorted(set(tested) - set(classes))
     if unknown:
-        raise UsageError(
-            f"{where}/test/{printable(unknown[0])}: no class of that name in train/ ({len(unknown)} such class folders)"
-        )
-    if not any(test.values()):
-        raise UsageError(f"{where}/test: no images")
+        raise UsageError(f"{root}/test/{unknown[0]}: no class of that name in train/ ({len(unknown)} such class folders)")
 
+    skipped = []
 
-def _report(listing: Listing) -> None:
-    where = printable(listing.root)
-    if listing.skipped:
-        first = printable(min(listing.skipped))
-        print(f"{where}: skipped {len(listing.skipped)} entries that are not images, {first} first", file=sys.stderr)
-    tested = set(listing.labels[listing.num_train :])
-    untested = [name for label, name in enumerate(listing.classes) if label not in tested]
+    def is_image(path: str) -> bool:
+        hidden = f"{os.sep}." in path.removeprefix(str(root))
+        if hidden or not path.lower().endswith(EXTENSIONS):
+            skipped.append(path)
+            return False
+        return True
+
+    label_of = {name: label for label, name in enumerate(classes)}
+    train, test = (
+        make_dataset(root / split, label_of, is_valid_file=is_image, allow_empty=True) for split in ("train", "test")
+    )
+    empty, untested = ([classes[c] for c in sorted({*label_of.values()} - {c for _, c in split})] for split in (train, test))
+    if empty:
+        raise UsageError(f"{root}/train/{empty[0]}: no images ({len(empty)} such class folders)")
+    if not test:
+        raise UsageError(f"{root}/test: no images")
+    if skipped:
+        print(f"{root}: skipped {len(skipped)} files that are not images, {min(skipped)} first", file=sys.stderr)
     if untested:
-        print(f"warning: {where}: {len(untested)} classes have no test images, {untested[0]} first", file=sys.stderr)
-    shared = shared_images(listing.root, listing.paths, [size for size, _ in listing.stamps], listing.num_train)
+        print(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first", file=sys.stderr)
+    return tuple(classes), train, test
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _warn_of_shared_images(root: Path, train: list[Path], test: list[Path]) -> None:
+    shared = shared_images(train, test)
     if shared:
-        test, train = min(shared.items())
+        first, twin = (path.relative_to(root) for path in min(shared.items()))
         print(
-            f"warning: {where}: {len(shared)} of {len(listing.paths) - listing.num_train} test images are training images "
-            f"as well ({printable(test)} is {printable(train)}): accuracies on them say nothing about new images",
+            f"warning: {root}: {len(shared)} of {len(test)} test images are training images as well ({first} is {twin}): "
+            "accuracies on them say nothing about new images",
             file=sys.stderr,
         )
 
 
-def _cache_key(listing: Listing, image_size: int) -> str:
-    content = hashlib.sha256(repr((VERSION, image_size)).encode())
-    # The place is part of the key: two data sets can agree in all names, sizes and times (raw formats, unpacked
-    # archives), and nothing else would tell them apart.
-    content.update(os.fsencode(listing.root))
-    for path, (size, time_ns) in zip(listing.paths, listing.stamps, strict=True):
-        content.update(b"\0%s\0%d\0%d" % (os.fsencode(path), size, time_ns))
-    name = re.sub(r"[^A-Za-z0-9._-]", "_", listing.root.name)[:60]
-    return f"{name}-{image_size}-{content.hexdigest()[:32]}"
+def _decode_all(root: Path, paths: list[Path], array: np.ndarray) -> None:
+    """Decode every image into its place in `array`; RunError names the damaged ones.
 
-
-def _decode_all(listing: Listing, array: np.ndarray, workers: int | None, progress: bool) -> None:
-    """Decode every image into its place in `array`; raise RunError naming the damaged ones.
-
-    Threads, because PIL decodes and resizes without Python's lock and a process would have to import torch again.
+    In threads, because PIL decodes and resizes without Python's lock and a process would have to import torch again.
     """
-    damaged: dict[int, str] = {}
-    size = array.shape[-1]
 
-    def decode(start: int) -> int:
-        indices = range(start, min(start + IMAGES_PER_JOB, len(array)))
-        for index in indices:
-            try:
-                pixels = decode_image(listing.root / listing.paths[index], size)
-            except Exception as error:  # a damaged file can make PIL's plugins raise anything
-                damaged[index] = _reason(error)
-            else:
-                array[index] = pixels
-        return len(indices)
+    def decode(index: int) -> str | None:
+        try:
+            array[index] = decode_image(paths[index], array.shape[-1])
+        except Exception as error:  # a damaged file can make PIL raise anything
+            return f"{paths[index].relative_to(root)} ({_reason(error)})"
 
-    jobs = range(0, len(array), IMAGES_PER_JOB)
-    quiet = None if progress else True  # None: tqdm decides by whether stderr is a terminal
-    bar = tqdm(desc=f"decoding {listing.root.name}", total=len(array), unit=" images", file=sys.stderr, disable=quiet)
-    pool = ThreadPoolExecutor(workers or min(os.cpu_count() or 1, 8))
-    with bar, warnings.catch_warnings():
+    with ThreadPool(min(os.cpu_count() or 1, 8)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            for done in pool.map(decode, jobs):
-                bar.update(done)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        done = pool.imap(decode, range(len(paths)), IMAGES_PER_JOB)
+        bar = tqdm(done, f"decoding {root.name}", len(paths), unit=" images", disable=None)  # None: only on a terminal
+        damaged = [reason for reason in bar if reason]
     if damaged:
-        _raise_damaged(listing, damaged)
+        more = f" and {len(damaged) - DAMAGED_SHOWN} more" if len(damaged) > DAMAGED_SHOWN else ""
+        raise RunError(
+            f"{root}: {len(damaged)} of {len(paths)} images cannot be decoded: "
+            f"{', '.join(damaged[:DAMAGED_SHOWN])}{more}; replace or remove them"
+        )
 
 
 def decode_image(path: str | os.PathLike, image_size: int) -> np.ndarray:
-    """uint8 (3, image_size, image_size), RGB, or (1, image_size, image_size) where the file is grey.
-
-    Raises whatever PIL raises on a damaged file, and ValueError for pixels without a known range.
-    """
-    with Image.open(path, formats=_formats()[1]) as image:
+    """uint8 (3, image_size, image_size), RGB. Raises whatever PIL raises on a damaged file."""
+    with Image.open(path, formats=FORMATS) as image:
         # A JPEG far too large is decoded at a fraction of its size, which may end within a pixel.
         drafted = image.draft(None, (2 * image_size, 2 * image_size))
         image.load()  # size and mode are final only now
         width, height = drafted[1][2:] if drafted else image.size
         side, left, top = min(width, height), max(width - height, 0) / 2, max(height - width, 0) / 2
-        square = _as_grey_or_rgb(image).resize(
-            (image_size, image_size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)
-        )
+        box = (left, top, left + side, top + side)
+        square = _as_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC, box)
         with suppress(Exception):  # EXIF that cannot be read, or is not there, spoils no pixel
             square.getexif()[ExifTags.Base.Orientation] = image.getexif()[ExifTags.Base.Orientation]
             square = ImageOps.exif_transpose(square)
-    pixels = np.asarray(square)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.asarray(square).transpose(2, 0, 1)
 
 
-def _as_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """8-bit, mode L or RGB, of whatever mode PIL gives."""
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of whatever mode PIL gives."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return Image.fromarray(_to_8_bits(np.asarray(image)))
-    if image.has_transparency_data:
+        pixels, limit = np.asarray(image), 1 if image.mode == "F" else 65535
+        if not (pixels.min() >= 0 and pixels.max() <= limit):  # NaN fails both
+            raise ValueError(f"pixel values outside 0 to {limit}")
+        image = Image.fromarray(np.round(pixels * np.float32(255 / limit)).astype(np.uint8))
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         opaque = Image.new("RGB", image.size)
-        opaque.paste(image, mask=image.getchannel("A"))
+        opaque.paste(image, mask=image)
         return opaque
-    if image.mode in ("1", "L"):
-        return image.convert("L")
     return image.convert("RGB")
-
-
-def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
-    limit = 1 if pixels.dtype.kind == "f" else 65535
-    if not (pixels.min() >= 0 and pixels.max() <= limit):  # NaN fails both
-        raise ValueError(f"pixel values outside 0 to {limit}")
-    return np.round(pixels * np.float32(255 / limit)).astype(np.uint8)
-
-
-@functools.cache
-def _formats() -> tuple[frozenset[str], tuple[str, ...]]:
-    """The file extensions, lower case, and the names of the formats that are decoded."""
-    by_extension = Image.registered_extensions()
-    formats = [name for name in Image.ID if name in by_extension.values() and name not in NOT_DECODED]
-    formats.sort(key=lambda name: name not in ("JPEG", "PNG"))  # PIL tries them in this order
-    return frozenset(extension for extension, name in by_extension.items() if name in formats), tuple(formats)
-
-
-def _raise_damaged(listing: Listing, damaged: dict[int, str]) -> None:
-    shown = sorted(damaged)[:DAMAGED_SHOWN]
-    names = ", ".join(f"{printable(listing.paths[index])} ({damaged[index]})" for index in shown)
-    more = f" and {len(damaged) - DAMAGED_SHOWN} more" if len(damaged) > DAMAGED_SHOWN else ""
-    raise RunError(
-        f"{printable(listing.root)}: {len(damaged)} of {len(listing.paths)} images cannot be decoded: {names}{more}; "
-        "replace or remove them"
-    )
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def printable(name: str | os.PathLike) -> str:
-    """The name of a file or folder on one line of valid UTF-8."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -7,14 +7,16 @@ that pixels and colours alone do not tell the identities apart, and a small Face
 """
 
 import contextlib
+import hashlib
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
+from data.cache import cached_images
 from data.face_renderer import BACKGROUND_GRID, HAIR_TONES, IRIS_TONES, SKIN_TONES, palette, render
 from data.image_set import ImageSet
 from util.runtime.errors import UsageError
@@ -23,92 +25,56 @@ VERSION = 3  # raised with every change of the pictures, so that cached ones are
 
 # Lengths in half image widths, angles in radians; each is uniform over its range. Left and right are always alike, so
 # that a mirrored face is the same identity.
+# fmt: off
 IDENTITY = {
-    "face_width": (0.49, 0.66),
-    "face_height": (0.68, 0.86),
-    "jaw_taper": (0.0, 0.36),
-    "jaw_square": (0.0, 0.9),
-    "head_depth": (0.5, 0.6),
-    "ear_size": (0.09, 0.17),
-    "eye_x": (0.19, 0.31),
-    "eye_y": (-0.16, 0.04),
-    "eye_width": (0.075, 0.15),
-    "eye_height": (0.04, 0.105),
-    "eye_tilt": (-0.3, 0.4),
-    "eye_socket": (0.0, 0.7),
-    "iris_size": (0.04, 0.06),
-    "iris_tone": (0.0, 1.0),
+    # outline
+    "face_width": (0.49, 0.66), "face_height": (0.68, 0.86), "jaw_taper": (0.0, 0.36), "jaw_square": (0.0, 0.9),
+    "head_depth": (0.5, 0.6), "ear_size": (0.09, 0.17),
+    # eyes
+    "eye_x": (0.19, 0.31), "eye_y": (-0.16, 0.04), "eye_width": (0.075, 0.15), "eye_height": (0.04, 0.105),
+    "eye_tilt": (-0.3, 0.4), "eye_socket": (0.0, 0.7), "iris_size": (0.04, 0.06), "iris_tone": (0.0, 1.0),
     "lash": (0.004, 0.018),
-    "brow_gap": (0.11, 0.21),
-    "brow_length": (0.10, 0.18),
-    "brow_thickness": (0.01, 0.065),
-    "brow_tilt": (-0.07, 0.08),
+    # brows
+    "brow_gap": (0.11, 0.21), "brow_length": (0.10, 0.18), "brow_thickness": (0.01, 0.065), "brow_tilt": (-0.07, 0.08),
     "brow_arch": (-0.02, 0.08),
-    "nose_length": (0.22, 0.40),
-    "nose_width": (0.07, 0.16),
-    "nose_bridge": (0.03, 0.075),
-    "nose_height": (0.25, 0.8),
+    # nose
+    "nose_length": (0.22, 0.40), "nose_width": (0.07, 0.16), "nose_bridge": (0.03, 0.075), "nose_height": (0.25, 0.8),
     "nostril": (0.012, 0.032),
-    "mouth_gap": (0.12, 0.21),
-    "mouth_width": (0.14, 0.27),
-    "upper_lip": (0.015, 0.065),
-    "lower_lip": (0.025, 0.085),
+    # mouth
+    "mouth_gap": (0.12, 0.21), "mouth_width": (0.14, 0.27), "upper_lip": (0.015, 0.065), "lower_lip": (0.025, 0.085),
     "lip_tone": (0.0, 1.0),
-    "cheek_flush": (0.0, 0.6),
-    "beard": (-1.1, 0.9),
-    "beard_low": (-0.03, 0.12),
-    "beard_arch": (-0.05, 0.5),
+    # cheeks and beard
+    "cheek_flush": (0.0, 0.6), "beard": (-1.1, 0.9), "beard_low": (-0.03, 0.12), "beard_arch": (-0.05, 0.5),
     "moustache": (-1.1, 0.9),
-    "hair_line": (0.35, 0.85),
-    "hair_arch": (-0.25, 0.6),
-    "hair_peak": (-0.1, 0.15),
-    "hair_top": (0.02, 0.18),
-    "hair_side": (-0.04, 0.16),
-    "hair_length": (-0.3, 1.3),
-    "strands": (22.0, 75.0),
-    "curl": (0.0, 3.5),
-    "gloss": (0.3, 1.3),
+    # hair
+    "hair_line": (0.35, 0.85), "hair_arch": (-0.25, 0.6), "hair_peak": (-0.1, 0.15), "hair_top": (0.02, 0.18),
+    "hair_side": (-0.04, 0.16), "hair_length": (-0.3, 1.3), "strands": (22.0, 75.0), "curl": (0.0, 3.5), "gloss": (0.3, 1.3),
     "hair_tone": (0.0, 1.0),
+    # skin
     "skin_tone": (0.0, 1.0),
 }
-
 VARIATION = {
-    "shift_x": (-0.05, 0.05),
-    "shift_y": (-0.05, 0.05),
-    "scale": (0.94, 1.06),
-    "roll": (-0.11, 0.11),
-    "yaw": (-0.36, 0.36),
+    # pose
+    "shift_x": (-0.05, 0.05), "shift_y": (-0.05, 0.05), "scale": (0.94, 1.06), "roll": (-0.11, 0.11), "yaw": (-0.36, 0.36),
     "pitch": (-0.15, 0.15),
-    "smile": (-0.04, 0.08),
-    "mouth_open": (-0.09, 0.07),
-    "eye_open": (0.45, 1.15),
-    "gaze_x": (-0.03, 0.03),
-    "gaze_y": (-0.012, 0.012),
-    "brow_raise": (-0.015, 0.03),
-    "frown": (-0.02, 0.012),
+    # expression
+    "smile": (-0.04, 0.08), "mouth_open": (-0.09, 0.07), "eye_open": (0.45, 1.15), "gaze_x": (-0.03, 0.03),
+    "gaze_y": (-0.012, 0.012), "brow_raise": (-0.015, 0.03), "frown": (-0.02, 0.012),
+    # hair
     "strand_phase": (0.0, 2 * math.pi),
-    "light_x": (-0.75, 0.75),
-    "light_y": (-0.6, 0.3),
-    "light": (0.35, 1.1),
-    "ambient": (0.22, 0.5),
-    "exposure": (0.65, 1.3),
+    # light
+    "light_x": (-0.75, 0.75), "light_y": (-0.6, 0.3), "light": (0.35, 1.1), "ambient": (0.22, 0.5), "exposure": (0.65, 1.3),
     "patchiness": (0.05, 0.35),
-    "blur": (-0.6, 0.45),
-    "noise": (0.004, 0.02),
-    "glasses": (0.0, 1.0),
-    "lens_width": (0.15, 0.21),
-    "lens_height": (0.10, 0.16),
-    "lens_square": (0.0, 1.0),
-    "lens_tint": (-1.4, 0.6),
-    "frame": (0.010, 0.022),
-    "frame_tone": (0.02, 0.5),
-    "occluder": (0.0, 1.0),
-    "occluder_x": (-0.8, 0.8),
-    "occluder_y": (-0.8, 0.9),
-    "occluder_angle": (0.0, math.pi),
-    "occluder_width": (0.1, 0.35),
-    "occluder_height": (0.06, 0.18),
+    # camera
+    "blur": (-0.6, 0.45), "noise": (0.004, 0.02),
+    # glasses
+    "glasses": (0.0, 1.0), "lens_width": (0.15, 0.21), "lens_height": (0.10, 0.16), "lens_square": (0.0, 1.0),
+    "lens_tint": (-1.4, 0.6), "frame": (0.010, 0.022), "frame_tone": (0.02, 0.5),
+    # occlusion
+    "occluder": (0.0, 1.0), "occluder_x": (-0.8, 0.8), "occluder_y": (-0.8, 0.9), "occluder_angle": (0.0, math.pi),
+    "occluder_width": (0.1, 0.35), "occluder_height": (0.06, 0.18),
 }
+# fmt: on
 VARIATION_COLOURS = {
     "cast": (0.82, 1.16),
     "backdrop_colour": (0.1, 0.9),
@@ -117,6 +83,7 @@ VARIATION_COLOURS = {
 }
 GLASSES_SHARE, OCCLUDED_SHARE = 0.18, 0.12
 TRAIN, TEST, IDENTITIES, NOISE = 1, 2, 3, 4  # the streams of random numbers of one seed
+LEAST = {"identities": 2, "train_per_identity": 1, "test_per_identity": 1, "image_size": 16, "seed": 0}
 # Pixels drawn at once: on a CPU what its caches hold; on a GPU enough to fill it, in about 1 GB.
 CHUNK_PIXELS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
@@ -128,49 +95,45 @@ def synthetic_faces(
     image_size: int = 56,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    cache_dir: str | os.PathLike | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """Draws a training and a test set with the same identities and different variations, on `device`.
+    """Draw a training and a test set with the same identities and different variations, on `device`.
 
     Image k of identity i depends on (seed, i, k, train or test) alone, not on how many are drawn; the random numbers
     are drawn on the CPU, so that every device draws the same faces up to the rounding of its arithmetic.
-    Raises UsageError for fewer than 2 identities, fewer than 1 image, images below 16×16 or a negative seed.
+
+    cache_dir: where the faces are kept once drawn; then they are mapped from there, on the CPU.
     """
-    _check(identities, train_per_identity, test_per_identity, image_size, seed)
-    device = torch.device(device)
-    who = np.stack([_uniform(seed, identity, IDENTITIES, 1, len(IDENTITY))[0] for identity in range(identities)])
-    classes = tuple(f"id{identity:03d}" for identity in range(identities))
-    sets = []
-    for stream, count in ((TRAIN, train_per_identity), (TEST, test_per_identity)):
-        how = np.concatenate(
-            [_uniform(seed, identity, stream, count, _variation_width()) for identity in range(identities)]
-        )
-        labels = torch.arange(identities).repeat_interleave(count)
-        with _one_thread():
-            images = _draw(who[labels.numpy()], how, image_size, seed, device)
-        sets.append(ImageSet("synthetic_faces", images, labels.to(device), classes))
-    return sets[0], sets[1]
-
-
-def contact_sheet(image_set: ImageSet, identities: int = 8, per_identity: int = 8) -> Tensor:
-    """The first images of the first identities, one row an identity, as one uint8 picture (3, H, W)."""
-    rows = []
-    for label in range(min(identities, len(image_set.classes))):
-        images = image_set.images[(image_set.labels == label).nonzero().flatten()[:per_identity]]
-        missing = per_identity - len(images)
-        rows.append(torch.cat([images, images.new_zeros(missing, *images.shape[1:])]))
-    return make_grid(torch.cat(rows), nrow=per_identity, padding=2, pad_value=255)
-
-
-def _check(identities: int, train_per_identity: int, test_per_identity: int, image_size: int, seed: int) -> None:
-    for name, value, least in (
-        ("identities", identities, 2),
-        ("train_per_identity", train_per_identity, 1),
-        ("test_per_identity", test_per_identity, 1),
-        ("image_size", image_size, 16),
-        ("seed", seed, 0),
-    ):
+    numbers = (identities, train_per_identity, test_per_identity, image_size, seed)
+    for (name, least), value in zip(LEAST.items(), numbers, strict=True):
         if value < least:
             raise UsageError(f"synthetic_faces: {name} is {value}; give at least {least}")
+    device = torch.device(device)
+    cut = identities * train_per_identity
+    splits = [(slice(cut), TRAIN, train_per_identity), (slice(cut, None), TEST, test_per_identity)]
+
+    def draw(images: Tensor) -> None:
+        who = np.stack([_uniform(seed, identity, IDENTITIES, 1, len(IDENTITY))[0] for identity in range(identities)])
+        for part, stream, count in splits:
+            how = [_uniform(seed, identity, stream, count, _variation_width()) for identity in range(identities)]
+            with _one_thread():
+                images[part] = _draw(who.repeat(count, axis=0), np.concatenate(how), image_size, seed, device)
+
+    shape = (identities * (train_per_identity + test_per_identity), 3, image_size, image_size)
+    if cache_dir is None:
+        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        draw(images)
+    else:
+        # Devices differ in the rounding of their arithmetic, so each has its own file.
+        digest = hashlib.sha256(repr((VERSION, numbers, device.type)).encode()).hexdigest()[:32]
+        key = f"synthetic_faces-{image_size}-{digest}"
+        images = cached_images(key, shape, lambda array: draw(torch.from_numpy(array)), cache_dir)
+    classes = tuple(f"id{identity:03d}" for identity in range(identities))
+    labels = torch.arange(identities, device=images.device)
+    train, test = (
+        ImageSet("synthetic_faces", images[part], labels.repeat_interleave(count), classes) for part, _, count in splits
+    )
+    return train, test
 
 
 def _variation_width() -> int:
@@ -235,6 +198,4 @@ def _parameters(who: Tensor, how: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 def _scale(uniform: Tensor, ranges: dict[str, tuple[float, float]]) -> dict[str, Tensor]:
     columns = uniform[:, :, None, None, None].unbind(1)
-    return {
-        name: low + (high - low) * column for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)
-    }
+    return {name: low + (high - low) * column for (name, (low, high)), column in zip(ranges.items(), columns, strict=True)}

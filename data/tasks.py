@@ -46,16 +46,13 @@ def class_order(num_classes: int, seed: int) -> list[int]:
 
 
 def drawn_requests(num_classes: int, num_tasks: int, per_task: int, seed: int) -> list[list[int]]:
-    """The protocol's requests: with k = `per_task`, task t keeps the classes `order[0 : C − t·k]` and forgets the next k.
-
-    Raises UsageError for counts that leave no class.
-    """
+    """The protocol's requests: with k = `per_task`, task t keeps the classes `order[0 : C − t·k]` and forgets the next k."""
     if num_tasks < 1 or per_task < 1:
-        raise UsageError(f"--num-tasks {num_tasks} and --forget-per-task {per_task} must both be at least 1")
-    if num_classes - num_tasks * per_task < 1:
+        raise UsageError(f"{num_tasks} tasks of {per_task} classes: both numbers must be at least 1")
+    forgotten = num_tasks * per_task
+    if forgotten >= num_classes:
         raise UsageError(
-            f"{num_tasks} tasks of {per_task} classes forget {num_tasks * per_task} of {num_classes}: at least one must "
-            f"remain; lower --num-tasks or --forget-per-task"
+            f"{num_tasks} tasks of {per_task} classes forget {forgotten} of {num_classes}: at least one must remain"
         )
     order = class_order(num_classes, seed)
     kept = [num_classes - number * per_task for number in range(1, num_tasks + 1)]
@@ -63,25 +60,22 @@ def drawn_requests(num_classes: int, num_tasks: int, per_task: int, seed: int) -
 
 
 def named_requests(words: Sequence[str], classes: Sequence[str], earlier: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Requests by name: each of `words` lists the classes of one, as `named_classes` reads them; after the `earlier` ones.
-
-    Raises UsageError for unknown classes, for one that is to be forgotten twice, and where none would remain.
-    """
+    """Requests by name, after the `earlier` ones: each of `words` lists the classes of one, read by `named_classes`."""
     task_of = {c: number for number, request in enumerate(earlier, start=1) for c in request}
     requests = [named_classes(word, classes) for word in words]
     for number, request in enumerate(requests, start=len(earlier) + 1):
         for c in request:
             if c in task_of:
-                raise UsageError(f"--forget-classes: task {task_of[c]} forgets {classes[c]!r} already")
+                raise UsageError(f"task {task_of[c]} forgets {classes[c]!r} already")
             task_of[c] = number
     if len(task_of) == len(classes):
-        raise UsageError(f"--forget-classes: all {len(classes)} classes would be forgotten; at least one must remain")
+        raise UsageError(f"all {len(classes)} classes would be forgotten; at least one must remain")
     return requests
 
 
 def named_classes(text: str, classes: Sequence[str]) -> list[int]:
     """Class ids from a list of names, or of numbers where no class has that name: `"yaleB05, 7"`. A name with a comma
-    stands in double quotes. Raises UsageError for unknown ones."""
+    stands in double quotes."""
     found = []
     for name in map(str.strip, next(csv.reader([text], skipinitialspace=True), [])):
         if name in classes:
@@ -91,9 +85,9 @@ def named_classes(text: str, classes: Sequence[str]) -> list[int]:
         else:
             near = difflib.get_close_matches(name, classes, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"they are 0 to {len(classes) - 1} or {classes[0]!r}, …"
-            raise UsageError(f"--forget-classes: no class {name!r}; {hint}")
+            raise UsageError(f"no class {name!r}; {hint}")
     if not found:
-        raise UsageError("--forget-classes: no class is named")
+        raise UsageError("no class is named")
     return found
 
 
@@ -111,23 +105,35 @@ def forgetting_tasks(
 
     A method sees `few_shot` images of every class if given, else the share `data_ratio` of each class's images (at least
     one). The first `num_missing` classes of the order that remain throughout lend none.
-    Raises UsageError for numbers out of range, or classes without enough images.
     """
     requested = {c for request in requests for c in request}
     staying = [c for c in class_order(num_classes, seed) if c not in requested]
-    _check_images(len(staying), data_ratio, few_shot, num_missing)
+    if not 0 <= num_missing < len(staying):
+        raise UsageError(f"{num_missing} missing classes: of the {len(staying)} that remain, at least one must lend images")
+    if not 0 < data_ratio <= 1:
+        raise UsageError(f"data ratio {data_ratio} is out of range: above 0, at most 1")
+    if few_shot is not None and few_shot < 1:
+        raise UsageError(f"{few_shot} images of every class: at least 1 is needed")
     missing = tuple(sorted(staying[:num_missing]))
     by_class = _indices_by_class(labels, num_classes)
+
+    def sample(classes: list[int], task: int) -> Tensor:
+        """Draw the classes' images for one task; sorted, so that only the generator of the epoch orders batches."""
+        parts = []
+        for c in classes:
+            known = len(by_class[c])
+            count = few_shot if few_shot is not None else max(1, round(data_ratio * known))
+            if count > known:
+                raise UsageError(f"class {c} has {known} training images, fewer than the {count} a class asked for")
+            shuffled = np.random.default_rng([seed, task, c]).permutation(by_class[c])
+            parts.append(np.sort(shuffled[:count]))
+        return torch.from_numpy(np.concatenate(parts))
+
     tasks, old = [], set()
     for number, request in enumerate(requests, start=1):
         forget = sorted(request)
         remain = [c for c in range(num_classes) if c not in old and c not in request]
         seen = [c for c in remain if c not in missing]
-        draw = [(forget, "forget_indices"), (seen, "remain_indices")]
-        samples = {
-            key: np.concatenate([_sample(by_class[c], c, number, seed, data_ratio, few_shot) for c in classes])
-            for classes, key in draw
-        }
         tasks.append(
             ForgettingTask(
                 number=number,
@@ -135,7 +141,8 @@ def forgetting_tasks(
                 remain=tuple(remain),
                 old=tuple(sorted(old)),
                 missing=missing,
-                **{key: torch.from_numpy(indices) for key, indices in samples.items()},
+                forget_indices=sample(forget, number),
+                remain_indices=sample(seen, number),
             )
         )
         old.update(request)
@@ -152,10 +159,9 @@ def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Te
     """Positions (in order) of the images to train on and of those held out: `share` of each class, at least one.
 
     The split depends on nothing else, so that what pre-training held out, forgetting holds out too.
-    Raises UsageError if a class has too few images for both.
     """
     if not 0 < share < 1:
-        raise UsageError(f"--val-fraction {share} is out of range: between 0 and 1")
+        raise UsageError(f"validation share {share} is out of range: between 0 and 1")
     kept, held = [], []
     for label, indices in enumerate(_indices_by_class(labels, num_classes)):
         count = max(1, round(share * len(indices)))
@@ -167,30 +173,7 @@ def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Te
     return tuple(torch.from_numpy(np.sort(np.concatenate(part))) for part in (kept, held))
 
 
-def _check_images(staying: int, data_ratio: float, few_shot: int | None, num_missing: int) -> None:
-    if not 0 <= num_missing < staying:
-        raise UsageError(
-            f"--missing-classes {num_missing} is out of range: {staying} classes remain after the last task, and at least "
-            f"one of them must lend images"
-        )
-    if not 0 < data_ratio <= 1:
-        raise UsageError(f"--data-ratio {data_ratio} is out of range: above 0, at most 1")
-    if few_shot is not None and few_shot < 1:
-        raise UsageError(f"--few-shot {few_shot} is out of range: at least 1 image a class")
-
-
 def _indices_by_class(labels: Tensor, num_classes: int) -> list[np.ndarray]:
     values = labels.cpu().numpy()
     order = np.argsort(values, kind="stable")
     return np.split(order, np.searchsorted(values[order], np.arange(1, num_classes)))
-
-
-def _sample(
-    indices: np.ndarray, label: int, task: int, seed: int, data_ratio: float, few_shot: int | None
-) -> np.ndarray:
-    """Draw a class's images for one task; sorted, so that only the generator of the epoch orders batches."""
-    count = few_shot if few_shot is not None else max(1, round(data_ratio * len(indices)))
-    if count > len(indices):
-        raise UsageError(f"class {label} has {len(indices)} training images, fewer than the {count} a class asked for")
-    generator = np.random.default_rng([seed, task, label])
-    return np.sort(generator.permutation(indices)[:count])

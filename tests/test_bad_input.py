@@ -23,10 +23,10 @@ def refused(result, code: int, message: str) -> None:
     [
         (["--num-tasks", 5], "5 tasks of 2 classes forget 10 of 10: at least one must remain"),
         (["--forget-per-task", 11], "at least one must remain"),
-        (["--forget-per-task", 0], "must both be at least 1"),
-        (["--data-ratio", 1.5], "--data-ratio 1.5 is out of range"),
+        (["--forget-per-task", 0], "2 tasks of 0 classes: both numbers must be at least 1"),
+        (["--data-ratio", 1.5], "data ratio 1.5 is out of range"),
         (["--few-shot", 13], "has 12 training images, fewer than the 13"),
-        (["--missing-classes", 6], "--missing-classes 6 is out of range"),
+        (["--missing-classes", 6], "6 missing classes: of the 6 that remain, at least one must lend images"),
         (["--rank", 1000], "--rank 1000 is out of range: the adapted layers allow 1 to 128"),
         (["--epochs", 0], "--epochs: 0 is out of range"),
         (["--lr", "nan"], "--lr: nan is not a finite number"),

@@ -37,7 +37,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def load(tmp_path):
-    return lambda root, image_size=SIZE, **options: image_folder(root, image_size, tmp_path / "cache", **options)
+    return lambda root, image_size=SIZE: image_folder(root, image_size, tmp_path / "cache")
 
 
 @pytest.fixture

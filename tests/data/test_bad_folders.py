@@ -40,7 +40,7 @@ def test_damaged_images_of_both_splits_are_named_together(tmp_path, root, load):
         "replace or remove them"
     )
     assert "\n" not in message
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not [*(tmp_path / "cache").glob("*.raw*")]
 
 
 def test_only_the_first_of_many_damaged_images_are_named(root, load):
@@ -119,12 +119,12 @@ def test_folder_that_cannot_be_listed(root, load, monkeypatch):
     scandir = os.scandir
 
     def refuse(path):
-        if str(path).endswith("train/b"):
+        if str(path).endswith("train"):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UsageError, match=r"train/b: cannot be listed \(Permission denied\)$"):
+    with pytest.raises(UsageError, match=r"train: cannot be listed \(Permission denied\)$"):
         load(root)
 
 
@@ -134,26 +134,17 @@ def test_interrupted_decoding_stops_and_leaves_nothing(tmp_path, root, load, mon
         os.link(root / "train/a/1.png", root / f"train/a/x{index}.png")
     decoded, decode = [], data.image_folder.decode_image
 
-    class Bar:
-        def __init__(self, **_):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def update(self, _):
-            raise KeyboardInterrupt
+    def bar(done, *_, **__):
+        yield next(done)
+        raise KeyboardInterrupt
 
     def count(path, image_size):
         decoded.append(path)
         return decode(path, image_size)
 
-    monkeypatch.setattr(data.image_folder, "tqdm", Bar)
+    monkeypatch.setattr(data.image_folder, "tqdm", bar)
     monkeypatch.setattr(data.image_folder, "decode_image", count)
     with pytest.raises(KeyboardInterrupt):
-        load(root, workers=1)
+        load(root)
     assert len(decoded) < 1000
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not [*(tmp_path / "cache").glob("*.raw*")]

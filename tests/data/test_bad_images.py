@@ -1,6 +1,5 @@
 """Damaged image files by the hundreds: named and refused, or decoded; never anything else."""
 
-
 import random
 import re
 
@@ -29,7 +28,7 @@ def test_mutants_are_named_or_decoded(extension, tmp_path, root, load, capsys):
         (refused,) = re.findall(rf": (\d+) of {count + 6} images cannot be decoded: ", str(error))
         assert 0 < int(refused) <= count
         assert "\n" not in str(error)
-        assert list((tmp_path / "cache").iterdir()) == []
+        assert not [*(tmp_path / "cache").glob("*.raw*")]
     else:
         assert train.images.shape == (count + 4, 3, SIZE, SIZE)
     assert "Traceback" not in capsys.readouterr().err

@@ -9,7 +9,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from data import synthetic_faces as module
-from data.synthetic_faces import VARIATION, VARIATION_COLOURS, contact_sheet, synthetic_faces
+from data.synthetic_faces import VARIATION, VARIATION_COLOURS, synthetic_faces
 from util.runtime.errors import UsageError
 
 
@@ -167,13 +167,6 @@ def test_identities_are_recognisable_at_all():
     train, test = synthetic_faces(10, 24, 6, 28)
     classifier = LogisticRegression(max_iter=1000).fit(train.images.flatten(1).numpy() / 255, train.labels.numpy())
     assert classifier.score(test.images.flatten(1).numpy() / 255, test.labels.numpy()) > 0.6
-
-
-def test_contact_sheet_has_a_row_for_each_identity(small):
-    sheet = contact_sheet(small[0], identities=3, per_identity=4)
-    assert sheet.dtype == torch.uint8 and sheet.shape == (3, 3 * 34 + 2, 4 * 34 + 2)
-    assert torch.equal(sheet[:, 2 + 34 : 34 + 34, 2 + 34 : 34 + 34], small[0].images[5])
-    assert contact_sheet(small[1], identities=9, per_identity=3).shape == (3, 5 * 34 + 2, 3 * 34 + 2)
 
 
 @pytest.mark.parametrize(

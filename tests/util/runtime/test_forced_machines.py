@@ -102,7 +102,7 @@ def test_a_set_larger_than_memory(tmp_path):
 import sys, torch
 from backbone.fast_path import to_device
 from backbone.recognizer import Architecture, build_recognizer
-from data.cache import _header, cached_images
+from data.cache import cached_images
 from data.image_set import ImageSet
 from methods import METHODS
 from tests.conftest import drawn_tasks
@@ -113,9 +113,8 @@ from util.runtime.hardware import choose_hardware
 from util.training.monitor import Monitor
 import train_forget
 folder, shape = sys.argv[1], (100_000_000_000 // 37632, 3, 112, 112)
-with open(f"{folder}/key.npy", "wb") as file:
-    file.write(_header(shape))
-    file.truncate(len(_header(shape)) + shape[0] * 37632)
+with open(f"{folder}/key.raw", "wb") as file:
+    file.truncate(shape[0] * 37632)
 images = cached_images("key", shape, lambda array: sys.exit("the cache was not used"), folder)
 labels = torch.arange(shape[0]) % 6
 data = ImageSet("holes", images, labels, tuple("abcdef"))

@@ -9,12 +9,10 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from backbone import lora
-from data.cache import cached_images
 from scripts import table
 from test import settings_of
 from tests.conftest import coloured_images, drawn_tasks, small_recognizer
@@ -139,28 +137,6 @@ def test_adapters(tmp_path):
     load = unchanged(plain, lambda model, path: lora.apply_adapters(model.backbone, load_tensors(path), path))
     found = attack(path, of_bytes(path, random.Random(2)), load)
     assert min(found.values()) > 0
-
-
-def test_cache_files(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 4), np.uint8)
-
-    def fill(array: np.ndarray) -> None:
-        array[:] = images
-
-    cached_images("key", images.shape, fill, tmp_path)
-    path = tmp_path / "key.npy"
-    whole, chance = path.read_bytes(), random.Random(3)
-    header = len(whole) - images.size
-    for _ in range(MUTANTS):
-        mutant = damaged(whole, chance)
-        path.write_bytes(mutant)
-        found = cached_images("key", images.shape, fill, tmp_path).numpy()
-        # Rebuilt, or taken as it is: the right header and length, pixels as they lie there.
-        if len(mutant) == len(whole) and mutant[:header] == whole[:header]:
-            assert found.tobytes() == mutant[header:]
-        else:
-            assert (found == images).all()
-        assert [*tmp_path.iterdir()] == [path]
 
 
 def test_results_and_their_tables(tmp_path):
