@@ -134,9 +134,9 @@ def test_an_interrupted_run_resumes_to_the_same_end(run_folder, trained, colours
 
     keep = continual.ContinualRun._after_epoch
 
-    def cut(self, trainer, task, writer):
-        keep(self, trainer, task, writer)
-        if task.number == 2 and trainer.epoch == 7:
+    def cut(self, trainer, writer):
+        keep(self, trainer, writer)
+        if trainer.task.number == 2 and trainer.position.epoch == 7:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(continual.ContinualRun, "_after_epoch", cut)
@@ -199,7 +199,7 @@ def test_small_sets_get_more_epochs(trained, colours, command, tmp_path, monkeyp
     assert code == 0, err
     state = torch.load(tmp_path / "checkpoints" / "last.pth", weights_only=True)
     # 8 classes of 12 images in batches of 12: 8 steps an epoch.
-    assert (state["epoch"], state["updates"]) == (3, 24)
+    assert state["position"] == {"epoch": 3, "step": 0, "updates": 24}
 
 
 def test_the_published_layout_goes_out_and_comes_back(colours, command, tmp_path):
