@@ -29,15 +29,15 @@ LEFT_OUT = {"help", "output_dir", "cache_dir", "compile", "pretrained"}
 
 def parser_of(script: str, method: str) -> argparse.ArgumentParser:
     if script == "train_forget.py":
-        return train_forget.build_parser(["--method", method])[0]
-    return train_pretrain.build_parser() if script == "train_pretrain.py" else test.build_parser([])
+        return train_forget.build_parser(METHODS[method], False)
+    return train_pretrain.build_parser() if script == "train_pretrain.py" else test.build_parser()
 
 
 def odd_words(parser: argparse.ArgumentParser, chance: random.Random, paths: list[str]) -> list[str]:
     """One to three options of the parser, each with a value that may or may not make sense."""
     words = []
     for action in chance.sample([a for a in parser._actions if a.dest not in LEFT_OUT], chance.randint(1, 3)):
-        if action.type in (int, float):
+        if getattr(action.type, "__name__", "") in ("int", "float"):
             values = NUMBERS + [LARGE] * ("seed" in action.dest)
         elif action.type is Path:
             values = paths
