@@ -151,9 +151,9 @@ class ContinualRun:
         """Write a finished task. results.json comes last: a task it names has all of its files."""
         metadata = {"method": self.method.name, "task": str(task.number), "setting": task.setting}
         if "adapters" in left:
-            save_tensors(self.folder.adapters(task.number), left["adapters"], metadata)
+            save_tensors(self.folder.task_file("adapters", task.number), left["adapters"], metadata)
         if "deposit" in left:
-            save_tensors(self.folder.deposit(task.number), left["deposit"], metadata)
+            save_tensors(self.folder.task_file("deposits", task.number), left["deposit"], metadata)
         if state := self.method.state_dict():
             torch_save(self.folder.method_state(task.number), {self.method.name: state})
         info = {"dataset": self.train_set.name, "method": self.method.name, "task": task.number, **entry["after"]}
