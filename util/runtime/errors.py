@@ -1,4 +1,4 @@
-"""What a user can cause: `run_main` (util/cli/arguments.py) prints it in one line and ends with `exit_code`."""
+"""What a user can cause: `run_main` (util/cli/main.py) prints it in one line and ends with `exit_code`."""
 
 
 class UsageError(Exception):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from backbone.fast_path import to_device
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from util.cli.arguments import plain_arguments
 from util.cli.config import code_and_packages
+from util.cli.options import plain_arguments
 from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
 from util.runtime import distributed
 from util.runtime.errors import RunError
@@ -53,8 +53,10 @@ def joint_hash(hashes: list[str]) -> str:
 class Recorder:
     """Notes what a task starts from; writes its record when it is done."""
 
-    def __init__(self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet]) -> None:
-        self.args, self.hardware = args, hardware
+    def __init__(
+        self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet], resumed: bool
+    ) -> None:
+        self.args, self.hardware, self.resumed = args, hardware, resumed
         self.train_set, self.test_set = data
         self.test_hash = joint_hash(image_hashes(self.test_set))
 
@@ -80,7 +82,7 @@ class Recorder:
             },
             "started": self.started,
             "finished": utc_now(),
-            "resumed": bool(self.args.resume),
+            "resumed": self.resumed,
             "model": {
                 "before": self.before,
                 "after": weights_sha256(model),
