@@ -189,5 +189,5 @@ def test_records(tmp_path):
     arguments = {"data": "faces", "identities": 5, "val_fraction": None, "data_seed": 0, "checkpoint": "c.pth"}
     parts = {"request": {}, "model": {}, "images": {"size": 16}, "accuracies": {}, "hardware": {"bf16": True}}
     path.write_text(json.dumps({"schema": 1, "task": 1, "arguments": arguments, **parts}))
-    found = attack(path, of_json(path, random.Random(5)), lambda path: settings_of(load_record(path), path))
+    found = attack(path, of_json(path, random.Random(5)), lambda path: settings_of(load_record(path)))
     assert min(found.values()) > 0
