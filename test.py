@@ -20,8 +20,8 @@ from backbone.lora import apply_adapters
 from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import named_classes
+from util.cli import options
 from util.cli.main import run_main
-from util.cli.options import Parser, add_data_options, add_hardware_options, hardware_of, number
 from util.evaluation.evaluate import Predictions, embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
 from util.report.results import load_results
@@ -36,7 +36,7 @@ Groups = dict[str, list[int]]
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    chooser = Parser(add_help=False)
+    chooser = options.Parser(add_help=False)
     add_record_option(chooser)
     record = chooser.parse_known_args(argv)[0].verify_record
     parser = build_parser()
@@ -48,8 +48,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0])
+def build_parser() -> options.Parser:
+    parser = options.Parser(description=__doc__.splitlines()[0])
     add_record_option(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="ours or published layout")
     parser.add_argument(
@@ -59,22 +59,22 @@ def build_parser() -> Parser:
         "--deposit", type=Path, metavar="FILE", help="LIRF's deposit, in place of the checkpoint's lower half"
     )
     parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
-    add_data_options(parser)
+    options.add_data(parser)
     group = parser.add_argument_group("groups of classes")
     group.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
     group.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
     group.add_argument("--task", type=int, help="task of --results (default: the checkpoint's own, or the last)")
     group = parser.add_argument_group("verification")
     group.add_argument(
-        "--pairs", type=number(int, 0), default=20000, help="genuine and impostor pairs to draw, each; 0: none"
+        "--pairs", type=options.number(int, 0), default=20000, help="genuine and impostor pairs to draw, each; 0: none"
     )
     group.add_argument("--seed", type=int, default=0, help="seed of the pairs")
-    add_hardware_options(parser)
+    options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: exps/test-<folder>-<checkpoint>")
     return parser
 
 
-def add_record_option(parser: Parser) -> None:
+def add_record_option(parser: options.Parser) -> None:
     parser.add_argument(
         "--verify-record", type=Path, metavar="FILE", help="recompute a run's deletions/task_<t>.json, and say if it is true"
     )
@@ -92,7 +92,7 @@ def settings_of(record: dict) -> dict:
 def confirm(args: argparse.Namespace) -> None:
     """Print every check of --verify-record. Raises RunError if one fails."""
     record = load_record(args.verify_record)
-    hardware = hardware_of(args)
+    hardware = options.hardware_of(args)
     data = build_datasets(args, record["images"]["size"], hardware.device)
     failed, rows = [], []
     for what, so, details in verify_record(args.verify_record, record, data, hardware):
@@ -153,7 +153,7 @@ def main(argv: list[str] | None) -> None:
     if args.verify_record is not None:
         confirm(args)
         return
-    hardware = hardware_of(args)
+    hardware = options.hardware_of(args)
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     for path in args.adapters:
         apply_adapters(checkpoint.model.backbone, load_tensors(path), path)

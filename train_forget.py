@@ -19,19 +19,9 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests
 from methods import METHODS, method_class
 from methods.base import Method
+from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
 from util.cli.main import run_main
-from util.cli.options import (
-    Parser,
-    add_data_options,
-    add_fast_path_options,
-    add_hardware_options,
-    add_method_options,
-    add_optimization_options,
-    check_warmup,
-    hardware_of,
-    number,
-)
 from util.report.tables import Comparison
 from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
@@ -47,14 +37,14 @@ from util.training.resume import add_resume_options, needed_bytes, prepare_run_d
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     config = saved_arguments(argv)
-    chooser = Parser(add_help=False)
+    chooser = options.Parser(add_help=False)
     add_method_choice(chooser)
     chooser.use_defaults({key: config[key] for key in ("method", "as_published") if key in config})
     chosen = chooser.parse_known_args(argv)[0]
     parser = build_parser(method_class(chosen.method), chosen.as_published)
     parser.use_defaults(config)
     args = parser.parse_args(argv)
-    check_warmup(args)
+    options.check_warmup(args)
     if args.forget_classes is None and args.then:
         raise UsageError("--then follows --forget-classes, which names the first classes to forget")
     if args.forget_classes is not None and (args.num_tasks, args.forget_per_task) != (None, None):
@@ -62,21 +52,21 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def add_method_choice(parser: Parser) -> None:
+def add_method_choice(parser: options.Parser) -> None:
     parser.add_argument("--method", default="gs_lora", help=f"{', '.join(METHODS)}; with --help, its options")
     parser.add_argument(
         "--as-published", action="store_true", help="the method's published readings and values; further options still count"
     )
 
 
-def build_parser(method: type[Method], as_published: bool) -> Parser:
+def build_parser(method: type[Method], as_published: bool) -> options.Parser:
     """The shared options and those of `method`."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(description=__doc__.splitlines()[0])
     add_config_option(parser)
     add_method_choice(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the pre-trained recognizer")
     parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
-    add_data_options(parser)
+    options.add_data(parser)
     group = parser.add_argument_group("forgetting protocol")
     group.add_argument("--num-tasks", type=int, help="requests to forget, one after another, of drawn classes (default: 4)")
     group.add_argument(
@@ -89,23 +79,23 @@ def build_parser(method: type[Method], as_published: bool) -> Parser:
     group.add_argument("--data-ratio", type=float, default=0.1, help="share of a class's training images a method sees")
     group.add_argument("--few-shot", type=int, metavar="N", help="exactly N images a class instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
-    add_optimization_options(parser, epochs=100)
+    options.add_optimization(parser, epochs=100)
     parser.add_argument(
-        "--min-updates", type=number(int, 0), default=0, help="more epochs for a task whose images make fewer updates"
+        "--min-updates", type=options.number(int, 0), default=0, help="more epochs where a task makes fewer updates"
     )
-    add_hardware_options(parser)
-    add_fast_path_options(parser)
+    options.add_hardware(parser)
+    options.add_fast_path(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<setting>-seed<seed>")
     group.add_argument(
-        "--eval-every", type=number(int, 0), default=0, help="log test accuracies every so many epochs; 0: no"
+        "--eval-every", type=options.number(int, 0), default=0, help="log test accuracies every so many epochs; 0: no"
     )
     group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth in that layout")
     add_resume_options(group)
     group.add_argument(
         "--resume-from", type=Path, metavar="FILE", help="start after the tasks that this task_<t>.pth has forgotten"
     )
-    add_method_options(parser, method, as_published)
+    options.add_method(parser, method, as_published)
     return parser
 
 
@@ -181,7 +171,7 @@ def training_flops(args: argparse.Namespace, run: Assembly) -> float:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = hardware_of(args)
+    hardware = options.hardware_of(args)
     run = assemble(args, hardware)
     run.method.hardware = hardware.decide(training_flops(args, run))
     name = f"{args.method}-{run.data[0].name}-{run.tasks[0].setting}-seed{args.seed}"

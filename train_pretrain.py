@@ -21,18 +21,9 @@ from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import whole_set
 from methods.pretrain import Pretrain
+from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
 from util.cli.main import run_main
-from util.cli.options import (
-    Parser,
-    add_data_options,
-    add_fast_path_options,
-    add_hardware_options,
-    add_optimization_options,
-    check_warmup,
-    hardware_of,
-    number,
-)
 from util.evaluation.evaluate import predict
 from util.runtime.distributed import main_process_first
 from util.runtime.files import write_json
@@ -58,27 +49,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__.splitlines()[0])
+def build_parser() -> options.Parser:
+    parser = options.Parser(description=__doc__.splitlines()[0])
     add_config_option(parser)
-    add_data_options(parser)
+    options.add_data(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
     group.add_argument("--image-size", type=int, help="pixels (default: the model's own)")
-    group.add_argument("--depth", type=number(int, 1), help="number of blocks (default: the model's own)")
+    group.add_argument("--depth", type=options.number(int, 1), help="number of blocks (default: the model's own)")
     group.add_argument("--head", choices=HEADS, default="cosface", help="margin head")
     group.add_argument(
-        "--drop-rate", type=number(float, 0, 1), help="dropout after the embedding and in the blocks (default: the model's)"
+        "--drop-rate", type=options.number(float, 0, 1), help="of the embedding and in blocks (default: the model's)"
     )
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
-    add_optimization_options(parser, lr=1e-3, warmup_epochs=None)
+    options.add_optimization(parser, lr=1e-3, warmup_epochs=None)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")
     group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
     add_resume_options(group)
-    add_hardware_options(parser)
-    add_fast_path_options(parser)
+    options.add_hardware(parser)
+    options.add_fast_path(parser)
     return parser
 
 
@@ -88,14 +79,14 @@ def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
         args.epochs = max(MIN_EPOCHS, round(IMAGES_SHOWN / train_images))
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
-    check_warmup(args)
+    options.check_warmup(args)
 
 
 def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Recognizer:
-    options = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
-    options |= {} if args.depth is None else {"depth": args.depth}
+    sizes = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
+    sizes |= {} if args.depth is None else {"depth": args.depth}
     torch.manual_seed(derived_seed(args.seed))
-    architecture = Architecture(args.model, num_classes, image_size, args.head, options)
+    architecture = Architecture(args.model, num_classes, image_size, args.head, sizes)
     model = build_recognizer(architecture, args.pretrained)
     if args.weights is not None:
         load_backbone(model, args.weights)
@@ -104,7 +95,7 @@ def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> 
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = hardware_of(args)
+    hardware = options.hardware_of(args)
     image_size = args.image_size or default_image_size(args.model)
     train_set, test_set = build_datasets(args, image_size, hardware.device)
     choose_epochs(args, len(train_set))

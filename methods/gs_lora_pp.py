@@ -39,10 +39,7 @@ class GSLoRApp(GSLoRA):
         Option("prototype_bound", 18.0, "BND_p, the KL beyond which an image is far enough"),
         Option("ema_decay", 0.9, "decay of the moving average, per epoch", high=1),
         Option(
-            "ema_start",
-            2,
-            "epoch (from 0) that averaging starts with; a task of fewer epochs is not averaged",
-            published=30,
+            "ema_start", 2, "epoch (from 0) that averaging starts with; a task of fewer epochs is not averaged", published=30
         ),
     ]
 

@@ -72,7 +72,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return parse
 
 
-def add_data_options(parser: Parser) -> None:
+def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data", default=SYNTHETIC, metavar="DIR", help=f"folder with train/ and test/, or {SYNTHETIC} (drawn, no download)"
@@ -89,7 +89,7 @@ def add_data_options(parser: Parser) -> None:
     )
 
 
-def add_hardware_options(parser: Parser) -> None:
+def add_hardware(parser: Parser) -> None:
     """The options of every script that runs a model."""
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -100,7 +100,7 @@ def add_hardware_options(parser: Parser) -> None:
     _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
 
 
-def add_fast_path_options(parser: Parser) -> None:
+def add_fast_path(parser: Parser) -> None:
     """Further ones of the scripts that train."""
     group = parser.add_argument_group("fast path")
     _add_choice(group, "compile", ("on", "off"), "torch.compile the blocks; auto: if the run is long enough to gain")
@@ -126,7 +126,7 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
     return hardware
 
 
-def add_optimization_options(parser: Parser, **defaults: Any) -> None:
+def add_optimization(parser: Parser, **defaults: Any) -> None:
     """`defaults` replace those below."""
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=number(int, 1), help="epochs, of each task where there are several")
@@ -146,7 +146,7 @@ def check_warmup(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} is out of range: at most --epochs, {args.epochs}")
 
 
-def add_method_options(parser: Parser, method: type[Method], as_published: bool) -> None:
+def add_method(parser: Parser, method: type[Method], as_published: bool) -> None:
     """The method's table of options; the published values as defaults with `as_published`."""
     group = parser.add_argument_group(f"{method.title} ({method.source})" if method.source else method.title)
     for option in {option.name: option for option in method.options}.values():

@@ -1,6 +1,6 @@
 """What the machine offers, and the fast path: every choice that depends on the machine is made here.
 
-Each part is automatic, can be switched off alone (`util.cli.options.add_fast_path_options`), and is worth what
+Each part is automatic, can be switched off alone (`util.cli.options.add_fast_path`), and is worth what
 `scripts/benchmark.py` measures for it.
 """
 

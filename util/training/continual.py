@@ -28,7 +28,7 @@ from util.storage.checkpoint import (
 from util.storage.folders import RunFolder
 from util.training.deletion_record import Recorder
 from util.training.engine import Trainer
-from util.training.monitor import Monitor, open_writer
+from util.training.monitor import Monitor, log_scalars, open_writer
 from util.training.optim import Schedule, derived_seed, epochs_for
 from util.training.resume import LastState
 
@@ -112,7 +112,7 @@ class ContinualRun:
             "peak_memory_mb": round(hardware.peak_memory_mb(), 1),
         }
         self._keep(task, output, task_entry(task, before, after, output.groups, costs))
-        self._log(writer, "tasks", after, task.number)
+        log_scalars(writer, "tasks", after, task.number)
         old = "" if after["acc_old"] is None else f", Acc_o {percent(after['acc_old'])}"
         print(
             f"{label}: H {percent(after['h_mean'])}, Acc_r {percent(before['acc_remain'])} → "
@@ -151,13 +151,7 @@ class ContinualRun:
         if self.args.eval_every and epoch % self.args.eval_every == 0:
             now = predict(self.model, self.test_set, self.method.hardware)
             accuracies = accuracies_after(now, task, accuracies_before(self.predictions_before, task))
-            self._log(writer, f"task_{task.number}/test", accuracies, epoch)
-
-    @staticmethod
-    def _log(writer: SummaryWriter, tag: str, accuracies: dict, step: int) -> None:
-        for name, value in accuracies.items():
-            if value is not None:
-                writer.add_scalar(f"{tag}/{name}", value, step)
+            log_scalars(writer, f"task_{task.number}/test", accuracies, epoch)
 
     def _keep(self, task: ForgettingTask, output: TaskOutput, entry: dict) -> None:
         """Write a finished task. results.json comes last: a task it names has all of its files."""
@@ -181,7 +175,8 @@ class ContinualRun:
         from util.report.figures import run_figure, save_figure
 
         figure = run_figure(self.results)
-        writer.add_figure("run", figure, close=False)
+        if writer is not None:
+            writer.add_figure("run", figure, close=False)
         save_figure(figure, self.folder.figure)
         self.results["finished"] = True
         write_json(self.folder.results, self.results)

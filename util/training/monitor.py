@@ -22,22 +22,15 @@ from util.runtime.errors import RunError
 REFRESH_SECONDS = 2.0
 
 
-class NoWriter(contextlib.AbstractContextManager):
-    """Takes what a SummaryWriter takes and writes nothing: for all processes of a run but the first."""
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def add_scalar(self, *_: object) -> None:
-        pass
-
-    def add_figure(self, *_: object, **__: object) -> None:
-        pass
+def open_writer(folder: Path) -> contextlib.AbstractContextManager[SummaryWriter | None]:
+    """TensorBoard events in `folder`; None in all processes of a run but the first. Use as a context manager."""
+    return contextlib.nullcontext() if distributed.rank() else SummaryWriter(folder)
 
 
-def open_writer(folder: Path) -> SummaryWriter | NoWriter:
-    """TensorBoard events in `folder`; use as a context manager."""
-    return NoWriter() if distributed.rank() else SummaryWriter(folder)
+def log_scalars(writer: SummaryWriter | None, tag: str, values: dict[str, float | None], step: int) -> None:
+    for name, value in values.items():
+        if writer is not None and value is not None:
+            writer.add_scalar(f"{tag}/{name}", value, step)
 
 
 @dataclass
@@ -55,7 +48,7 @@ class EpochLog:
 class Monitor:
     """Progress of one task (or of pre-training). `tag` heads its scalars, `label` its bar; use as a context manager."""
 
-    def __init__(self, writer: SummaryWriter | NoWriter | None, tag: str, label: str, epochs: int, done: int = 0) -> None:
+    def __init__(self, writer: SummaryWriter | None, tag: str, label: str, epochs: int, done: int = 0) -> None:
         self.writer, self.tag, self.label = writer, tag, label
         # On a terminal a live bar; in a log file nothing but what the scripts print.
         hidden = True if distributed.rank() else None
@@ -109,9 +102,7 @@ class Monitor:
             means |= dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         scalars = {f"loss/{name}": value for name, value in means.items()} | metrics
         scalars |= {"lr": lr, "images_per_second": self._speed()}
-        if self.writer is not None:
-            for name, value in scalars.items():
-                self.writer.add_scalar(f"{self.tag}/{name}", value, self.epoch.number + 1)
+        log_scalars(self.writer, self.tag, scalars, self.epoch.number + 1)
         self.bar.update(1)
         self._show(means)
         return means

@@ -21,7 +21,7 @@ FUSED_OPTIMIZERS = {"adam", "adamw", "sgd", "nesterov", "momentum"}
 
 @dataclass(frozen=True)
 class Schedule:
-    """How one task's parameters are optimized: the options of `util.cli.options.add_optimization_options`."""
+    """How one task's parameters are optimized: the options of `util.cli.options.add_optimization`."""
 
     epochs: int
     lr: float
