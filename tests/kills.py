@@ -26,7 +26,7 @@ from util.cli.main import run_main
 SCRIPTS = {"train_forget.py": train_forget.main, "train_pretrain.py": train_pretrain.main}
 TIMES = {"train_seconds", "eval_seconds", "images_per_second", "peak_memory_mb", "started", "finished", "resumed"}
 # Where a run may differ from another of the same options: file names in it, the way there, times.
-NOT_COMPARED = {"config.json", "last.pth", "figure.png", "table.md", "log", ".lock"}
+NOT_COMPARED = {"config.json", "last.pth", "figure.png", "table.md", "log", ".lock", ".lock.holder"}
 
 
 def start(script: str, words: list[str], log: Path) -> int:

@@ -37,7 +37,7 @@ def refused(result, code: int, message: str) -> None:
         (["--device", "abacus"], "--device 'abacus' is not a device"),
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--opt", "no_such"], "--opt no_such"),
-        (["--checkpoint", "absent.pth"], "no checkpoint file absent.pth"),
+        (["--checkpoint", "absent.pth"], "no file absent.pth"),
         (["--data", "absent"], "absent"),
         (["--head", "arcface"], "was trained with --head cosface, not arcface"),
         (["--then", "c1"], "--then follows --forget-classes"),
@@ -61,7 +61,7 @@ def test_impossible_requests(options, message, trained, colours, command, tmp_pa
         (["--image-size", 30], "cannot build face_vit_tiny for 30×30 images"),
         (["--depth", 0], "--depth: 0 is out of range"),
         (["--drop-rate", 1], "--drop-rate: 1 is out of range"),
-        (["--weights", "absent.pth"], "no checkpoint file absent.pth"),
+        (["--weights", "absent.pth"], "no file absent.pth"),
         (["--data", "synthetic_faces", "--identities", 1], "identities is 1; give at least 2"),
     ],
 )

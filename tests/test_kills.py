@@ -22,8 +22,6 @@ METHODS = {
 }
 
 
-
-
 @pytest.fixture(scope="module")
 def hunts(tmp_path_factory):
     """Start all hunts, two at a time, each on one thread: name → its counts, when they are known."""

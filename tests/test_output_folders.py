@@ -43,7 +43,7 @@ def test_the_second_run_in_a_folder_is_refused_naming_the_first(trained, colours
     assert "stopped by SIGTERM in epoch" in err
     assert "continue with --resume" in err
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
-    assert f"in epoch {state['epoch'] + 1} of 3000" in err
+    assert f"in epoch {state['position']['epoch'] + 1} of 3000" in err
     refused(command("train_forget.py", *words), 2, "use --resume to continue it, --overwrite to replace it")
     code, _, err = command("train_forget.py", *words, "--overwrite", "--epochs", 1)
     assert code == 0, err
@@ -71,13 +71,21 @@ def test_a_run_that_goes_on_with_other_arithmetic_is_warned(trained, colours, co
         assert ("was begun with bf16 True, now False: it may end in other bits" in err) == warned
 
 
+def test_a_run_is_finished_when_its_results_say_so(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert not folder.finished
+    for text, finished in (("{}", False), ('{"finished": true}', True)):
+        folder.results.write_text(text)
+        assert folder.finished == finished
+
+
 def test_what_killed_processes_leave_is_removed(trained, colours, command, tmp_path):
     left = tmp_path / "run" / "checkpoints" / ".task_1.pth.abc123.tmp"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     code, _, err = command("train_forget.py", *forget_options(trained, colours, tmp_path / "run"), "--epochs", 1)
     assert code == 0, err
-    assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+    assert {path.name for path in tmp_path.rglob(".*")} == {".lock", ".lock.holder"}
 
 
 def test_a_disk_without_room_is_found_before_anything_starts(trained, colours, command, tmp_path, monkeypatch):
@@ -90,53 +98,47 @@ def test_a_disk_without_room_is_found_before_anything_starts(trained, colours, c
     assert results_of(tmp_path / "run") == before
 
 
-def leaves_the_last_good_state(words: list, output, command, limit=None) -> None:
-    """The disk fills up while the run goes: one line, every file whole, and it can be continued."""
-    process = start("train_forget.py", *words, preexec_fn=limit)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
-    assert "Traceback" not in err
-    assert "error: cannot write" in err.strip().splitlines()[-1]
+def fills_up(output, *words: object, **options) -> None:
+    """The disk fills up while the run goes: one line, and every file whole."""
+    command = [sys.executable, *map(str, words)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    assert process.returncode == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    assert "error: cannot write: " in process.stderr.strip().splitlines()[-1]
     for path in output.rglob("*.pth"):
         torch.load(path, weights_only=True)
     assert not list(output.rglob(".*.tmp"))
 
 
-def test_a_quota_that_is_reached(trained, colours, command, tmp_path):
-    output = tmp_path / "run"
-    words = forget_options(trained, colours, output)
-    size = trained.stat().st_size  # of a checkpoint: that of the last state is larger
-    leaves_the_last_good_state(words, output, command, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+def continues(command, words: list, output) -> None:
     code, _, err = command("train_forget.py", *words, "--resume")
     assert code == 0, err
     assert len(results_of(output)["tasks"]) == 2
 
 
+def test_a_quota_that_is_reached(trained, colours, command, tmp_path):
+    words = forget_options(trained, colours, tmp_path / "run")
+    size = trained.stat().st_size  # of a checkpoint: that of the last state is larger
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+    fills_up(tmp_path / "run", "train_forget.py", *words, **limit)
+    continues(command, words, tmp_path / "run")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
-def test_a_disk_that_fills_up(trained, colours, command, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up(trained, colours, command, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     size = round(3.2 * trained.stat().st_size)  # one last state and one checkpoint, not the next ones beside them
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("cannot mount a small disk here")
     try:
         words = forget_options(trained, colours, disk / "run")
         refused(command("train_forget.py", *words), 2, "MB are free")
         script = "import sys, shutil; shutil.disk_usage = lambda p: type('U', (), {'free': 1 << 40}); import train_forget"
         script += "; from util.cli.main import run_main; sys.argv[0] = 'train_forget.py'; run_main(train_forget.main)"
-        process = subprocess.run(
-            [sys.executable, "-c", script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert process.returncode == 1, process.stderr
-        assert "Traceback" not in process.stderr
-        assert "error: cannot write: No space left on device" in process.stderr.strip().splitlines()[-1]
-        for path in disk.rglob("*.pth"):
-            torch.load(path, weights_only=True)
+        fills_up(disk, "-c", script, *words)
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-        code, _, err = command("train_forget.py", *words, "--resume")
-        assert code == 0, err
-        assert len(results_of(disk / "run")["tasks"]) == 2
+        continues(command, words, disk / "run")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -162,7 +164,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_that_step(poisoned, trained, 
     refused(result, 1, f"part 'remain' became nan in epoch {(poisoned + 1) // 2}, step {(poisoned + 1) % 2 + 1}")
     assert len(calls) == poisoned
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
-    assert state["epoch"] == (poisoned - 1) // 2
+    assert state["position"]["epoch"] == (poisoned - 1) // 2
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     monkeypatch.undo()
     code, _, err = command("train_forget.py", *words, "--resume")
@@ -176,11 +178,11 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(trained, colours, 
 
     def poison(self, batch):
         losses = step(self, batch)
-        if self.updates == 6:  # the last of the third epoch: the loss of it was fine
+        if self.position.updates == 6:  # the last of the third epoch: the loss of it was fine
             self.parameters[0].data.fill_(float("inf"))
         return losses
 
     monkeypatch.setattr(Trainer, "step", poison)
     words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 1]
     refused(command("train_forget.py", *words), 1, "the weights are not finite after epoch 3")
-    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["epoch"] == 2
+    assert torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["position"]["epoch"] == 2

@@ -130,7 +130,7 @@ def test_wrong_words_are_refused_at_once(script):
     for name, arguments, variables, message in (
         ("run_forget.sh", ["colour"], {}, "unknown sweep 'colour'"),
         ("run_cl_forget.sh", [], {"SETTING": "huge"}, "SETTING=huge is unknown"),
-        ("run_cl_forget.sh", [], {"DATA": "absent", "CHECKPOINT": "absent.pth"}, "no checkpoint file"),
+        ("run_cl_forget.sh", [], {"DATA": "absent", "CHECKPOINT": "absent.pth"}, "no file"),
     ):
         done = script(name, *arguments, **variables)
         assert done.returncode == 2

@@ -1,8 +1,4 @@
-"""What a user can cause, told in one line.
-
-Raise these instead of a bare exception wherever the message says what is wrong, where, and what to do;
-`util.cli.main.run_main` prints that line without a traceback and ends with `exit_code`.
-"""
+"""What a user can cause: `run_main` (util/cli/main.py) prints it in one line and ends with `exit_code`."""
 
 
 class UsageError(Exception):

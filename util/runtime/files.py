@@ -1,12 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read or refused in one line."""
 
 import contextlib
 import hashlib
 import io
 import json
-import math
 import os
-import tempfile
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -32,29 +31,37 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(TEMPORARY_SUFFIX, f".{path.name}.", path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock out the others of a shared machine
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def readable(path: Path, complaint: str = "damaged checkpoint") -> Iterator[None]:
+    """Turn what reading a missing, damaged or dangerous file raises into one line: UsageError or RunError."""
+    if not Path(path).is_file():
+        raise UsageError(f"no file {path}")
+    try:
+        yield
+    except (UsageError, RunError):
+        raise
+    except Exception as error:  # damage makes the readers raise almost anything
+        if isinstance(error.__cause__ or error, pickle.UnpicklingError):  # whose text tells how to load it nevertheless
+            raise RunError(f"{path}: refused: it holds more than tensors and plain values, or is no checkpoint") from None
+        line = (str(error).splitlines() or [""])[0]
+        raise RunError(f"{path}: {complaint}: {type(error).__name__} {line}") from None
 
 
 def sha256(path: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -66,6 +73,16 @@ def write_json(path: Path, data: dict) -> None:
     write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    """Read a JSON object of finite numbers."""
+    with readable(path, "not readable as JSON"):
+        data = json.loads(Path(path).read_text())
+        json.dumps(data, allow_nan=False)  # raises for NaN and infinities, which Python's reader takes
+    if not isinstance(data, dict):
+        raise RunError(f"{path}: not a JSON object")
+    return data
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors and string metadata as one safetensors file, whole or not at all."""
     with atomic_write(path) as file:
@@ -73,34 +90,15 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file that `save_tensors` wrote. Raises UsageError if it is missing, RunError if it is damaged."""
-    if not Path(path).is_file():
-        raise UsageError(f"no file {path}")
-    try:
+    """Read a file that `save_tensors` wrote."""
+    with readable(path, "not a readable safetensors file"):
         tensors = load_file(path)
-    except Exception as error:  # damage makes the reader raise almost anything
-        raise RunError(f"{path}: not a readable safetensors file ({error})") from None
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise RunError(f"{path}: {name} holds values that are not finite numbers")
+        check_finite(tensors, path)
     return tensors
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not finite")
-    return number
-
-
-def read_json(path: Path) -> dict:
-    """Read a JSON file. Raises UsageError if it is missing, RunError if it is no JSON object of finite numbers."""
-    try:
-        data = json.loads(path.read_text(), parse_float=_finite, parse_constant=_finite)
-    except FileNotFoundError:
-        raise UsageError(f"no file {path}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise RunError(f"{path}: not a JSON object")
-    return data
+def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise RunError for the first tensor that holds NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RunError(f"{path}: {name} holds values that are not finite; the file is damaged, or its training diverged")

@@ -3,13 +3,11 @@
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from util.runtime import distributed
 from util.runtime.errors import RunError
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(RunError):
@@ -34,32 +32,31 @@ def stop_on_signals() -> Iterator[Stop]:
     own. These end at once, and continue from the last save.
     """
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread() or distributed.world_size() > 1:
-        yield stop
-        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if stop.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.received = signal.Signals(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
+    alone = threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
+    with _handled_by(note, signal.SIGINT, signal.SIGTERM) if alone else contextlib.nullcontext():
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
-@contextlib.contextmanager
-def end_on_sigterm() -> Iterator[None]:
+def end_on_sigterm() -> contextlib.AbstractContextManager:
     """Inside, SIGTERM ends the script as SIGINT does, so that it can end what it has started. In the main thread alone."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    return _handled_by(end, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

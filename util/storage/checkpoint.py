@@ -1,11 +1,8 @@
 """Checkpoints: what a trained recogniser is on disk. Loading never runs code from the file."""
 
-import contextlib
-import pickle
-from collections.abc import Iterator
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import timm
 import torch
@@ -16,17 +13,12 @@ from backbone.published import from_published, is_published, published_architect
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import atomic_write
-from util.storage.untrusted import (
-    check_archive,
-    check_finite,
-    check_tensors,
-    checked_architecture,
-    checked_classes,
-    checked_forgotten,
-)
+from util.runtime.files import atomic_write, check_finite, readable
 
 FORMAT = "continual-forgetting-1"
+# What train_pretrain.py and the published layout set. Others of timm's arguments could name files or addresses to load.
+MODEL_OPTIONS = {"depth", "embed_dim", "mlp_ratio", "num_heads", "pos_drop_rate", "proj_drop_rate"}
+LARGEST = 1 << 24  # of the numbers in a file's architecture
 
 
 @dataclass
@@ -44,7 +36,6 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint whole or not at all."""
     torch_save(
         path,
         {
@@ -53,13 +44,13 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
             "classes": list(checkpoint.classes),
             "forgotten": checkpoint.forgotten,
             "info": checkpoint.info,
-            "model": {key: tensor.detach().cpu() for key, tensor in checkpoint.model.state_dict().items()},
+            "model": _cpu_state(checkpoint.model),
         },
     )
 
 
 def save_published(path: Path, model: Recognizer) -> None:
-    """Write the bare state dict of the published layout. Raises UsageError if that cannot hold the model."""
+    """Write the bare state dict of the published layout."""
     torch_save(path, published_state(model))
 
 
@@ -78,39 +69,52 @@ def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
 
     A published file does not say which margin head it was trained with; `head` does (default: cosface, or softmax
     where the head has a bias).
-    Raises UsageError if the file is missing or is no recogniser, RunError if it is damaged.
     """
     data = torch_load(path)
-    if isinstance(data, dict) and data.get("format") == FORMAT:
-        return _load_own(path, data, head)
-    if isinstance(data, dict) and is_published(data):
-        is_linear = any(str(key).endswith("loss.bias") for key in data)
-        return _load_published(path, data, head or ("softmax" if is_linear else "cosface"))
+    with readable(path):
+        if isinstance(data, dict) and data.get("format") == FORMAT:
+            return _load_own(path, data, head)
+        if isinstance(data, dict) and is_published(data):
+            return _load_published(path, data, head)
     raise UsageError(
         f"{path} is no checkpoint of a face recogniser: it has neither this project's format nor the published layout"
     )
 
 
 def _load_own(path: Path, data: dict, head: str | None) -> Checkpoint:
-    try:
-        architecture = checked_architecture(data["architecture"])
-        classes = checked_classes(data["classes"], architecture.num_classes)
-        forgotten = checked_forgotten(data["forgotten"], architecture.num_classes)
-        info, state = dict(data["info"]), dict(data["model"])
-        if architecture.model_options.get("depth", 1) > len(state):
-            raise ValueError("fewer tensors than blocks")
-        with torch.device("meta"):  # takes no memory: the shapes are compared first
-            check_fits(build_recognizer(architecture), state, path)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{path}: damaged checkpoint: {type(error).__name__} {error}") from None
+    architecture, state = _architecture(data["architecture"]), data["model"]
+    _check_sizes(state, path)
+    if architecture.model_options.get("depth", 1) > len(state):
+        raise ValueError("fewer tensors than blocks")
+    with torch.device("meta"):  # takes no memory: the shapes are compared first
+        check_fits(build_recognizer(architecture), state, path)
     if head is not None and head != architecture.head:
         raise UsageError(f"{path} was trained with --head {architecture.head}, not {head}; leave --head out")
-    checkpoint = Checkpoint(build_recognizer(architecture), classes, forgotten, info)
-    load_weights(checkpoint.model, state, path)
-    return checkpoint
+
+    classes, count = tuple(data["classes"]), architecture.num_classes
+    if len(classes) not in (0, count) or len({*classes}) < len(classes) or not all(isinstance(c, str) for c in classes):
+        raise ValueError("impossible classes")
+    forgotten = [[int(c) for c in task] for task in data["forgotten"]]
+    ids = [c for task in forgotten for c in task]
+    if not all(forgotten) or len({*ids}) < len(ids) or not {*ids} < {*range(count)}:
+        raise ValueError("impossible forgotten classes")
+    model = build_recognizer(architecture)
+    load_weights(model, state, path)
+    return Checkpoint(model, classes, forgotten, dict(data["info"]))
 
 
-def _load_published(path: Path, data: dict, head: str) -> Checkpoint:
+def _architecture(fields: dict) -> Architecture:
+    a = Architecture(**fields)
+    numbers = [a.num_classes, a.image_size, *a.model_options.values(), *a.head_options.values()]
+    possible = all(isinstance(number, int | float) and 0 <= number <= LARGEST for number in numbers)
+    named = isinstance(a.model, str) and isinstance(a.head, str)
+    if not possible or not named or not a.model_options.keys() <= MODEL_OPTIONS:
+        raise ValueError("impossible architecture")
+    return a
+
+
+def _load_published(path: Path, data: dict, head: str | None) -> Checkpoint:
+    _check_sizes(data, path)
     try:
         shape = published_architecture(data)
         backbone, head_state, adapters = from_published(data)
@@ -118,9 +122,9 @@ def _load_published(path: Path, data: dict, head: str) -> Checkpoint:
         raise UsageError(f"{path}: {error}") from None
     if shape["classes"] is None:
         raise UsageError(f"{path} holds a backbone without a head (no loss.weight): there are no classes to recognise")
+    head = head or ("softmax" if "bias" in head_state else "cosface")
     options = {key: shape[key] for key in ("depth", "embed_dim", "mlp_ratio", "num_heads")}
-    architecture = Architecture(shape["model"], shape["classes"], shape["image_size"], head, options)
-    model = build_recognizer(architecture)
+    model = build_recognizer(Architecture(shape["model"], shape["classes"], shape["image_size"], head, options))
     state = {f"backbone.{key}": value for key, value in backbone.items()}
     state |= {f"head.{key}": value for key, value in head_state.items()}
     load_weights(model, state, path)
@@ -129,119 +133,77 @@ def _load_published(path: Path, data: dict, head: str) -> Checkpoint:
     return Checkpoint(model)
 
 
-def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
-    """Load a state dict that must fit exactly. Nothing is loaded where it does not.
+def _check_sizes(state: dict, path: Path) -> None:
+    """Refuse tensors that repeat few numbers many times: a copy of them could fill the memory."""
+    if any(torch.is_tensor(value) and value.nbytes > path.stat().st_size for value in state.values()):
+        raise RunError(f"{path}: refused: a tensor claims to be larger than the file")
 
-    Raises UsageError as `check_fits` does, RunError for values that are not finite.
-    """
+
+def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
+    """Load a state dict that must fit exactly and be finite. Nothing is loaded where it is not."""
     check_fits(model, state, path)
-    check_finite(path, state)
+    check_finite(state, path)
     model.load_state_dict(state)
 
 
 def check_fits(model: torch.nn.Module, state: dict, path: Path) -> None:
-    """Raise UsageError naming the tensors of `state` that `model` has not, lacks, or has in another shape or kind."""
-    ours = model.state_dict()
-    expected = {key: tuple(tensor.shape) for key, tensor in ours.items()}
-    found = {
-        key: tuple(value.shape)
-        if torch.is_tensor(value) and key in ours and value.is_floating_point() == ours[key].is_floating_point()
-        else None
-        for key, value in state.items()
-    }
-    problems = [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is unexpected" for key in found if key not in expected]
-    problems += [
-        f"{key} has shape {found[key]}, not {expected[key]}"
-        for key in expected
-        if key in found and found[key] != expected[key]
+    """Raise UsageError naming the tensors of `state` that `model` has not, lacks, or has in another shape."""
+    expected, found = ({key: _shape(value) for key, value in s.items()} for s in (model.state_dict(), state))
+    problems = [
+        f"{key} has shape {found[key]}, not {shape}" if key in found else f"{key} is missing"
+        for key, shape in expected.items()
+        if found.get(key) != shape
     ]
+    problems += [f"{key} is unexpected" for key in found if key not in expected]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UsageError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
+
+
+def _shape(value: object) -> str:
+    """Of a floating-point tensor; else with its type."""
+    if not torch.is_tensor(value):
+        return f"none (a {type(value).__name__})"
+    return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" of {value.dtype}")
 
 
 def load_backbone(model: Recognizer, path: Path) -> None:
     """Start from backbone weights in a local file: timm's (.safetensors, .bin, .pth) or a checkpoint of ours.
 
     A classifier is left out; position embeddings of another image size are resampled as timm does.
-    Raises UsageError if the file is missing or does not fit, RunError if it is damaged.
     """
-    with _readable(path):
-        if Path(path).suffix != ".safetensors":
-            check_archive(path)
+    with readable(path):
         state = timm.models.load_state_dict(str(path), weights_only=True)
-        check_tensors(path, state)
-    ours = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    plain = {key: value for key, value in (ours or state).items() if not key.startswith(("head.", "head_dist."))}
-    try:
-        fitted = checkpoint_filter_fn(plain, model.backbone)
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from None
-    load_weights(model.backbone, fitted, path)
+        _check_sizes(state, path)
+        ours = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+        plain = {key: value for key, value in (ours or state).items() if not key.startswith(("head.", "head_dist."))}
+        try:
+            fitted = checkpoint_filter_fn(plain, model.backbone)
+        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
+            raise UsageError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from None
+        load_weights(model.backbone, fitted, path)
 
 
 def torch_save(path: Path, data: dict) -> None:
     """`torch.save`, whole or not at all. OSError (a full disk) is passed on."""
+    content = io.BytesIO()  # written by ourselves: torch's writer tells that something failed, not what
+    torch.save(data, content)
     with atomic_write(path) as file:
-        target = _Target(file)
-        try:
-            torch.save(data, target)
-        except RuntimeError:
-            raise target.error or RunError(f"{path}: cannot be written") from None
-
-
-class _Target:
-    """A file that remembers why it could not be written to: torch's writer tells that something failed, not what."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.flush = file, file.flush
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        file.write(content.getbuffer())
 
 
 def torch_load(path: Path):
-    """`torch.load` of tensors and plain values only, on the CPU.
-
-    Raises UsageError if there is no such file, RunError if it is damaged or holds anything that could run code.
-    """
-    with _readable(path):
-        check_archive(path)
-        data = torch.load(path, map_location="cpu", weights_only=True)
-        check_tensors(path, data)
-        return data
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what reading a damaged or dangerous file raises into one line."""
-    if not Path(path).is_file():
-        raise UsageError(f"no checkpoint file {path}")
-    try:
-        yield
-    except (UsageError, RunError):
-        raise
-    except pickle.UnpicklingError:
-        raise RunError(f"{path}: refused: it holds more than tensors and plain values, or is no checkpoint") from None
-    except Exception as error:  # damage makes the readers raise almost anything
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{path}: damaged or truncated checkpoint: {line}") from None
+    """`torch.load` of tensors and plain values only, on the CPU."""
+    with readable(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_classes(checkpoint: Checkpoint, image_set: ImageSet, path: Path) -> None:
     """Raise UsageError unless the checkpoint was trained on exactly the classes of `image_set`."""
     known = checkpoint.model.architecture.num_classes
     if known != len(image_set.classes):
-        raise UsageError(
-            f"{path} knows {known} classes, the data set {image_set.name} has {len(image_set.classes)}: "
-            f"use the data it was trained on"
-        )
+        found = f"the data set {image_set.name} has {len(image_set.classes)}"
+        raise UsageError(f"{path} knows {known} classes, {found}: use the data it was trained on")
     if checkpoint.classes and checkpoint.classes != image_set.classes:
         ours, theirs = next(p for p in zip(checkpoint.classes, image_set.classes, strict=True) if p[0] != p[1])
         raise UsageError(f"{path} was trained on other classes than {image_set.name}: {ours!r} there, {theirs!r} here")

@@ -1,6 +1,6 @@
 """Thousands of damaged files: each is refused in one line or loads whole; never anything else, never a part.
 
-FUZZ_MUTANTS=20000 pytest tests/util/test_fuzz.py tests/data/test_bad_images.py tries that many of each kind.
+FUZZ_MUTANTS=20000 pytest tests/util/storage/test_fuzz.py tests/data/test_bad_images.py tries that many of each kind.
 """
 
 import io
@@ -156,8 +156,8 @@ def test_results_and_their_tables(tmp_path):
         load_results(path)
         table.main(["--results", str(path), "--output-dir", str(tmp_path / "table")])
 
-    found = attack(path, of_json(path, random.Random(4)), load, min(MUTANTS, 1000))
-    assert found["refused"] > 0.5 * min(MUTANTS, 1000)
+    found = attack(path, of_json(path, random.Random(4)), load, MUTANTS // 4)  # each that is loaded draws a figure
+    assert found["refused"] > 0.5 * MUTANTS // 4
 
 
 def test_records(tmp_path):
@@ -165,5 +165,5 @@ def test_records(tmp_path):
     arguments = {"data": "faces", "identities": 5, "val_fraction": None, "data_seed": 0, "checkpoint": "c.pth"}
     parts = {"request": {}, "model": {}, "images": {"size": 16}, "accuracies": {}, "hardware": {"bf16": True}}
     path.write_text(json.dumps({"schema": 1, "task": 1, "arguments": arguments, **parts}))
-    found = attack(path, of_json(path, random.Random(5)), lambda path: settings_of(load_record(path), path))
+    found = attack(path, of_json(path, random.Random(5)), lambda path: settings_of(load_record(path)))
     assert min(found.values()) > 0
