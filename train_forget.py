@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from backbone.fast_path import to_device
-from backbone.recognizer import Recognizer, forward_flops
+from backbone.published import to_published
+from backbone.recognizer import Recognizer, forward_flops, to_device
 from data import build_datasets
 from data.batches import Pass
 from data.image_set import ImageSet
@@ -35,7 +35,7 @@ from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint, published_state
+from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.training.continual import ContinualRun
 from util.training.engine import Optimization, epochs_of_task, make_optimizer
@@ -180,7 +180,7 @@ def assemble(
     METHODS[args.method].check_model(args, pretrained.model)
     make_optimizer(pretrained.model, Optimization.of(args), hardware)  # knows whether there is one of that name
     if args.published_layout:
-        published_state(pretrained.model)  # knows whether the layout can hold it
+        to_published(pretrained.model)  # knows whether the layout can hold it
     return pretrained, data, make_tasks(args, data[0])
 
 
@@ -188,7 +188,7 @@ def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = hardware_of(args)
     pretrained, data, tasks = assemble(args, hardware)
-    hardware = hardware.decide(planned_work(args, pretrained.model, tasks))
+    hardware = hardware.resolve_compile(planned_work(args, pretrained.model, tasks))
     name = f"{args.method}-{data[0].name}-{tasks[0].setting}-seed{args.seed}"
     folder = RunFolder(args.output_dir or Path("exps") / name)
     with folder.locked():

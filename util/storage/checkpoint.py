@@ -12,8 +12,8 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from backbone.lora import apply_adapters
-from backbone.published import from_published, is_published, published_architecture, to_published
-from backbone.recognizer import Architecture, Recognizer, build_recognizer
+from backbone.published import from_published, is_published, to_published
+from backbone.recognizer import Recognizer, build_recognizer
 from data.image_set import ImageSet
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import atomic_write
@@ -60,17 +60,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def save_published(path: Path, model: Recognizer) -> None:
     """Write the bare state dict of the published layout. Raises UsageError if that cannot hold the model."""
-    torch_save(path, published_state(model))
-
-
-def published_state(model: Recognizer) -> dict:
-    """The model in the published layout. Raises UsageError if that cannot hold it."""
-    num_heads = model.backbone.blocks[0].attn.num_heads
-    return to_published(_cpu_state(model.backbone), _cpu_state(model.head), num_heads=num_heads)
-
-
-def _cpu_state(module: torch.nn.Module) -> dict:
-    return {key: tensor.detach().cpu() for key, tensor in module.state_dict().items()}
+    torch_save(path, to_published(model))
 
 
 def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
@@ -84,8 +74,7 @@ def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
     if isinstance(data, dict) and data.get("format") == FORMAT:
         return _load_own(path, data, head)
     if isinstance(data, dict) and is_published(data):
-        is_linear = any(str(key).endswith("loss.bias") for key in data)
-        return _load_published(path, data, head or ("softmax" if is_linear else "cosface"))
+        return _load_published(path, data, head)
     raise UsageError(
         f"{path} is no checkpoint of a face recogniser: it has neither this project's format nor the published layout"
     )
@@ -110,22 +99,14 @@ def _load_own(path: Path, data: dict, head: str | None) -> Checkpoint:
     return checkpoint
 
 
-def _load_published(path: Path, data: dict, head: str) -> Checkpoint:
+def _load_published(path: Path, data: dict, head: str | None) -> Checkpoint:
     try:
-        shape = published_architecture(data)
-        backbone, head_state, adapters = from_published(data)
+        architecture, state, adapters = from_published(data, head)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    if shape["classes"] is None:
-        raise UsageError(f"{path} holds a backbone without a head (no loss.weight): there are no classes to recognise")
-    options = {key: shape[key] for key in ("depth", "embed_dim", "mlp_ratio", "num_heads")}
-    architecture = Architecture(shape["model"], shape["classes"], shape["image_size"], head, options)
     model = build_recognizer(architecture)
-    state = {f"backbone.{key}": value for key, value in backbone.items()}
-    state |= {f"head.{key}": value for key, value in head_state.items()}
     load_weights(model, state, path)
-    if adapters:
-        apply_adapters(model.backbone, adapters, path)
+    apply_adapters(model.backbone, adapters, path)
     return Checkpoint(model)
 
 

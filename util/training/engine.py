@@ -90,7 +90,7 @@ class Trainer:
         self.steps = [sum(plan.steps for plan in method.passes(epoch)) for epoch in range(settings.epochs)]
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(model, settings, self.hardware)
-        self.hardware.prepare(model)
+        self.hardware.compile_blocks(model)
         self.loss = parallel(Loss(model, method))
         warmup = sum(self.steps[: settings.warmup_epochs])
         self.scheduler = CosineLRScheduler(

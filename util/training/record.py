@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbone.fast_path import to_device
+from backbone.recognizer import to_device
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from util.cli.arguments import plain_arguments
