@@ -11,6 +11,7 @@ Leaves test.json, per_class.csv and roc.png in --output-dir.
 import argparse
 import csv
 import io
+import sys
 from pathlib import Path
 
 from backbone.halves import replace_lower_half
@@ -19,7 +20,8 @@ from backbone.recognizer import to_device
 from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import named_classes
-from util.cli.arguments import HelpFormatter, add_data_arguments, add_hardware_arguments, hardware_of, run_main
+from util.cli import options
+from util.cli.main import run_main
 from util.evaluation.evaluate import Predictions, embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
 from util.report.results import load_results
@@ -27,76 +29,70 @@ from util.report.tables import markdown_table, percent
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, write_json, write_text
 from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
-from util.training.record import load_record, verify_record
+from util.training.deletion_record import load_record, verify_record
 
 Groups = dict[str, list[int]]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    args = build_parser(argv).parse_args(argv)
-    if args.pairs < 0:
-        raise UsageError(f"--pairs {args.pairs} is out of range: at least 0")
+    argv = sys.argv[1:] if argv is None else argv
+    chooser = options.Parser(add_help=False)
+    add_record_option(chooser)
+    record = chooser.parse_known_args(argv)[0].verify_record
+    parser = build_parser()
+    if record is not None:
+        parser.use_defaults({"checkpoint": None} | settings_of(load_record(record)))
+    args = parser.parse_args(argv)
     if args.forget_classes is not None and args.results is not None:
         raise UsageError("--forget-classes and --results both name the groups: give one of them")
     return args
 
 
-def build_parser(argv: list[str] | None) -> argparse.ArgumentParser:
-    """The options; their defaults are those of the record that `argv` names, if it names one."""
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_record_argument(chooser)
-    record = chooser.parse_known_args(argv)[0].verify_record
-    # Abbreviated, --verify-record would be missed by the chooser.
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    add_record_argument(parser)
-    parser.add_argument("--checkpoint", type=Path, required=record is None, metavar="FILE", help="ours or published layout")
+def build_parser() -> options.Parser:
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    add_record_option(parser)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="ours or published layout")
     parser.add_argument(
         "--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="adapter files to add, in the order of tasks"
     )
     parser.add_argument(
         "--deposit", type=Path, metavar="FILE", help="LIRF's deposit, in place of the checkpoint's lower half"
     )
-    parser.add_argument("--head", help="head of a published checkpoint, which does not name its own; none: cosface")
-    add_data_arguments(parser)
+    parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
+    options.add_data(parser)
     group = parser.add_argument_group("groups of classes")
     group.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
     group.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
-    group.add_argument("--task", type=int, help="task of --results; none: the checkpoint's own, or the last")
+    group.add_argument("--task", type=int, help="task of --results (default: the checkpoint's own, or the last)")
     group = parser.add_argument_group("verification")
-    group.add_argument("--pairs", type=int, default=20000, help="genuine and impostor pairs to draw, each; 0: none")
+    group.add_argument(
+        "--pairs", type=options.number(int, 0), default=20000, help="genuine and impostor pairs to draw, each; 0: none"
+    )
     group.add_argument("--seed", type=int, default=0, help="seed of the pairs")
-    add_hardware_arguments(parser)
-    parser.add_argument("--output-dir", type=Path, help="none: exps/test-<folder>-<checkpoint>")
-    if record is not None:
-        parser.set_defaults(**settings_of(load_record(record), record))
+    options.add_hardware(parser)
+    parser.add_argument("--output-dir", type=Path, help="default: exps/test-<folder>-<checkpoint>")
     return parser
 
 
-def add_record_argument(parser: argparse.ArgumentParser) -> None:
+def add_record_option(parser: options.Parser) -> None:
     parser.add_argument(
         "--verify-record", type=Path, metavar="FILE", help="recompute a run's deletions/task_<t>.json, and say if it is true"
     )
 
 
-def settings_of(record: dict, path: Path) -> dict:
+def settings_of(record: dict) -> dict:
     """The data and the arithmetic that a record was made with, as defaults of our options."""
-    kinds = {"data": str, "val_fraction": (float, type(None))}
-    kinds |= dict.fromkeys(("identities", "train_per_identity", "test_per_identity", "data_seed"), int)
-    settings = {key: record["arguments"].get(key) for key in kinds if key in record["arguments"]}
-    wrong = [key for key, value in settings.items() if not isinstance(value, kinds[key]) or isinstance(value, bool)]
-    if wrong:
-        raise RunError(f"{path}: damaged record: {wrong[0]} is {settings[wrong[0]]!r}")
-    made_with = record["hardware"].get
-    last_block = "on" if made_with("cls_only_last_block") else "off"
-    return settings | {"precision": "bf16" if made_with("bf16") else "fp32", "cls_only_last_block": last_block}
+    keys = ("data", "val_fraction", "identities", "train_per_identity", "test_per_identity", "data_seed")
+    settings = {key: record["arguments"][key] for key in keys if key in record["arguments"]}
+    hardware = record["hardware"]
+    last_block = "on" if hardware.get("cls_only_last_block") else "off"
+    return settings | {"precision": "bf16" if hardware.get("bf16") else "fp32", "cls_only_last_block": last_block}
 
 
 def confirm(args: argparse.Namespace) -> None:
     """Print every check of --verify-record. Raises RunError if one fails."""
     record = load_record(args.verify_record)
-    hardware = hardware_of(args)
+    hardware = options.hardware_of(args)
     data = build_datasets(args, record["images"]["size"], hardware.device)
     failed, rows = [], []
     for what, so, details in verify_record(args.verify_record, record, data, hardware):
@@ -157,7 +153,7 @@ def main(argv: list[str] | None) -> None:
     if args.verify_record is not None:
         confirm(args)
         return
-    hardware = hardware_of(args)
+    hardware = options.hardware_of(args)
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     for path in args.adapters:
         apply_adapters(checkpoint.model.backbone, load_tensors(path), path)

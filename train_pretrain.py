@@ -26,67 +26,57 @@ from backbone.recognizer import (
 )
 from data import build_datasets
 from data.image_set import ImageSet
+from data.tasks import whole_set
 from methods.pretrain import Pretrain
-from util.cli.arguments import (
-    HelpFormatter,
-    add_data_arguments,
-    add_fast_path_arguments,
-    add_hardware_arguments,
-    add_optimization_arguments,
-    check_optimization,
-    hardware_of,
-    run_main,
-)
-from util.cli.config import add_config_argument, describe_run, with_config
+from util.cli import options
+from util.cli.config import add_config_option, describe_run, saved_arguments
+from util.cli.main import run_main
 from util.evaluation.evaluate import predict
 from util.runtime.distributed import main_process_first
-from util.runtime.errors import UsageError
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, load_backbone, save_checkpoint, save_published
 from util.storage.folders import PretrainFolder
-from util.training.engine import Optimization, Trainer, derived_seed, make_optimizer
+from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
-from util.training.resume import LastState, add_resume_arguments, check_resume, enter, needed_bytes
+from util.training.optim import Schedule, derived_seed, make_optimizer
+from util.training.resume import LastState, add_resume_options, needed_bytes, prepare_run_dir
 
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    argv = with_config(sys.argv[1:] if argv is None else argv, lambda _: build_parser())
-    args = build_parser().parse_args(argv)
-    check_resume(args)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    parser.use_defaults(saved_arguments(argv))
+    args = parser.parse_args(argv)
     if args.epochs is not None:
         choose_epochs(args, 1)  # finds what is wrong before the data are read
-    if args.depth is not None and args.depth < 1:
-        raise UsageError(f"--depth {args.depth} is out of range: at least 1")
-    if args.drop_rate is not None and not 0 <= args.drop_rate < 1:
-        raise UsageError(f"--drop-rate {args.drop_rate} is out of range: at least 0, below 1")
     return args
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    add_config_argument(parser)
-    add_data_arguments(parser)
+def build_parser() -> options.Parser:
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    add_config_option(parser)
+    options.add_data(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
-    group.add_argument("--image-size", type=int, help="pixels; none: the model's own")
-    group.add_argument("--depth", type=int, help="number of blocks; none: the model's own")
+    group.add_argument("--image-size", type=int, help="pixels (default: the model's own)")
+    group.add_argument("--depth", type=options.number(int, 1), help="number of blocks (default: the model's own)")
     group.add_argument("--head", choices=HEADS, default="cosface", help="margin head")
-    group.add_argument("--drop-rate", type=float, help="dropout after the embedding and in the blocks; none: the model's")
+    group.add_argument(
+        "--drop-rate", type=options.number(float, 0, 1), help="of the embedding and in blocks (default: the model's)"
+    )
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
-    add_optimization_arguments(parser, batch_size=48, lr=1e-3, weight_decay=0.05, opt="adamw")
-    add_hardware_arguments(parser)
-    add_fast_path_arguments(parser)
+    options.add_optimization(parser, lr=1e-3, warmup_epochs=None)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")
     group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
-    add_resume_arguments(group)
+    add_resume_options(group)
+    options.add_hardware(parser)
+    options.add_fast_path(parser)
     return parser
 
 
@@ -96,14 +86,14 @@ def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
         args.epochs = max(MIN_EPOCHS, round(IMAGES_SHOWN / train_images))
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
-    check_optimization(args)
+    options.check_warmup(args)
 
 
 def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Recognizer:
-    options = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
-    options |= {} if args.depth is None else {"depth": args.depth}
+    sizes = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
+    sizes |= {} if args.depth is None else {"depth": args.depth}
     torch.manual_seed(derived_seed(args.seed))
-    architecture = Architecture(args.model, num_classes, image_size, args.head, options)
+    architecture = Architecture(args.model, num_classes, image_size, args.head, sizes)
     model = build_recognizer(architecture, args.pretrained)
     if args.weights is not None:
         load_backbone(model, args.weights)
@@ -112,16 +102,16 @@ def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> 
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = hardware_of(args)
+    hardware = options.hardware_of(args)
     image_size = args.image_size or default_image_size(args.model)
     train_set, test_set = build_datasets(args, image_size, hardware.device)
     choose_epochs(args, len(train_set))
     model = build_model(args, len(train_set.classes), image_size)
     hardware = hardware.resolve_compile(3 * args.epochs * len(train_set) * forward_flops(model))
     to_device(model, hardware)
-    make_optimizer(model, Optimization.of(args), hardware)  # knows whether there is one of that name
+    make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
-        to_published(model)  # knows whether the layout can hold it
+        to_published(model)  # raises if the layout cannot hold it
     folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}")
     with folder.locked():
         pretrain(args, hardware, model, (train_set, test_set), folder)
@@ -137,7 +127,7 @@ def pretrain(
     """The run, in its folder."""
     train_set, test_set = data
     with main_process_first():
-        enter(folder, args, hardware, needed_bytes(model, 1))
+        resume = prepare_run_dir(folder, args, hardware, needed_bytes(model, 1))
     write_json(folder.config, describe_run(args, hardware, train_set.images.device))
     print(
         f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
@@ -146,17 +136,17 @@ def pretrain(
         flush=True,
     )
 
-    method = Pretrain(args, hardware)
-    method.begin_task(model, None, train_set)
-    trainer = Trainer(model, method, train_set, Optimization.of(args), args.seed)
-    last = LastState(folder.last, args)
+    method, task = Pretrain(args, hardware), whole_set(train_set.labels, len(train_set.classes))
+    method.begin_task(model, task, train_set, args.epochs)
+    trainer = Trainer(model, method, task, train_set, Schedule.of(args))
+    last = LastState(folder.last, args.save_every, resume)
     last.restore(trainer)
     start = time.perf_counter()
     with (
         open_writer(folder.path) as writer,
-        Monitor(writer, "pretrain", "pre-training", args.epochs, trainer.epoch) as monitor,
+        Monitor(writer, "pretrain", "pre-training", args.epochs, trainer.position.epoch) as monitor,
     ):
-        done = trainer.train(monitor, last.after_epoch, last.save)
+        images_per_second = trainer.train(monitor, last.save, last.after_epoch)
 
     accuracies = predict(model, test_set, hardware).accuracies(range(len(test_set.classes)))
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
@@ -165,9 +155,8 @@ def pretrain(
         save_published(folder.published, model)
     measured = "test" if args.val_fraction is None else "held-out"
     print(
-        f"{measured} accuracy {accuracies['acc']:.2f}% plain, {accuracies['margin_acc']:.2f}% margin, after "
-        f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({done.images_per_second:.0f} images/s): "
-        f"{folder.results}"
+        f"{measured} accuracy {accuracies['acc']:.2f}%, with margin {accuracies['margin_acc']:.2f}%, after "
+        f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({images_per_second:.0f} images/s): {folder.results}"
     )
 
 

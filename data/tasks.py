@@ -142,6 +142,12 @@ def forgetting_tasks(
     return tasks
 
 
+def whole_set(labels: Tensor, num_classes: int) -> ForgettingTask:
+    """Nothing to forget, every class and image to learn: what pre-training runs on."""
+    every, none = torch.arange(len(labels)), torch.empty(0, dtype=torch.long)
+    return ForgettingTask(0, (), tuple(range(num_classes)), (), (), none, every)
+
+
 def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Tensor, Tensor]:
     """Positions (in order) of the images to train on and of those held out: `share` of each class, at least one.
 

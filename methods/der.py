@@ -1,12 +1,11 @@
 """DER and DER++: dark experience replay (Buzzega et al., NeurIPS 2020, arXiv 2004.07211)."""
 
-import argparse
-
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
-from methods.base import refuse_negative
+from data.tasks import ForgettingTask
+from methods.base import Option
 from methods.distillation import RelabelAndMatch
 
 
@@ -15,31 +14,18 @@ class DER(RelabelAndMatch):
 
     name = "der"
     title = "DER"
-    defaults = {"lr": 2e-3}
-    published = {"lr": 1e-3, "lambda_": 0.01, "distill_on": "embeddings"}
-    default_lambda = 0.01
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group(f"{cls.title} (arXiv 2004.07211)")
-        group.add_argument(
-            "--lambda",
-            dest="lambda_",
-            type=float,
-            default=cls.default_lambda,
-            metavar="λ",
-            help=f"weight λ of the matched outputs (published: {cls.published['lambda_']}, of embeddings)",
-        )
-        group.add_argument(
-            "--distill-on",
+    source = "arXiv 2004.07211"
+    options = [
+        Option("lr", 2e-3, published=1e-3),
+        Option("lambda", 0.01, "weight λ of the matched outputs"),
+        Option(
+            "distill_on",
+            "logits",
+            "what is matched; of embeddings, the squared distance is summed over the batch",
+            published="embeddings",
             choices=("logits", "embeddings"),
-            default="logits",
-            help="what is matched; published: embeddings, their squared distance summed over the batch",
-        )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        refuse_negative(args, "lambda_")
+        ),
+    ]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         embeddings = model.embed(batch.images)
@@ -62,22 +48,13 @@ class DERpp(DER):
 
     name = "der_pp"
     title = "DER++"
-    defaults = {"lr": 1e-3}
-    default_lambda = 0.001
-    published = {"lr": 1e-3, "lambda_": 0.005, "lambda_replay": 0.005, "distill_on": "embeddings"}
+    options = [
+        *DER.options,
+        Option("lr", 1e-3),
+        Option("lambda", 0.001, "weight λ of the matched outputs", published=0.005),
+        Option("lambda_replay", 2.0, "weight λ₂ of the replay", published=0.005),
+    ]
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        super().add_arguments(parser)
-        group = parser.add_argument_group("DER++'s replay")
-        group.add_argument(
-            "--lambda-replay", type=float, default=2.0, metavar="λ", help="weight λ₂ of the replay (published: 0.005)"
-        )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        refuse_negative(args, "lambda_", "lambda_replay")
-
-    def passes(self, epoch: int) -> list[Pass]:
-        (plan,) = super().passes(epoch)
-        return [Pass(plan.streams | {"replay": self.task.remain_indices}, plan.batch_size)]
+    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+        (plan,) = super().passes(task, epoch, epochs)
+        return [Pass(plan.streams | {"replay": task.remain_indices}, plan.batch_size)]

@@ -46,8 +46,8 @@ class Teacher:
 class RelabelAndMatch(Method):
     """What LwF, DER and FDR share: D_f is relabelled, and a teacher's outputs on D_r are matched."""
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         self.teacher = Teacher(model, train_set, task.remain_indices, self.hardware)
 
     def forget_loss(self, model: Recognizer, logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """EWC: elastic weight consolidation (Kirkpatrick et al., PNAS 2017, arXiv 1612.00796)."""
 
-import argparse
-
 import torch
 
 from backbone.recognizer import Recognizer
+from methods.base import Option
 from methods.importance import Importance, batch_importance, image_importance
 from methods.penalty import QuadraticPenalty
 
@@ -18,19 +17,18 @@ class EWC(QuadraticPenalty):
 
     name = "ewc"
     title = "EWC*"
-    defaults = {"lr": 3e-4}
-    published = {"lr": 1e-4, "lambda_": 10.0, "fisher": "batch"}
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group("EWC (arXiv 1612.00796)")
-        cls.add_penalty_weight(group, 0.01, "published: 10")
-        group.add_argument(
-            "--fisher",
+    source = "arXiv 1612.00796"
+    options = [
+        Option("lr", 3e-4, published=1e-4),
+        Option("lambda", 0.01, "weight λ of the penalty", published=10.0),
+        Option(
+            "fisher",
+            "image",
+            "squared gradients of single images, or of batch means, times the batch size",
+            published="batch",
             choices=("image", "batch"),
-            default="image",
-            help="squared gradients of single images; published: of batch means, times the batch size",
-        )
+        ),
+    ]
 
     def importance_of(self, model: Recognizer) -> Importance:
         arguments = (model, model.head.loss_of_logits, torch.square, self.train_set, self.task.remain_indices, self.hardware)

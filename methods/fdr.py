@@ -1,12 +1,10 @@
 """FDR: function distance regularisation (Benjamin et al., ICLR 2019, arXiv 1805.08289)."""
 
-import argparse
-
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch
-from methods.base import refuse_negative
+from methods.base import Option
 from methods.distillation import RelabelAndMatch
 
 
@@ -19,30 +17,18 @@ class FDR(RelabelAndMatch):
 
     name = "fdr"
     title = "FDR"
-    defaults = {"lr": 1e-3}
-    published = {"lr": 1e-3, "lambda_": 50.0, "distill_on": "logits"}
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group("FDR (arXiv 1805.08289)")
-        group.add_argument(
-            "--lambda",
-            dest="lambda_",
-            type=float,
-            default=10.0,
-            metavar="λ",
-            help="weight λ of the distance (published: 50, of logits)",
-        )
-        group.add_argument(
-            "--distill-on",
+    source = "arXiv 1805.08289"
+    options = [
+        Option("lr", 1e-3),
+        Option("lambda", 10.0, "weight λ of the distance", published=50.0),
+        Option(
+            "distill_on",
+            "probabilities",
+            "between what the distance is taken",
+            published="logits",
             choices=("probabilities", "logits"),
-            default="probabilities",
-            help="between what the distance is taken (published: logits)",
-        )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        refuse_negative(args, "lambda_")
+        ),
+    ]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, labels, indices = map(batch.split, (model(batch.images), batch.labels, batch.indices))

@@ -1,8 +1,5 @@
 """GS-LoRA: group-sparse low-rank adaptation (Zhao et al., CVPR 2024, arXiv 2403.11530)."""
 
-import argparse
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
@@ -12,9 +9,8 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, per_task, refuse_negative
+from methods.base import Method, Option, TaskOutput, per_task
 from util.evaluation.evaluate import predict
-from util.runtime.errors import UsageError
 
 
 class GSLoRA(Method):
@@ -26,71 +22,39 @@ class GSLoRA(Method):
 
     name = "gs_lora"
     title = "GS-LoRA"
-    defaults = {"lr": 2e-2}
-    published = {
-        "lr": 1e-2,
-        "rank": 8,
-        "alpha": 1e-4,
-        "sparsity_warmup_epochs": 0,
-        "bound": 105.0,
-        "beta": [0.2, 0.25, 0.25, 0.2],
-    }
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group("GS-LoRA (arXiv 2403.11530)")
-        group.add_argument("--rank", type=int, default=8, help="rank r of the adapters (paper: 8)")
-        group.add_argument(
-            "--lora-place", choices=lora.PLACES, default="ffn", help="layers that get adapters (paper: ffn)"
-        )
-        group.add_argument(
-            "--grouping", choices=lora.GROUPINGS, default="block", help="what the penalty selects or drops (paper: block)"
-        )
-        group.add_argument("--alpha", type=float, default=1e-4, help="weight α of the group-sparse penalty")
-        group.add_argument(
-            "--sparsity-warmup-epochs",
-            type=int,
-            default=2,
-            metavar="N",
-            help="epochs with α = 0 at the start of each task (paper: 20 of 100 for a single task, 0 for a sequence)",
-        )
-        group.add_argument(
-            "--beta",
-            type=float,
-            nargs="+",
-            default=[0.2],
-            metavar="β",
-            help="weight β of the forgetting loss: one for all tasks, or one per task, the last one for any further "
-            "(published: 0.2 0.25 0.25 0.2)",
-        )
-        group.add_argument(
-            "--bound",
-            type=float,
-            default=120.0,
-            metavar="BND",
-            help="cross entropy past which forgetting is enough (published: 105)",
-        )
-        group.add_argument(
-            "--negligible",
-            type=float,
-            default=1e-2,
-            metavar="SHARE",
-            help="at the task's end a group is set to zero if its update is below this share of the weights' norm and "
+    source = "arXiv 2403.11530"
+    options = [
+        Option("lr", 2e-2, published=1e-2),
+        Option("rank", 8, "rank r of the adapters", low=1),
+        Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
+        Option("grouping", "block", "what the penalty selects or drops", choices=lora.GROUPINGS),
+        Option("alpha", 1e-4, "weight α of the group-sparse penalty"),
+        Option(
+            "sparsity_warmup_epochs",
+            2,
+            "epochs with α = 0 at the start of each task (for a single task the paper takes 20 of 100)",
+            published=0,
+        ),
+        Option(
+            "beta",
+            [0.2],
+            "weight β of the forgetting loss: one for all tasks, or one per task, the last one for any further",
+            published=[0.2, 0.25, 0.25, 0.2],
+        ),
+        Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
+        Option(
+            "negligible",
+            1e-2,
+            "at the task's end a group is set to zero if its update is below this share of the weights' norm and "
             "dropping it changes no prediction on the task's training images",
-        )
+        ),
+    ]
 
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        if args.rank < 1:
-            raise UsageError(f"--rank {args.rank} is out of range: at least 1")
-        refuse_negative(args, "alpha", "beta", "negligible", "sparsity_warmup_epochs")
+    def check_model(self, model: Recognizer) -> None:
+        lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
 
-    @classmethod
-    def check_model(cls, args: argparse.Namespace, model: Recognizer) -> None:
-        lora.layers_to_adapt(model.backbone, args.rank, args.lora_place)
-
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
         self.groups = lora.adapter_groups(model.backbone, self.args.grouping)
         self.beta = per_task(self.args.beta, task)
@@ -113,12 +77,12 @@ class GSLoRA(Method):
     def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
         return {f"group_norm/{name}": norm for name, norm in self._norms().items()}
 
-    def end_task(self, model: Recognizer) -> dict[str, Any]:
+    def end_task(self, model: Recognizer) -> TaskOutput:
         zero = self._drop_negligible_groups(model)
         norms = {name: 0.0 if name in zero else norm for name, norm in self._norms().items()}
         tensors = lora.adapter_tensors(model.backbone)
         lora.merge_adapters(model.backbone)
-        return {"adapters": tensors, "groups": {"norms": norms, "zero_ratio": len(zero) / len(self.groups)}}
+        return TaskOutput({"adapters": tensors}, {"norms": norms, "zero_ratio": len(zero) / len(self.groups)})
 
     @torch.no_grad()
     def _norms(self) -> dict[str, float]:

@@ -1,6 +1,5 @@
 """GS-LoRA++: prototypes and weight averaging (Zhao et al., arXiv 2501.09705)."""
 
-import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import per_task, refuse_negative
+from methods.base import Option, TaskOutput, per_task
 from methods.distillation import kl_divergence
 from methods.gs_lora import GSLoRA
 from util.evaluation.evaluate import embed_images
-from util.runtime.errors import UsageError
 
 
 class GSLoRApp(GSLoRA):
@@ -29,51 +27,21 @@ class GSLoRApp(GSLoRA):
 
     name = "gs_lora_pp"
     title = "GS-LoRA++"
-    published = GSLoRA.published | {
-        "lambda_forget": [0.01],
-        "lambda_remain": 0.0,
-        "prototype_bound": 18.0,
-        "ema_decay": 0.9,
-        "ema_start": 30,
-    }
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        super().add_arguments(parser)
-        group = parser.add_argument_group("GS-LoRA++ (arXiv 2501.09705)")
-        group.add_argument(
-            "--lambda-forget",
-            type=float,
-            nargs="+",
-            default=[0.01],
-            metavar="λ",
-            help="weight λ_f of the distance of forgotten images to their prototype: one for all tasks, or one per task",
-        )
-        group.add_argument(
-            "--lambda-remain",
-            type=float,
-            default=10.0,
-            metavar="λ",
-            help="weight λ_r of the distance of remaining images to theirs (published: 0)",
-        )
-        group.add_argument(
-            "--prototype-bound", type=float, default=18.0, metavar="BND", help="KL past which an image is far enough"
-        )
-        group.add_argument("--ema-decay", type=float, default=0.9, help="decay of the moving average, per epoch")
-        group.add_argument(
-            "--ema-start",
-            type=int,
-            default=2,
-            metavar="N",
-            help="epoch (from 0) that averaging starts with (published: 30 of 100); a task of fewer is not averaged",
-        )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        super().check_arguments(args)
-        refuse_negative(args, "lambda_forget", "lambda_remain", "ema_start")
-        if not 0 <= args.ema_decay < 1:
-            raise UsageError(f"--ema-decay {args.ema_decay} is out of range: at least 0, below 1")
+    source = "arXiv 2501.09705"
+    options = [
+        *GSLoRA.options,
+        Option(
+            "lambda_forget",
+            [0.01],
+            "weight λ_f of the distance of forgotten images to their prototype: one for all tasks, or one per task",
+        ),
+        Option("lambda_remain", 10.0, "weight λ_r of the distance of remaining images to theirs", published=0.0),
+        Option("prototype_bound", 18.0, "BND_p, the KL beyond which an image is far enough"),
+        Option("ema_decay", 0.9, "decay of the moving average, per epoch", high=1),
+        Option(
+            "ema_start", 2, "epoch (from 0) that averaging starts with; a task of fewer epochs is not averaged", published=30
+        ),
+    ]
 
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         first = tasks[0]
@@ -85,8 +53,8 @@ class GSLoRApp(GSLoRA):
         counts = torch.bincount(labels, minlength=len(sums)).clamp(min=1)
         self.prototypes = sums / counts[:, None]
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         self.lambda_forget = per_task(self.args.lambda_forget, task)
         self.adapters = nn.ParameterList([p for group in self.groups.values() for p in group])
         self.average = AveragedModel(self.adapters, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
@@ -105,7 +73,7 @@ class GSLoRApp(GSLoRA):
         return super().end_epoch(model, epoch)
 
     @torch.no_grad()
-    def end_task(self, model: Recognizer) -> dict[str, Any]:
+    def end_task(self, model: Recognizer) -> TaskOutput:
         if self.average.n_averaged > 0:
             for parameter, average in zip(self.adapters, self.average.module, strict=True):
                 parameter.copy_(average)

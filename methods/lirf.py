@@ -1,8 +1,5 @@
 """LIRF: learning with recoverable forgetting (Ye et al., ECCV 2022, arXiv 2207.08224)."""
 
-import argparse
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,12 +9,11 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, refuse_negative
+from methods.base import Method, Option, TaskOutput
 from methods.distillation import Teacher, kl_divergence
 from methods.relabel import wrong_labels
 from util.evaluation.evaluate import map_images
 from util.runtime.distributed import sharded
-from util.runtime.errors import UsageError
 
 
 class LIRF(Method):
@@ -33,41 +29,30 @@ class LIRF(Method):
 
     name = "lirf"
     title = "LIRF"
-    defaults = {"lr": 1e-3}
-    published = {"lr": 1e-4, "kd_columns": "slices"}
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group("LIRF (arXiv 2207.08224)")
-        group.add_argument("--temperature", type=float, default=10.0, metavar="T", help="temperature of the distillations")
-        group.add_argument("--kd-share", type=float, default=0.1, metavar="κ", help="κ, distillation's share beside CE")
-        for name, default, what in (
-            ("attention", 300.0, "w_at of the attention distance"),
-            ("kd", 10.0, "w_kd of the student's distillation"),
-            ("deposit", 0.05, "w_dep of the deposit's losses"),
-            ("replay", 5.0, "w_re of the replay"),
-        ):
-            group.add_argument(f"--{name}-weight", type=float, default=default, metavar="w", help=f"weight {what}")
-        group.add_argument(
-            "--kd-columns",
+    source = "arXiv 2207.08224"
+    options = [
+        Option("lr", 1e-3, published=1e-4),
+        Option("temperature", 10.0, "temperature T of the distillations", low=0.01),
+        Option("kd_share", 0.1, "κ, distillation's share beside CE", high=1),
+        Option("attention_weight", 300.0, "weight w_at of the attention distance"),
+        Option("kd_weight", 10.0, "weight w_kd of the student's distillation"),
+        Option("deposit_weight", 0.05, "weight w_dep of the deposit's losses"),
+        Option("replay_weight", 5.0, "weight w_re of the replay"),
+        Option(
+            "kd_columns",
+            "classes",
+            "logits distilled: of the remaining or forgotten classes, or the columns from, or up to, the number of "
+            "forgotten classes, which in a shuffled order are others",
+            published="slices",
             choices=("classes", "slices"),
-            default="classes",
-            help="logits distilled: of the remaining or forgotten classes; published: the columns from, or up to, the "
-            "number of forgotten classes, which in a shuffled order are others",
-        )
+        ),
+    ]
 
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        refuse_negative(args, "attention_weight", "kd_weight", "deposit_weight", "replay_weight")
-        if not args.temperature > 0 or not 0 <= args.kd_share <= 1:
-            raise UsageError("--temperature must be above 0, --kd-share between 0 and 1")
-
-    @classmethod
-    def check_model(cls, args: argparse.Namespace, model: Recognizer) -> None:
+    def check_model(self, model: Recognizer) -> None:
         half_depth(model.backbone)
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         self.depth = half_depth(model.backbone)
         self.teacher = Teacher(model, train_set, task.forget_indices, self.hardware)
         maps = map_images(
@@ -125,10 +110,10 @@ class LIRF(Method):
     def _distillation(self, teacher: Tensor, student: Tensor, columns: Tensor) -> Tensor:
         return kl_divergence(teacher[:, columns], student[:, columns], self.args.temperature)
 
-    def end_task(self, model: Recognizer) -> dict[str, Any]:
+    def end_task(self, model: Recognizer) -> TaskOutput:
         deposit = {name: tensor.detach().cpu().clone() for name, tensor in model.deposit.state_dict().items()}
         del model.deposit
-        return {"deposit": deposit}
+        return TaskOutput({"deposits": deposit})
 
 
 def attention_map(tokens: Tensor) -> Tensor:

@@ -1,14 +1,11 @@
 """LwF: learning without forgetting (Li & Hoiem, ECCV 2016, arXiv 1606.09282)."""
 
-import argparse
-
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch
-from methods.base import refuse_negative
+from methods.base import Option
 from methods.distillation import RelabelAndMatch, kl_divergence
-from util.runtime.errors import UsageError
 
 
 class LwF(RelabelAndMatch):
@@ -19,30 +16,14 @@ class LwF(RelabelAndMatch):
 
     name = "lwf"
     title = "LwF"
-    defaults = {"lr": 1e-3}
-    # The published distillation takes the logarithm of a log-softmax, which is NaN, and sets NaN to 0.
-    published = {"lr": 1e-4, "lambda_remain": 10.0, "lambda_kd": 0.0}
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group("LwF (arXiv 1606.09282)")
-        group.add_argument(
-            "--lambda-remain", type=float, default=1.0, metavar="λ", help="weight λ_r of the replay (published: 10)"
-        )
-        group.add_argument(
-            "--lambda-kd",
-            type=float,
-            default=0.5,
-            metavar="λ",
-            help="weight λ_kd of the distillation (published: 0.5, on a term that is always 0: 0 repeats it)",
-        )
-        group.add_argument("--temperature", type=float, default=2.0, metavar="T", help="temperature of the distillation")
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        refuse_negative(args, "lambda_remain", "lambda_kd")
-        if not args.temperature > 0:
-            raise UsageError("--temperature must be above 0")
+    source = "arXiv 1606.09282"
+    options = [
+        Option("lr", 1e-3, published=1e-4),
+        Option("lambda_remain", 1.0, "weight λ_r of the replay", published=10.0),
+        # The published distillation takes the logarithm of a log-softmax, which is NaN, and sets NaN to 0.
+        Option("lambda_kd", 0.5, "weight λ_kd of the distillation", published=0.0),
+        Option("temperature", 2.0, "temperature T of the distillation", low=0.01),
+    ]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, labels = batch.split(model(batch.images)), batch.split(batch.labels)

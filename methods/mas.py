@@ -1,11 +1,10 @@
 """MAS: memory aware synapses (Aljundi et al., ECCV 2018, arXiv 1711.09601)."""
 
-import argparse
-
 import torch
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
+from methods.base import Option
 from methods.importance import Importance, batch_importance, image_importance
 from methods.penalty import QuadraticPenalty
 
@@ -18,33 +17,25 @@ class MAS(QuadraticPenalty):
 
     name = "mas"
     title = "MAS*"
-    defaults = {"lr": 3e-4}
-    published = {"lr": 1e-4, "lambda_": 0.005, "importance": "batch"}
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group("MAS (arXiv 1711.09601)")
-        cls.add_penalty_weight(group, 1e-5, "published: 0.005")
-        group.add_argument(
-            "--importance",
+    source = "arXiv 1711.09601"
+    options = [
+        Option("lr", 3e-4, published=1e-4),
+        Option("lambda", 1e-5, "weight λ of the penalty", published=0.005),
+        Option(
+            "importance",
+            "image",
+            "gradients of single images, or of the mean squared training logit of a batch, where images cancel",
+            published="batch",
             choices=("image", "batch"),
-            default="image",
-            help="gradients of single images; published: of the mean squared training logit of a batch, where images cancel",
-        )
+        ),
+    ]
 
     def importance_of(self, model: Recognizer) -> Importance:
+        data = (torch.abs, self.train_set, self.task.remain_indices, self.hardware)
         if self.args.importance == "image":
-            return image_importance(
-                model, _squared_norm, torch.abs, self.train_set, self.task.remain_indices, self.hardware
-            )
+            return image_importance(model, lambda logits, labels: logits.square().sum(dim=1).mean(), *data)
 
         def mean_square(logits: Tensor, labels: Tensor) -> Tensor:
             return model.head.add_margin(logits, labels).square().mean()
 
-        return batch_importance(
-            model, mean_square, torch.abs, self.train_set, self.task.remain_indices, self.hardware, self.args.batch_size
-        )
-
-
-def _squared_norm(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.square().sum(dim=1).mean()
+        return batch_importance(model, mean_square, *data, self.args.batch_size)

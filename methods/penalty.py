@@ -11,7 +11,7 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, refuse_negative
+from methods.base import Method, TaskOutput
 from methods.importance import Importance
 from methods.relabel import wrong_labels
 from util.runtime.hardware import Hardware
@@ -26,16 +26,6 @@ class QuadraticPenalty(Method):
 
     accumulates = True
 
-    @classmethod
-    def add_penalty_weight(cls, group: argparse._ArgumentGroup, default: float, paper: str) -> None:
-        group.add_argument(
-            "--lambda", dest="lambda_", type=float, default=default, metavar="λ", help=f"weight λ of the penalty ({paper})"
-        )
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        refuse_negative(args, "lambda_")
-
     def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
         super().__init__(args, hardware)
         self._forget_terms()
@@ -49,8 +39,8 @@ class QuadraticPenalty(Method):
     def importance_of(self, model: Recognizer) -> Importance:
         """Ω of the model that enters the task, by parameter name."""
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         forgotten = torch.zeros(len(train_set.classes), dtype=torch.bool)
         forgotten[list(task.forget)] = True
         self.forgotten = forgotten.to(self.hardware.device)
@@ -58,8 +48,8 @@ class QuadraticPenalty(Method):
             self._forget_terms()
         self._add_term(self.importance_of(model), {name: p.detach().clone() for name, p in self._trained(model)})
 
-    def passes(self, epoch: int) -> list[Pass]:
-        union = torch.cat([self.task.forget_indices, self.task.remain_indices])
+    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+        union = torch.cat([task.forget_indices, task.remain_indices])
         return [Pass({"all": union}, self.args.batch_size)]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
@@ -94,10 +84,10 @@ class QuadraticPenalty(Method):
     def _trained(model: Recognizer) -> list[tuple[str, Tensor]]:
         return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    def end_task(self, model: Recognizer) -> dict[str, Any]:
+    def end_task(self, model: Recognizer) -> TaskOutput:
         if not self.accumulates:
             self._forget_terms()
-        return {}
+        return super().end_task(model)
 
     def state_dict(self) -> dict[str, Any]:
         if not self.importance:
@@ -105,9 +95,7 @@ class QuadraticPenalty(Method):
         return {"importance": self.importance, "centre": self.centre, "constant": self.constant}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if not state:
-            return
-        device = self.hardware.device
-        self.importance = {name: tensor.to(device) for name, tensor in state["importance"].items()}
-        self.centre = {name: tensor.to(device) for name, tensor in state["centre"].items()}
-        self.constant = state["constant"].to(device)
+        if state:
+            to_device = lambda tensors: {name: tensor.to(self.hardware.device) for name, tensor in tensors.items()}  # noqa: E731
+            self.importance, self.centre = to_device(state["importance"]), to_device(state["centre"])
+            self.constant = state["constant"].to(self.hardware.device)

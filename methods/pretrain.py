@@ -1,11 +1,11 @@
 """Pre-training: the margin head's loss on every training image. A method like the others, so that one loop serves all."""
 
-import torch
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass, random_flip
 from data.image_set import ImageSet
+from data.tasks import ForgettingTask
 from methods.base import Method
 
 
@@ -15,12 +15,12 @@ class Pretrain(Method):
     name = "pretrain"
     title = "Pre-train"
 
-    def begin_task(self, model: Recognizer, task: None, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         model.requires_grad_(True)
 
-    def passes(self, epoch: int) -> list[Pass]:
-        return [Pass({"train": torch.arange(len(self.train_set))}, self.args.batch_size)]
+    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+        return [Pass({"train": task.remain_indices}, self.args.batch_size)]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         return {"total": model.head.loss(model.embed(random_flip(batch.images)), batch.labels)}

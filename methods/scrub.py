@@ -1,6 +1,5 @@
 """SCRUB and SCRUB-S: scalable remembering and unlearning unbound (Kurmanji et al., NeurIPS 2023, arXiv 2302.09880)."""
 
-import argparse
 from typing import Any
 
 import torch
@@ -11,9 +10,8 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, refuse_negative
+from methods.base import Method, Option, TaskOutput
 from methods.distillation import Teacher, kl_divergence
-from util.runtime.errors import UsageError
 
 AVERAGE_WEIGHT = 0.1  # of the newest weights in SCRUB-S's running average
 
@@ -28,48 +26,39 @@ class SCRUB(Method):
 
     name = "scrub"
     title = "SCRUB"
-    defaults = {"lr": 2e-4, "weight_decay": 5e-4, "opt": "adam"}
-    published = {"lr": 1e-4, "gamma": 0.99, "kd_weight": 0.001, "rounds": 10, "kd_logits": "training"}
-
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        group = parser.add_argument_group(f"{cls.title} (arXiv 2302.09880)")
-        group.add_argument("--gamma", type=float, default=0.99, metavar="γ", help="weight γ of the replay (published: 0.99)")
-        group.add_argument(
-            "--kd-weight", type=float, default=0.1, metavar="a", help="weight a of the min pass's KL (published: 0.001)"
-        )
-        group.add_argument("--temperature", type=float, default=2.0, metavar="T", help="temperature of KL (published: 2)")
-        group.add_argument(
-            "--rounds", type=int, default=2, metavar="N", help="rounds, at most one per two epochs (published: 10)"
-        )
-        group.add_argument(
-            "--kd-logits",
+    source = "arXiv 2302.09880"
+    options = [
+        Option("lr", 2e-4, published=1e-4),
+        Option("weight_decay", 5e-4),
+        Option("opt", "adam"),
+        Option("gamma", 0.99, "weight γ of the replay"),
+        Option("kd_weight", 0.1, "weight a of the min pass's KL", published=0.001),
+        Option("temperature", 2.0, "temperature T of KL", low=0.01),
+        Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
+        Option(
+            "kd_logits",
+            "label-free",
+            "logits that KL compares: label-free, or the training logits, with the margin",
+            published="training",
             choices=("label-free", "training"),
-            default="label-free",
-            help="logits that KL compares; published: the training logits, with the margin",
-        )
+        ),
+    ]
 
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        refuse_negative(args, "gamma", "kd_weight")
-        if not args.temperature > 0 or args.rounds < 1:
-            raise UsageError("--temperature must be above 0, --rounds at least 1")
-
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         seen = torch.cat([task.forget_indices, task.remain_indices])
         self.teacher = Teacher(model, train_set, seen, self.hardware)
 
-    def passes(self, epoch: int) -> list[Pass]:
-        minimise = Pass({"remain": self.task.remain_indices}, self.args.batch_size, "min")
-        if 2 * self._place_in_round(epoch) >= self.epochs:
+    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+        minimise = Pass({"remain": task.remain_indices}, self.args.batch_size, "min")
+        if 2 * self._place_in_round(epoch, epochs) >= epochs:
             return [minimise]
-        return [Pass({"forget": self.task.forget_indices}, self.args.batch_size, "max"), minimise]
+        return [Pass({"forget": task.forget_indices}, self.args.batch_size, "max"), minimise]
 
-    def _place_in_round(self, epoch: int) -> int:
-        """How far epoch `epoch` is in its round: 0 at its beginning, `self.epochs` at its end."""
-        rounds = max(1, min(self.args.rounds, self.epochs // 2))
-        return epoch * rounds % self.epochs
+    def _place_in_round(self, epoch: int, epochs: int) -> int:
+        """How far `epoch` is in its round: 0 at its beginning, `epochs` at its end."""
+        rounds = max(1, min(self.args.rounds, epochs // 2))
+        return epoch * rounds % epochs
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch.images)
@@ -91,21 +80,10 @@ class SCRUBS(SCRUB):
 
     name = "scrub_s"
     title = "SCRUB-S"
-    published = SCRUB.published | {"rho": 0.1}
+    options = [*SCRUB.options, Option("rho", 0.1, "weight ρ of the distance to the running average")]
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        super().add_arguments(parser)
-        group = parser.add_argument_group("SCRUB-S's smoothing")
-        group.add_argument("--rho", type=float, default=0.1, metavar="ρ", help="weight ρ of the distance (published: 0.1)")
-
-    @classmethod
-    def check_arguments(cls, args: argparse.Namespace) -> None:
-        super().check_arguments(args)
-        refuse_negative(args, "rho")
-
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> None:
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
         self.trained = nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
         self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(1 - AVERAGE_WEIGHT))
         self.average.update_parameters(self.trained)  # the first call copies
@@ -117,13 +95,13 @@ class SCRUBS(SCRUB):
         return losses | {"total": losses["total"] + self.args.rho * distance, "distance": distance}
 
     def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
-        if self._place_in_round(epoch + 1) < self._place_in_round(epoch):  # the round is over
+        if self._place_in_round(epoch + 1, self.epochs) < self._place_in_round(epoch, self.epochs):  # the round is over
             self.average.update_parameters(self.trained)
         return {}
 
-    def end_task(self, model: Recognizer) -> dict[str, Any]:
+    def end_task(self, model: Recognizer) -> TaskOutput:
         self.average = None
-        return {}
+        return super().end_task(model)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.average is None else {"average": self.average.state_dict()}

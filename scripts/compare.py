@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_forget
 from methods import METHODS, method_class
-from util.cli.arguments import first_difference, run_main
+from util.cli.main import run_main
+from util.cli.options import first_difference
 from util.report.results import load_results
 from util.report.tables import CELL_WIDTH, Comparison, table_line
 from util.report.write import write_report

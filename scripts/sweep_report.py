@@ -7,7 +7,7 @@ from pathlib import Path
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.cli.arguments import run_main
+from util.cli.main import run_main
 from util.report.figures import save_figure, sweep_figure
 from util.report.results import load_results
 from util.report.tables import sweep_table

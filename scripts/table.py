@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from methods import METHODS
-from util.cli.arguments import run_main
+from util.cli.main import run_main
 from util.report.results import load_results
 from util.report.tables import Comparison
 from util.report.write import write_report

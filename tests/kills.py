@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_forget
 import train_pretrain
 import util.report.figures  # noqa: F401  imported by every run, at its end: once is enough
-from util.cli.arguments import run_main
+from util.cli.main import run_main
 
 SCRIPTS = {"train_forget.py": train_forget.main, "train_pretrain.py": train_pretrain.main}
 TIMES = {"train_seconds", "eval_seconds", "images_per_second", "peak_memory_mb", "started", "finished", "resumed"}

@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up(trained, colours, command, tmp_path, monkeypatch):
         words = forget_options(trained, colours, disk / "run")
         refused(command("train_forget.py", *words), 2, "MB are free")
         script = "import sys, shutil; shutil.disk_usage = lambda p: type('U', (), {'free': 1 << 40}); import train_forget"
-        script += "; from util.cli.arguments import run_main; sys.argv[0] = 'train_forget.py'; run_main(train_forget.main)"
+        script += "; from util.cli.main import run_main; sys.argv[0] = 'train_forget.py'; run_main(train_forget.main)"
         process = subprocess.run(
             [sys.executable, "-c", script, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=120
         )

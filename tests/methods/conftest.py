@@ -61,7 +61,7 @@ class Begun:
 
 
 def first_batch(method: Method, images: ImageSet, pass_number: int = 0, epoch: int = 0) -> Batch:
-    plan = method.passes(epoch)[pass_number]
+    plan = method.passes(method.task, epoch, method.epochs)[pass_number]
     return next(iter(batches(images, plan, torch.Generator().manual_seed(0), torch.device("cpu"))))
 
 
@@ -94,8 +94,7 @@ def begin(make_recognizer, make_images, cpu) -> Callable[..., Begun]:
         all_tasks = tasks_over(images, tasks)
         method.begin_run(model, all_tasks, images)
         torch.manual_seed(11)
-        method.begin_task(model, all_tasks[number - 1], images)
-        method.epochs = method.args.epochs  # as the trainer does
+        method.begin_task(model, all_tasks[number - 1], images, method.args.epochs)
         if moved:
             move(model)
         return Begun(method, model, before, images, all_tasks)

@@ -37,7 +37,7 @@ def test_the_loss_is_its_formula(begin, shift_labels, arithmetic, name, distill_
 
 def test_the_replayed_batch_is_drawn_independently(begin):
     begun = begin("der_pp")
-    (plan,) = begun.method.passes(0)
+    (plan,) = begun.method.passes(begun.method.task, 0, begun.method.epochs)
     assert list(plan.streams) == ["forget", "remain", "replay"]
     assert torch.equal(plan.streams["remain"], plan.streams["replay"])
     indices = begun.batch().split(begun.batch().indices)
@@ -46,5 +46,6 @@ def test_the_replayed_batch_is_drawn_independently(begin):
 
 
 def test_der_has_no_replay(begin):
-    (plan,) = begin("der").method.passes(0)
+    begun = begin("der")
+    (plan,) = begun.method.passes(begun.task, 0, 1)
     assert list(plan.streams) == ["forget", "remain"]

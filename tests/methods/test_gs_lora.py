@@ -1,5 +1,3 @@
-import argparse
-
 import numpy as np
 import pytest
 import torch
@@ -9,17 +7,8 @@ from backbone import lora
 from data.batches import Pass, batches
 from methods.gs_lora import GSLoRA
 from tests.conftest import drawn_tasks
-from util.runtime.errors import UsageError
 
 CPU = torch.device("cpu")
-
-
-def arguments(*options: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    GSLoRA.add_arguments(parser)
-    args = parser.parse_args(options)
-    args.batch_size = 8
-    return args
 
 
 def task_of(images, number: int = 1):
@@ -28,11 +17,11 @@ def task_of(images, number: int = 1):
 
 
 @pytest.fixture
-def begin(make_recognizer, make_images, cpu):
+def begin(make_recognizer, make_images, method_arguments, cpu):
     def begin(*options: str, number: int = 1):
         images, model = make_images(), make_recognizer(dtype=torch.float64).eval()
-        method = GSLoRA(arguments("--rank", "4", *options), cpu)
-        method.begin_task(model, task_of(images, number), images)
+        method = GSLoRA(method_arguments("gs_lora", "--rank", "4", *options), cpu)
+        method.begin_task(model, task_of(images, number), images, method.args.epochs)
         torch.manual_seed(3)
         for layer in lora.adapted_layers(model.backbone).values():
             nn.init.normal_(layer.lora_B, std=0.1)
@@ -42,7 +31,7 @@ def begin(make_recognizer, make_images, cpu):
 
 
 def first_batch(method, images):
-    (plan,) = method.passes(0)
+    (plan,) = method.passes(method.task, 0, method.epochs)
     return next(iter(batches(images, plan, torch.Generator().manual_seed(0), CPU)))
 
 
@@ -113,7 +102,7 @@ def test_only_adapters_train_and_the_head_never_moves(begin):
 
 def test_the_default_pass_pairs_forgotten_and_remaining_images(begin):
     method, _, images = begin()
-    (plan,) = method.passes(0)
+    (plan,) = method.passes(method.task, 0, method.epochs)
     assert isinstance(plan, Pass)
     labels = {name: set(images.labels[indices].tolist()) for name, indices in plan.streams.items()}
     assert labels == {"forget": set(method.task.forget), "remain": set(method.task.remain)}
@@ -131,13 +120,13 @@ def test_a_negligible_group_is_set_to_zero_and_counted(begin):
     weights = {name: model.backbone.get_submodule(name).weight.clone() for name in lora.adapted_layers(model.backbone)}
     scale_block(model, "blocks.0", 1e-6)
     left = method.end_task(model)
-    assert left["groups"]["zero_ratio"] == 0.5
-    assert left["groups"]["norms"]["blocks.0"] == 0.0
-    assert left["groups"]["norms"]["blocks.1"] > 0
+    assert left.groups["zero_ratio"] == 0.5
+    assert left.groups["norms"]["blocks.0"] == 0.0
+    assert left.groups["norms"]["blocks.1"] > 0
     for name, before in weights.items():
         unchanged = torch.equal(model.backbone.get_submodule(name).weight, before)
         assert unchanged == name.startswith("blocks.0.")
-    assert not left["adapters"]["blocks.0.mlp.fc1.lora_A"].any()
+    assert not left.files["adapters"]["blocks.0.mlp.fc1.lora_A"].any()
     assert not lora.adapted_layers(model.backbone)
 
 
@@ -159,11 +148,5 @@ def test_a_group_that_a_training_prediction_needs_is_kept(begin):
         layer.lora_B.data.neg_()
     assert not torch.equal(adapted, different), "the adapters must matter for this test to mean anything"
     left = method.end_task(model)
-    assert left["groups"]["zero_ratio"] < 1
+    assert left.groups["zero_ratio"] < 1
     assert torch.equal(predictions(), adapted)
-
-
-@pytest.mark.parametrize("options", [("--rank", "0"), ("--alpha", "-1"), ("--beta", "0.1", "-0.1"), ("--negligible", "-1")])
-def test_impossible_options_are_refused(options):
-    with pytest.raises(UsageError):
-        GSLoRA.check_arguments(arguments(*options))

@@ -70,9 +70,9 @@ def adapters(model, arithmetic) -> dict[str, np.ndarray]:
 
 def assert_merged(begun, left, expected: dict[str, np.ndarray], rank: int) -> None:
     """The weights are those before plus the update of the `expected` adapters, which are also left."""
-    assert left["adapters"].keys() == expected.keys()
+    assert left.files["adapters"].keys() == expected.keys()
     for name, value in expected.items():
-        np.testing.assert_allclose(left["adapters"][name].double().numpy(), value, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(left.files["adapters"][name].double().numpy(), value, rtol=1e-6, atol=1e-9)
     for module in MODULES:
         update = expected[f"{module}.lora_B"] @ expected[f"{module}.lora_A"] / rank
         weight = begun.before.backbone.get_submodule(module).weight.detach().numpy() + update
@@ -123,7 +123,7 @@ def test_each_task_averages_its_own_adapters(begin, arithmetic, random_adapters)
     begun.method.end_epoch(begun.model, 0)
     begun.method.end_task(begun.model)
     begun.before.load_state_dict(begun.model.state_dict())
-    begun.method.begin_task(begun.model, begun.tasks[1], begun.images)
+    begun.method.begin_task(begun.model, begun.tasks[1], begun.images, begun.method.args.epochs)
     random_adapters(begun.model, seed=1)
     expected = adapters(begun.model, arithmetic)
     begun.method.end_epoch(begun.model, 0)
@@ -135,7 +135,7 @@ def test_the_prototypes_stay_those_of_the_pretrained_model(begin, random_adapter
     before = begun.method.prototypes.clone()
     random_adapters(begun.model, seed=1)
     begun.method.end_task(begun.model)
-    begun.method.begin_task(begun.model, begun.tasks[1], begun.images)
+    begun.method.begin_task(begun.model, begun.tasks[1], begun.images, begun.method.args.epochs)
     assert torch.equal(begun.method.prototypes, before)
 
 

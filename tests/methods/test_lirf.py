@@ -119,8 +119,8 @@ def test_the_task_leaves_the_deposit_beside_the_model(begin):
     left = begun.method.end_task(begun.model)
     assert not hasattr(begun.model, "deposit")
     assert set(begun.model.state_dict()) == names
-    assert left["deposit"].keys() == deposit.keys()
-    assert all(torch.equal(left["deposit"][name], tensor) for name, tensor in deposit.items())
+    assert left.files["deposits"].keys() == deposit.keys()
+    assert all(torch.equal(left.files["deposits"][name], tensor) for name, tensor in deposit.items())
     assert all(torch.equal(p, q) for p, q in zip(upper(begun.model), upper(begun.before), strict=True))
 
 
@@ -131,7 +131,7 @@ def upper(model) -> list[torch.Tensor]:
 def test_the_next_task_has_its_own_deposit(begin):
     begun = begin("lirf")
     begun.method.end_task(begun.model)
-    begun.method.begin_task(begun.model, begun.tasks[1], begun.images)
+    begun.method.begin_task(begun.model, begun.tasks[1], begun.images, begun.method.args.epochs)
     for name, tensor in begun.model.deposit.state_dict().items():
         assert torch.equal(tensor, begun.model.backbone.get_parameter(name))
         assert not torch.equal(tensor, begun.before.backbone.get_parameter(name))

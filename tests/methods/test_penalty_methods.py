@@ -93,7 +93,7 @@ def test_the_last_batch_of_ten_images_is_no_exception_for_batch_importance(begin
 @pytest.mark.parametrize("name", NAMES)
 def test_one_stream_shows_each_image_of_both_kinds_once(begin, name):
     begun = begin(name)
-    (plan,) = begun.method.passes(0)
+    (plan,) = begun.method.passes(begun.method.task, 0, begun.method.epochs)
     (stream,) = plan.streams.values()
     seen = torch.cat([begun.task.forget_indices, begun.task.remain_indices])
     assert sorted(stream.tolist()) == sorted(seen.tolist())
@@ -107,7 +107,7 @@ def test_the_penalty_over_three_tasks(begin, move_weights, name, options):
     for task in begun.tasks:
         if task.number > 1:
             method.end_task(model)
-            method.begin_task(model, task, images)
+            method.begin_task(model, task, images, method.args.epochs)
         omega = importance(name, options, model, images, task.remain_indices)
         terms = [*([] if name == "l2" else terms), (omega, backbone_weights(model))]
         assert method.penalty(model).item() == pytest.approx(quadratic(terms, backbone_weights(model)), rel=1e-6, abs=1e-12)
@@ -122,7 +122,7 @@ def test_the_gradient_of_the_penalty_over_two_tasks(begin, move_weights, name):
     method, model = begun.method, begun.model
     first = importance(name, (), begun.before, begun.images, begun.tasks[0].remain_indices), backbone_weights(begun.before)
     method.end_task(model)
-    method.begin_task(model, begun.tasks[1], begun.images)
+    method.begin_task(model, begun.tasks[1], begun.images, method.args.epochs)
     second = importance(name, (), model, begun.images, begun.tasks[1].remain_indices), backbone_weights(model)
     move_weights(model, seed=8)
     method.penalty(model).backward()
@@ -137,7 +137,7 @@ def test_a_parameter_that_matters_to_no_task_costs_nothing(begin, move_weights, 
     begun = begin(name, moved=False)
     for tensor in begun.method.importance.values():
         tensor.zero_()
-    begun.method.begin_task(begun.model, begun.tasks[1], begun.images)
+    begun.method.begin_task(begun.model, begun.tasks[1], begun.images, begun.method.args.epochs)
     for tensor in begun.method.importance.values():
         tensor.zero_()
     move_weights(begun.model)
@@ -156,7 +156,7 @@ def test_a_finished_tasks_state_gives_a_resumed_run_the_same_penalty(
     uninterrupted, model = begun.method, begun.model
     if finished == 2:
         uninterrupted.end_task(model)
-        uninterrupted.begin_task(model, begun.tasks[1], begun.images)
+        uninterrupted.begin_task(model, begun.tasks[1], begun.images, uninterrupted.args.epochs)
         move_weights(model, seed=7)
     uninterrupted.end_task(model)
     buffer = io.BytesIO()
@@ -166,11 +166,11 @@ def test_a_finished_tasks_state_gives_a_resumed_run_the_same_penalty(
     resumed.begin_run(begun.before, begun.tasks, begun.images)
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     for method in (uninterrupted, resumed):
-        method.begin_task(model, begun.tasks[finished], begun.images)
+        method.begin_task(model, begun.tasks[finished], begun.images, method.args.epochs)
     move_weights(model, seed=8)
     assert resumed.penalty(model).item() == uninterrupted.penalty(model).item()
     fresh = METHODS[name](method_arguments(name), cpu)
-    fresh.begin_task(model, begun.tasks[finished], begun.images)
+    fresh.begin_task(model, begun.tasks[finished], begun.images, fresh.args.epochs)
     assert fresh.penalty(model).item() != pytest.approx(uninterrupted.penalty(model).item(), rel=1e-3)
 
 

@@ -14,7 +14,7 @@ def test_the_loss_is_the_cross_entropy_of_what_remains(begin, arithmetic):
 
 def test_one_pass_shows_each_remaining_image_once(begin):
     begun = begin("retrain")
-    (plan,) = begun.method.passes(0)
+    (plan,) = begun.method.passes(begun.method.task, 0, begun.method.epochs)
     (stream,) = plan.streams.values()
     assert sorted(stream.tolist()) == sorted(begun.task.remain_indices.tolist())
 
@@ -37,5 +37,5 @@ def test_it_starts_from_weights_unlike_those_that_entered_the_task(begin, number
 def test_the_weights_it_starts_from_follow_the_seed(begin):
     first, second = begin("retrain", moved=False), begin("retrain", moved=False)
     assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters(), strict=True))
-    first.method.begin_task(first.model, first.tasks[1], first.images)
+    first.method.begin_task(first.model, first.tasks[1], first.images, first.method.args.epochs)
     assert not torch.equal(first.model.head.weight, second.model.head.weight)

@@ -5,13 +5,12 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from util.cli.arguments import plain_arguments
+from util.cli.options import Parser, plain_arguments
 from util.runtime import distributed
 from util.runtime.errors import UsageError
 from util.runtime.files import read_json
@@ -19,60 +18,34 @@ from util.runtime.hardware import Hardware
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 # What a run that repeats another one is told anew.
-NOT_REPEATED = {"config", "resume", "overwrite", "help"}
+NOT_REPEATED = {"config", "resume", "overwrite"}
 
 
-def add_config_argument(parser: argparse.ArgumentParser) -> None:
+def add_config_option(parser: Parser) -> None:
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="all arguments from a run's config.json; further ones still count"
     )
 
 
-def with_config(argv: list[str], build: Callable[[list[str]], argparse.ArgumentParser]) -> list[str]:
-    """`argv` with the words of its --config, if it has one, before it. `build` makes the parser for some words.
+def saved_arguments(argv: list[str]) -> dict:
+    """The arguments in the file that `--config` of `argv` names, empty without one.
 
     Raises UsageError if the file is missing or of another script, RunError if it is damaged.
     """
-    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    add_config_argument(chooser)
-    path = chooser.parse_known_args(argv)[0].config
+    parser = Parser(add_help=False)
+    add_config_option(parser)
+    path = parser.parse_known_args(argv)[0].config
     if path is None:
-        return argv
+        return {}
     config = read_json(path)
     saved, script = config.get("arguments"), Path(sys.argv[0]).name
     if not isinstance(saved, dict) or config.get("script") != script:
         raise UsageError(f"--config {path}: not the config.json of a run of {script}, but of {config.get('script')}")
-    _compare(path, config)
-    method = [f"--method={saved['method']}"] if "method" in saved else []
-    return [*words_of(saved, build(method)), *argv]
+    _warn_of_other_versions(path, config)
+    return {key: value for key, value in saved.items() if key not in NOT_REPEATED}
 
 
-def words_of(saved: dict, parser: argparse.ArgumentParser) -> list[str]:
-    """The command line that gives these arguments. Raises UsageError for one that the parser does not know."""
-    words, unknown = [], saved.keys() - NOT_REPEATED
-    for action in parser._actions:
-        unknown.discard(action.dest)
-        value = saved.get(action.dest)
-        if value is None or action.dest in NOT_REPEATED:
-            continue
-        option = action.option_strings[0]
-        if isinstance(action, argparse.BooleanOptionalAction):
-            words.append(option if value else action.option_strings[1])
-        elif isinstance(action, argparse._StoreTrueAction):
-            words += [option] * bool(value)
-        elif isinstance(action, argparse._AppendAction):
-            words += [f"{option}={one}" for one in value]
-        elif isinstance(value, list):
-            words += [option, *map(str, value)]
-        else:
-            words.append(f"{option}={value}")
-    if unknown:
-        raise UsageError(f"--config: there is no option {min(unknown)!r} here; the file is of another version")
-    return words
-
-
-def _compare(path: Path, config: dict) -> None:
-    """Tell in one line what may make a difference: versions of the packages and of this code."""
+def _warn_of_other_versions(path: Path, config: dict) -> None:
     here, there = (dict(found.get("packages") or {}) | found for found in (code_and_packages(), config))
     names = ("git_commit", "python", *PACKAGES)
     other = [f"{name} {there.get(name)}, here {here[name]}" for name in names if there.get(name) != here[name]]
@@ -81,7 +54,7 @@ def _compare(path: Path, config: dict) -> None:
 
 
 def describe_run(args: argparse.Namespace, hardware: Hardware, images: torch.device) -> dict:
-    """The content of config.json: every argument, package versions, git commit, device, seed, what auto came to."""
+    """The content of config.json: every argument, versions, git commit, device, seed, what auto came to."""
     return {
         "script": Path(sys.argv[0]).name,
         "arguments": plain_arguments(args),
@@ -111,12 +84,12 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """The commit of the code that runs, with "+" appended where files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+    words = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
     try:
-        run = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", root, *words], capture_output=True, text=True, check=True, env=environment, timeout=10
-        ).stdout.strip()
-        return run("rev-parse", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+        done = subprocess.run(
+            words, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

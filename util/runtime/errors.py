@@ -1,7 +1,7 @@
 """What a user can cause, told in one line.
 
 Raise these instead of a bare exception wherever the message says what is wrong, where, and what to do;
-`util.cli.arguments.run_main` prints that line without a traceback and ends with `exit_code`.
+`util.cli.main.run_main` prints that line without a traceback and ends with `exit_code`.
 """
 
 

@@ -142,6 +142,9 @@ class RunFolder(OutputFolder):
     def published(self, task: int) -> Path:
         return self.path / "published" / f"task_{task}.pth"
 
+    def task_file(self, kind: str, task: int) -> Path:
+        return self.path / kind / f"task_{task}.safetensors"
+
     def adapters(self, task: int) -> Path:
         return self.path / "adapters" / f"task_{task}.safetensors"
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from backbone.recognizer import Recognizer
-from util.cli.arguments import first_difference
+from util.cli.options import first_difference, number
 from util.runtime import distributed
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json
@@ -18,16 +18,10 @@ from util.training.engine import Trainer
 FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "save_every", "eval_every", "config"}
 
 
-def add_resume_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--save-every", type=int, default=5, metavar="N", help="epochs between two saves for --resume")
+def add_resume_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--save-every", type=number(int, 1), default=5, help="epochs between two saves for --resume")
     group.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
     group.add_argument("--resume", action="store_true", help="continue the run of --output-dir; with --overwrite: if it can")
-
-
-def check_resume(args: argparse.Namespace) -> None:
-    """Raise UsageError for values that cannot work."""
-    if args.save_every < 1:
-        raise UsageError(f"--save-every {args.save_every} is out of range: at least 1")
 
 
 def needed_bytes(model: Recognizer, checkpoints: int) -> int:
@@ -36,37 +30,36 @@ def needed_bytes(model: Recognizer, checkpoints: int) -> int:
     return weights * (checkpoints + 2 * 3)
 
 
-def enter(
+def prepare_run_dir(
     folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, needed: int, **identity: str
-) -> None:
-    """Make the locked folder ready for the run of `args`, as --resume and --overwrite say.
+) -> bool:
+    """Make the locked folder ready for the run of `args`; returns whether it goes on with an interrupted one.
 
-    Given both, a run that was interrupted is continued, and any other replaced; `args` then say which. `needed`: bytes
+    With both --resume and --overwrite a run that was interrupted is continued, and any other replaced. `needed`: bytes
     that the run writes. `identity`: further entries of config.json that a run keeps.
     Raises UsageError if the folder's run is another one, or as `OutputFolder.prepare` does.
     """
-    if args.resume and not folder.config.exists():
-        args.resume = False
-    elif args.resume:
+    resume = args.resume and folder.config.exists()
+    if resume:
         config = read_json(folder.config)
         difference = first_difference(config.get("arguments", {}), args, FREE_ON_RESUME)
         for key, value in identity.items():
             if config.get(key) != value:
                 difference = difference or f"{key} {config.get(key)}, now {value}"
         if args.overwrite:
-            args.resume = difference is None and folder.last.exists() and not folder.finished
+            resume = difference is None and folder.last.exists() and not folder.finished
         elif difference is not None:
             raise UsageError(
                 f"--resume: {folder.path} was started with other options: {difference}; repeat the first command, or use "
                 f"--overwrite"
             )
-    if args.resume:
-        _tell_other_choices(folder, config.get("hardware"), hardware)
-    folder.prepare(args.overwrite and not args.resume, args.resume, needed)
+    if resume:
+        _warn_of_other_hardware(folder, config.get("hardware"), hardware)
+    folder.prepare(args.overwrite and not resume, resume, needed)
+    return resume
 
 
-def _tell_other_choices(folder: OutputFolder, before: object, hardware: Hardware) -> None:
-    """In one line, where the machine now chooses otherwise than when the run was begun."""
+def _warn_of_other_hardware(folder: OutputFolder, before: object, hardware: Hardware) -> None:
     choices = before if isinstance(before, dict) else {}
     other = [f"{key} {choices[key]}, now {now}" for key, now in hardware.as_dict().items() if choices.get(key, now) != now]
     if other and not distributed.rank():
@@ -74,20 +67,22 @@ def _tell_other_choices(folder: OutputFolder, before: object, hardware: Hardware
 
 
 class LastState:
-    """`checkpoints/last.pth`, of the run that `args` describe."""
+    """`checkpoints/last.pth` of a run that begins anew, or is resumed."""
 
-    def __init__(self, path: Path, args: argparse.Namespace) -> None:
-        self.path, self.args = path, args
+    def __init__(self, path: Path, save_every: int, resume: bool) -> None:
+        self.path, self.save_every, self.resume = path, save_every, resume
 
     def save(self, trainer: Trainer) -> None:
         """Raises RunError instead of replacing a good state by weights that are not finite."""
         if not all(parameter.isfinite().all() for parameter in trainer.parameters):
-            raise RunError(f"the weights are not finite after epoch {trainer.epoch}; lower --lr; {self.path} is kept")
+            where = f"after epoch {trainer.position.epoch}"
+            raise RunError(f"the weights are not finite {where}; lower --lr; {self.path} is kept")
         torch_save(self.path, trainer.state_dict())
 
     def after_epoch(self, trainer: Trainer) -> None:
-        """Save every --save-every epochs, and after the last."""
-        if trainer.epoch % self.args.save_every == 0 or trainer.epoch == trainer.settings.epochs:
+        """Save every `save_every` epochs, and after the last."""
+        epoch = trainer.position.epoch
+        if epoch % self.save_every == 0 or epoch == trainer.schedule.epochs:
             self.save(trainer)
 
     def restore(self, trainer: Trainer) -> None:
@@ -95,9 +90,9 @@ class LastState:
 
         Raises RunError if the file is damaged, or does not fit.
         """
-        if self.args.resume and self.path.exists():
+        if self.resume and self.path.exists():
             state = torch_load(self.path)
             if not isinstance(state, dict):
                 raise RunError(f"{self.path}: damaged: not the state of a run; use --overwrite to start anew")
-            if state.get("task") == trainer.task:
+            if state.get("task") == trainer.task.number:
                 trainer.load_state_dict(state)

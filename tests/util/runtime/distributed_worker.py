@@ -24,7 +24,8 @@ from tests.conftest import coloured_images, drawn_tasks, small_recognizer
 from util.evaluation.evaluate import predict
 from util.runtime import distributed
 from util.runtime.hardware import Hardware
-from util.training.engine import Optimization, Trainer
+from util.training.engine import Trainer
+from util.training.optim import Schedule
 
 STEPS = 4
 
@@ -42,12 +43,12 @@ def train(
     method = (Pretrain if name == "pretrain" else METHODS[name])(args, hardware)
     torch.manual_seed(5)
     method.begin_run(model, [task], images)
-    method.begin_task(model, task, images)
-    trainer = Trainer(model, method, images, Optimization.of(args), seed=0)
+    method.begin_task(model, task, images, args.epochs)
+    trainer = Trainer(model, method, task, images, Schedule.of(args))
     model.train()
     method.begin_epoch(model, 0)
     losses = []
-    for plan in method.passes(0):
+    for plan in method.passes(task, 0, args.epochs):
         stream = batches(images, plan, torch.Generator().manual_seed(0), hardware.device)
         for batch in itertools.islice(stream, STEPS):
             losses.append({part: value.item() for part, value in trainer.step(batch).items()})

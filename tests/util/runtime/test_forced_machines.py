@@ -91,7 +91,8 @@ from data.cache import _header, cached_images
 from data.image_set import ImageSet
 from methods import METHODS
 from tests.conftest import drawn_tasks
-from util.training.engine import Optimization, Trainer
+from util.training.engine import Trainer
+from util.training.optim import Schedule
 from util.evaluation.evaluate import predict
 from util.runtime.hardware import choose_hardware
 from util.training.monitor import Monitor
@@ -111,11 +112,11 @@ size = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 model = to_device(build_recognizer(Architecture("face_vit_tiny", 6, 112, "cosface", size)), hardware.resolve_compile(0))
 method = METHODS["gs_lora"](args, hardware)
 method.begin_run(model, tasks, data)
-method.begin_task(model, tasks[0], data)
-trainer = Trainer(model, method, data, Optimization.of(args), seed=0)
+method.begin_task(model, tasks[0], data, args.epochs)
+trainer = Trainer(model, method, tasks[0], data, Schedule.of(args))
 hardware.reset_peak_memory()
 with Monitor(None, "", "", 2) as monitor:
-    print(trainer.train(monitor).images)
+    trainer.train(monitor, lambda trainer: None, lambda trainer: print(monitor.epoch.images))
 predict(model, data.subset(torch.arange(0, shape[0], shape[0] // 500)), hardware)
 print(hardware.peak_memory_mb())
 """

@@ -23,7 +23,7 @@ from util.report.results import load_results, new_results, task_entry
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, save_tensors
 from util.storage.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_published
-from util.training.record import load_record
+from util.training.deletion_record import load_record
 
 ODD = [None, True, -1, 0, 1 << 70, 1e308, float("nan"), "", "x" * 5000, [], {}, [[]], {"a": {}}, b"\xff", [None] * 50]
 

@@ -7,29 +7,36 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data.batches import Pass
+from data.tasks import whole_set
 from methods.base import Method
 from methods.pretrain import Pretrain
 from util.evaluation.evaluate import predict
 from util.runtime.errors import RunError, UsageError
 from util.runtime.interrupt import Interrupted
-from util.training.engine import Optimization, Trainer, derived_seed
+from util.training.engine import Trainer
 from util.training.monitor import Monitor
+from util.training.optim import Schedule, derived_seed, epochs_for, steps_of_epochs
 
 
-def settings(**changes) -> Optimization:
+def schedule(**changes) -> Schedule:
     values = {"epochs": 3, "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.05, "warmup_epochs": 0, "opt": "adamw"}
-    return Optimization(**(values | {"clip_grad": None} | changes))
+    return Schedule(**(values | {"clip_grad": None, "seed": 7} | changes))
 
 
 def trainer_for(model, images, hardware, method=Pretrain, **changes) -> Trainer:
     chosen = method(SimpleNamespace(batch_size=16), hardware)
-    chosen.begin_task(model, SimpleNamespace(remain_indices=torch.arange(len(images))), images)
-    return Trainer(model, chosen, images, settings(**changes), seed=7)
+    task, planned = whole_set(images.labels, len(images.classes)), schedule(**changes)
+    chosen.begin_task(model, task, images, planned.epochs)
+    return Trainer(model, chosen, task, images, planned)
 
 
-def train(trainer: Trainer, **options) -> None:
-    with Monitor(None, "test", "test", trainer.settings.epochs) as monitor:
-        trainer.train(monitor, **options)
+def nothing(trainer: Trainer) -> None:
+    pass
+
+
+def train(trainer: Trainer, save=nothing, after_epoch=nothing) -> None:
+    with Monitor(None, "test", "test", trainer.schedule.epochs) as monitor:
+        trainer.train(monitor, save, after_epoch)
 
 
 def weights(model) -> torch.Tensor:
@@ -56,7 +63,7 @@ def test_a_run_repeats_bit_for_bit_and_a_resumed_one_too(make_recognizer, make_i
     trainer = trainer_for(resumed, images, cpu, epochs=4)
     torch.manual_seed(123)  # another process would not have this one's generator
     trainer.load_state_dict(states[1])
-    assert trainer.epoch == 2
+    assert trainer.position.epoch == 2
     train(trainer)
     assert torch.equal(weights(resumed), weights(whole))
 
@@ -86,7 +93,7 @@ def test_a_signal_ends_the_training_after_a_step_and_it_resumes_there(
 
         def signalled(batch, trainer=trainer, step=step, moment=moment):
             losses = step(batch)
-            if trainer.updates == moment:
+            if trainer.position.updates == moment:
                 os.kill(os.getpid(), number)
             return losses
 
@@ -95,7 +102,7 @@ def test_a_signal_ends_the_training_after_a_step_and_it_resumes_there(
             train(trainer, save=lambda t, saved=saved: saved.append(copy_state(t)))
         assert caught.value.exit_code == 128 + number
         (state,) = saved
-        assert state["updates"] == moment
+        assert state["position"]["updates"] == moment
     assert torch.equal(weights(model), weights(whole))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # as before
 
@@ -123,7 +130,7 @@ def copy_state(trainer: Trainer) -> dict:
 
 def test_the_schedule_warms_up_and_ends_at_the_minimum(make_recognizer, make_images, cpu):
     trainer = trainer_for(make_recognizer(), make_images(), cpu, epochs=10, warmup_epochs=2, lr=1e-2, min_lr=1e-4)
-    per_epoch = trainer.steps[0]
+    per_epoch, *_ = steps_of_epochs(trainer.method, trainer.task, 10)
     rates = []
     for update in range(10 * per_epoch + 1):
         trainer.scheduler.step_update(update)
@@ -149,12 +156,12 @@ class TwoPasses(Method):
 
     name = title = "two passes"
 
-    def begin_task(self, model, task, train_set):
-        super().begin_task(model, task, train_set)
+    def begin_task(self, model, task, train_set, epochs):
+        super().begin_task(model, task, train_set, epochs)
         self.calls = []
 
-    def passes(self, epoch):
-        indices = self.task.remain_indices
+    def passes(self, task, epoch, epochs):
+        indices = task.remain_indices
         return [Pass({"forget": indices[:16]}, 8, "max"), Pass({"remain": indices[16:]}, 8, "min")][epoch == 0 :]
 
     def begin_epoch(self, model, epoch):
@@ -170,8 +177,15 @@ def test_a_method_decides_the_passes_of_each_epoch(make_recognizer, make_images,
     head = trainer.model.head.weight.clone()
     train(trainer)
     assert trainer.method.calls == ["epoch 0"] + ["min"] * 4 + ["epoch 1"] + ["max"] * 2 + ["min"] * 4
-    assert trainer.steps == [4, 6]
+    assert steps_of_epochs(trainer.method, trainer.task, 2) == [4, 6]
     assert torch.equal(trainer.model.head.weight, head)
+
+
+@pytest.mark.parametrize(("min_updates", "epochs"), [(0, 2), (10, 2), (11, 3), (16, 3), (17, 4), (100, 17)])
+def test_more_epochs_for_more_updates(min_updates, epochs, make_recognizer, make_images, cpu):
+    """Four steps in the first epoch, six in each further one."""
+    trainer = trainer_for(make_recognizer(), make_images(), cpu, method=TwoPasses, epochs=2)
+    assert epochs_for(trainer.method, trainer.task, 2, min_updates) == epochs
 
 
 class Diverging(TwoPasses):
@@ -192,7 +206,7 @@ def test_scalars_and_metrics_are_logged(make_recognizer, make_images, cpu, tmp_p
 
     trainer = trainer_for(make_recognizer(), make_images(), cpu)
     with SummaryWriter(tmp_path) as writer, Monitor(writer, "task_1", "task 1", 3) as monitor:
-        trainer.train(monitor)
+        trainer.train(monitor, nothing, nothing)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert {"task_1/loss/total", "task_1/lr", "task_1/images_per_second"} <= set(events.Tags()["scalars"])

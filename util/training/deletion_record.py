@@ -10,7 +10,6 @@ import argparse
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from backbone.recognizer import to_device
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from util.cli.arguments import plain_arguments
 from util.cli.config import code_and_packages
+from util.cli.options import plain_arguments
 from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
 from util.runtime import distributed
 from util.runtime.errors import RunError
@@ -29,6 +28,7 @@ from util.storage.checkpoint import check_classes, load_checkpoint
 from util.storage.folders import RunFolder, utc_now
 
 SCHEMA = 1
+Check = tuple[str, bool | None, str]  # what, whether it is so (None: cannot be told), details
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -46,17 +46,19 @@ def image_hashes(images: ImageSet, indices: Tensor | None = None) -> list[str]:
     return [hashlib.sha256(images.images[i].cpu().contiguous().numpy()).hexdigest() for i in chosen]
 
 
-def joint_hash(hashes: list[str]) -> str:
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+def joint_hash(images: ImageSet) -> str:
+    return hashlib.sha256("".join(image_hashes(images)).encode()).hexdigest()
 
 
 class Recorder:
     """Notes what a task starts from; writes its record when it is done."""
 
-    def __init__(self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet]) -> None:
-        self.args, self.hardware = args, hardware
-        self.train_set, self.test_set = data
-        self.test_hash = joint_hash(image_hashes(self.test_set))
+    def __init__(
+        self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet], resumed: bool
+    ) -> None:
+        self.args, self.hardware, self.resumed = args, hardware, resumed
+        self.train_set, test_set = data
+        self.test_hash = joint_hash(test_set)
 
     def begin(self, model: nn.Module) -> None:
         """Before a task; `model` is the one that entered it."""
@@ -80,7 +82,7 @@ class Recorder:
             },
             "started": self.started,
             "finished": utc_now(),
-            "resumed": bool(self.args.resume),
+            "resumed": self.resumed,
             "model": {
                 "before": self.before,
                 "after": weights_sha256(model),
@@ -105,78 +107,74 @@ class Recorder:
 def load_record(path: Path) -> dict:
     """Read a record. Raises UsageError if it is missing, RunError if it is none."""
     record = read_json(path)
-    parts = {"request": dict, "model": dict, "images": dict, "accuracies": dict, "arguments": dict, "hardware": dict}
-    if record.get("schema") != SCHEMA or not all(isinstance(record.get(key), kind) for key, kind in parts.items()):
+    parts = ("request", "model", "images", "accuracies", "arguments", "hardware")
+    if record.get("schema") != SCHEMA or not all(isinstance(record.get(key), dict) for key in parts):
         raise RunError(f"{path}: not a record of deletion of schema {SCHEMA}")
-    numbers = record.get("task"), record["images"].get("size")
-    if not all(type(number) is int and number > 0 for number in numbers):
-        raise RunError(f"{path}: damaged record: task {numbers[0]!r}, images of {numbers[1]!r} pixels")
     return record
 
 
-def verify_record(
-    path: Path, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware
-) -> Iterator[tuple[str, bool | None, str]]:
-    """Recompute what `record` says, from the files beside it: (what, whether it is so, details); None: cannot be told.
+def verify_record(path: Path, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware) -> list[Check]:
+    """Recompute what `record` says, from the files beside it and the training and test set `data`.
 
-    `data` are the training and the test set. Raises RunError if parts of the record are missing.
+    Raises RunError if parts of the record are missing or impossible.
     """
+    folder = RunFolder(path.resolve().parent.parent)
     try:
-        yield from _checks(RunFolder(path.resolve().parent.parent), record, data, hardware)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return [*_files(folder, record), *_images(record, data), *_accuracies(folder, record, data[1], hardware)]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path}: damaged record: {type(error).__name__} {error}") from None
 
 
-def _checks(
-    folder: RunFolder, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware
-) -> Iterator[tuple[str, bool | None, str]]:
-    number, model, images, request = (record[key] for key in ("task", "model", "images", "request"))
-    train_set, test_set = data
-    after = folder.checkpoint(number)
+def _files(folder: RunFolder, record: dict) -> Iterator[Check]:
+    number, model = record["task"], record["model"]
+    before, after = folder.checkpoint(number - 1), folder.checkpoint(number)
     entered = record["arguments"]["checkpoint" if number == 1 else "resume_from"]
-    before = folder.checkpoint(number - 1)
     if not before.exists() and entered is not None:
         before = Path(entered)
-    earlier = folder.record(number - 1)
     if record["previous_record"] is None:
         yield "record before it", None, "it names none"
     else:
-        yield _compare("record before it", earlier, record["previous_record"], sha256)
+        yield _compare("record before it", folder.record(number - 1), record["previous_record"], sha256)
     yield _compare("file of the model after", after, model["after_file"], sha256)
     yield _compare("weights before", before, model["before"], lambda file: weights_sha256(load_checkpoint(file).model))
     yield _compare("weights after", after, model["after"], lambda file: weights_sha256(load_checkpoint(file).model))
 
+
+def _compare(what: str, file: Path, expected: str, digest: Callable[[Path], str]) -> Check:
+    if not file.exists():
+        return what, None, f"no file {file}"
+    found = digest(file)
+    return what, found == expected, found[:16] if found == expected else f"{found[:16]}, recorded {expected[:16]}"
+
+
+def _images(record: dict, data: tuple[ImageSet, ImageSet]) -> Iterator[Check]:
+    (train_set, test_set), request, recorded = data, record["request"], record["images"]
     forget = [int(c) for c in request["forget"]]
     names = [train_set.classes[c] if c < len(train_set.classes) else None for c in forget]
     yield "names of the forgotten classes", names == [*request["forget"].values()], ", ".join(map(str, names))
     for group, classes in (("forget", forget), ("remain", request["remain"])):
         here = torch.isin(train_set.labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
-        absent = len(set(images[group]) - set(image_hashes(train_set, here)))
-        yield f"training images to {group}", absent == 0, f"{len(images[group]) - absent} of {len(images[group])} found"
-    yield "test images", joint_hash(image_hashes(test_set)) == images["test"], f"{len(test_set)} images"
+        absent = len(set(recorded[group]) - set(image_hashes(train_set, here)))
+        yield f"training images to {group}", absent == 0, f"{len(recorded[group]) - absent} of {len(recorded[group])} found"
+    yield "test images", joint_hash(test_set) == recorded["test"], f"{len(test_set)} images"
 
-    pretrained = Path(record["arguments"]["checkpoint"])
+
+def _accuracies(folder: RunFolder, record: dict, test_set: ImageSet, hardware: Hardware) -> Iterator[Check]:
+    pretrained, after = Path(record["arguments"]["checkpoint"]), folder.checkpoint(record["task"])
     if not (after.exists() and pretrained.exists()):
         yield "accuracies", None, f"no file {pretrained if after.exists() else after}"
         return
     predictions = []
-    for file in (pretrained, after):
-        checkpoint = load_checkpoint(file, record["arguments"].get("head") if file == pretrained else None)
+    for file, head in ((pretrained, record["arguments"].get("head")), (after, None)):
+        checkpoint = load_checkpoint(file, head)
         check_classes(checkpoint, test_set, file)
         predictions.append(predict(to_device(checkpoint.model, hardware), test_set, hardware))
-    old = tuple(int(c) for c in request["forgotten_before"])
+    groups = (tuple(int(c) for c in record["request"][key]) for key in ("forget", "remain", "forgotten_before", "missing"))
     none = torch.empty(0, dtype=torch.long)
-    task = ForgettingTask(number, tuple(forget), tuple(request["remain"]), old, tuple(request["missing"]), none, none)
-    found: dict[str, Any] = {"before": accuracies_before(predictions[0], task)}
+    task = ForgettingTask(record["task"], *groups, none, none)
+    found = {"before": accuracies_before(predictions[0], task)}
     found["after"] = accuracies_after(predictions[1], task, found["before"])
     for when, values in found.items():
-        differing = [key for key in values if values[key] != record["accuracies"][when].get(key)]
-        shown = ", ".join(f"{key} {record['accuracies'][when].get(key)}, found {values[key]}" for key in differing)
-        yield f"accuracies {when}", not differing, shown or f"all {len(values)}"
-
-
-def _compare(what: str, file: Path, expected: str, digest: Callable[[Path], str]) -> tuple[str, bool | None, str]:
-    if not file.exists():
-        return what, None, f"no file {file}"
-    found = digest(file)
-    return what, found == expected, found[:16] if found == expected else f"{found[:16]}, recorded {expected[:16]}"
+        recorded = record["accuracies"][when]
+        differing = [f"{key} {recorded.get(key)}, found {values[key]}" for key in values if values[key] != recorded.get(key)]
+        yield f"accuracies {when}", not differing, ", ".join(differing) or f"all {len(values)}"

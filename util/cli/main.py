@@ -1,0 +1,36 @@
+"""The frame every script runs in."""
+
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from util.runtime import distributed
+from util.runtime.errors import RunError, UsageError
+
+CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+
+
+def run_main(main: Callable[[list[str] | None], None]) -> None:
+    """Run a script's main and end with one line instead of a traceback for what a user can cause.
+
+    Exit code 2 for wrong usage, 1 for a failed run, 130 when interrupted.
+    """
+    try:
+        main(None)
+        distributed.stop()
+    except (UsageError, RunError) as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"cannot write: {error.strerror}{where}; files already complete are kept", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    if not distributed.rank():
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,187 @@
+"""The options that scripts share. Their values are checked where they are parsed; what is wrong is one line."""
+
+import argparse
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data import SYNTHETIC
+from methods.base import Method, Option
+from util.runtime import distributed
+from util.runtime.errors import UsageError
+from util.runtime.hardware import Hardware, choose_hardware, keep_freed_memory
+
+
+class Parser(argparse.ArgumentParser):
+    """Help with defaults, wide enough to read; wrong usage raises UsageError.
+
+    No abbreviations: a parser that looks for a single option (--config, --method) would miss its own.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def error(self, message: str) -> None:
+        # "argument -x/--name: …" says no more than "--name …".
+        raise UsageError(re.sub(r"^argument ([^:]+): ", r"\1: ", message))
+
+    def use_defaults(self, values: dict[str, Any]) -> None:
+        """Take these values, read from a file, as defaults. Raises UsageError for an option that is not here."""
+        actions = {action.dest: action for action in self._actions}
+        for key, value in values.items():
+            if key not in actions:
+                raise UsageError(f"{option_name(key)} of the file is no option here; the file is of another version")
+            kind = actions[key].type
+            if kind is not None and value is not None:
+                try:
+                    value = [kind(str(one)) for one in value] if isinstance(value, list) else kind(str(value))
+                except (argparse.ArgumentTypeError, ValueError) as error:
+                    raise UsageError(f"{option_name(key)} of the file: {error}") from None
+            actions[key].default, actions[key].required = value, False
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """No default where there is none to tell: those help texts say what happens without the option."""
+        empty = action.default is None or action.default is False or "default:" in action.help
+        return action.help if empty else super()._get_help_string(action)
+
+
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite int or float from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if not low <= value <= high:
+            limits = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {', '.join(limits)}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
+    return parse
+
+
+def add_data(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", default=SYNTHETIC, metavar="DIR", help=f"folder with train/ and test/, or {SYNTHETIC} (drawn, no download)"
+    )
+    group.add_argument("--cache-dir", type=Path, help="where decoded images are kept (default: the user's cache folder)")
+    group.add_argument("--identities", type=int, default=100, help=f"{SYNTHETIC}: number of classes")
+    group.add_argument("--train-per-identity", type=int, default=24, help=f"{SYNTHETIC}: training images a class")
+    group.add_argument("--test-per-identity", type=int, default=6, help=f"{SYNTHETIC}: test images a class")
+    group.add_argument("--data-seed", type=int, default=0, help=f"{SYNTHETIC}: seed of the identities and their images")
+    group.add_argument(
+        "--val-fraction",
+        type=number(float, 0, 1),
+        help="hold this share of each class's training images out, and measure on it instead of the test set",
+    )
+
+
+def add_hardware(parser: Parser) -> None:
+    """The options of every script that runs a model."""
+    group = parser.add_argument_group("hardware")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    _add_choice(group, "precision", ("bf16", "fp32"), "auto: bf16 where the hardware has it and gains by it")
+    _add_choice(group, "attention", ("fused", "plain"), "auto: fused on CUDA, plain on a CPU")
+    _add_choice(group, "cls-only-last-block", ("on", "off"), "auto: on, where the class token is the embedding")
+    _add_choice(group, "keep-memory", ("on", "off"), "do not hand freed memory back to the system; auto: on, on a CPU")
+    _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
+
+
+def add_fast_path(parser: Parser) -> None:
+    """Further ones of the scripts that train."""
+    group = parser.add_argument_group("fast path")
+    _add_choice(group, "compile", ("on", "off"), "torch.compile the blocks; auto: if the run is long enough to gain")
+    _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where blocks are compiled for CUDA")
+    _add_choice(group, "dropout", ("fast", "torch"), "how masks are drawn; auto: fast on a CPU, torch's on CUDA")
+    _add_choice(group, "fused-optimizer", ("on", "off"), "one kernel a step; auto: on, for the optimizers that have one")
+    group.add_argument("--deterministic", action="store_true", help="on CUDA: the same bits every time, slower; a CPU's are")
+
+
+def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, str], help: str) -> None:
+    group.add_argument(f"--{name}", choices=("auto", *choices), default="auto", help=help)
+
+
+def hardware_of(args: argparse.Namespace) -> Hardware:
+    """The hardware that the options above choose. Sets up the process's memory allocation as well."""
+    names = inspect.signature(choose_hardware).parameters
+    choices = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    hardware = choose_hardware(**choices | {"device": distributed.start(args.device)})
+    if getattr(args, "deterministic", False) and hardware.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts, which reads it
+        torch.use_deterministic_algorithms(True)
+    keep_freed_memory(hardware.device.type == "cpu" if args.keep_memory == "auto" else args.keep_memory == "on")
+    return hardware
+
+
+def add_optimization(parser: Parser, **defaults: Any) -> None:
+    """`defaults` replace those below."""
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--epochs", type=number(int, 1), help="epochs, of each task where there are several")
+    group.add_argument("--batch-size", type=number(int, 1), default=48, help="images of each stream in a step")
+    group.add_argument("--lr", type=number(float, 0), default=1e-4, help="peak learning rate")
+    group.add_argument("--min-lr", type=number(float, 0), default=1e-5, help="learning rate at the end of the cosine")
+    group.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")
+    group.add_argument("--warmup-epochs", type=number(int, 0), default=0, help="epochs of linear warm-up")
+    group.add_argument("--opt", default="adamw", help="optimizer, a name of timm's")
+    group.add_argument("--clip-grad", type=number(float, 0), help="clip the gradient's norm to this (default: no clipping)")
+    group.add_argument("--seed", type=number(int, 0), default=1337, help="seeds class order, samples, batches and dropout")
+    parser.set_defaults(**defaults)
+
+
+def check_warmup(args: argparse.Namespace) -> None:
+    if args.warmup_epochs > args.epochs:
+        raise UsageError(f"--warmup-epochs {args.warmup_epochs} is out of range: at most --epochs, {args.epochs}")
+
+
+def add_method(parser: Parser, method: type[Method], as_published: bool) -> None:
+    """The method's table of options; the published values as defaults with `as_published`."""
+    group = parser.add_argument_group(f"{method.title} ({method.source})" if method.source else method.title)
+    for option in {option.name: option for option in method.options}.values():
+        published = option.default if option.published is None else option.published
+        default = published if as_published else option.default
+        if option.help:
+            group.add_argument(f"--{option.name.replace('_', '-')}", default=default, **_keywords(option))
+        else:
+            parser.set_defaults(**{option.dest: default})
+
+
+def _keywords(option: Option) -> dict[str, Any]:
+    words = option.help if option.published is None else f"{option.help} (published: {option.published})"
+    keywords: dict[str, Any] = {"dest": option.dest, "help": words}
+    if option.choices is not None:
+        return keywords | {"choices": option.choices}
+    many = isinstance(option.default, list)
+    kind = type(option.default[0] if many else option.default)
+    return keywords | {"type": number(kind, option.low, option.high)} | ({"nargs": "+"} if many else {})
+
+
+def plain_arguments(args: argparse.Namespace) -> dict:
+    """Every argument, as JSON can hold it."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+def option_name(dest: str) -> str:
+    """lambda_ → --lambda"""
+    return f"--{dest.strip('_').replace('_', '-')}"
+
+
+def first_difference(saved: dict, args: argparse.Namespace, free: Collection[str]) -> str | None:
+    """The first option, but for those in `free`, in which `args` are not the saved arguments: "--rank 4, now 8"."""
+    now = plain_arguments(args)
+    for key in sorted(saved.keys() | now.keys()):
+        if key not in free and saved.get(key) != now.get(key):
+            return f"{option_name(key)} {saved.get(key)}, now {now.get(key)}"
+    return None
