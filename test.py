@@ -14,9 +14,9 @@ import io
 import sys
 from pathlib import Path
 
-from backbone.fast_path import to_device
 from backbone.halves import replace_lower_half
 from backbone.lora import apply_adapters
+from backbone.recognizer import to_device
 from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import named_classes

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbone.fast_path import to_device
-from backbone.recognizer import forward_flops
+from backbone.published import to_published
+from backbone.recognizer import forward_flops, to_device
 from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests
@@ -27,7 +27,7 @@ from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint, published_state
+from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, epochs_for, make_optimizer
@@ -152,7 +152,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> Assembly:
     check_classes(checkpoint, data[0], args.checkpoint)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
-        published_state(model)  # raises if the layout cannot hold it
+        to_published(model)  # raises if the layout cannot hold it
     tasks = make_tasks(args, data[0])
     method = METHODS[args.method](args, hardware)
     method.check_model(model)
@@ -173,7 +173,7 @@ def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.hardware_of(args)
     run = assemble(args, hardware)
-    run.method.hardware = hardware.decide(training_flops(args, run))
+    run.method.hardware = hardware.resolve_compile(training_flops(args, run))
     name = f"{args.method}-{run.data[0].name}-{run.tasks[0].setting}-seed{args.seed}"
     folder = RunFolder(args.output_dir or Path("exps") / name)
     with folder.locked():

@@ -14,9 +14,16 @@ from pathlib import Path
 
 import torch
 
-from backbone.fast_path import to_device
 from backbone.heads import HEADS
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops
+from backbone.published import to_published
+from backbone.recognizer import (
+    Architecture,
+    Recognizer,
+    build_recognizer,
+    default_image_size,
+    forward_flops,
+    to_device,
+)
 from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import whole_set
@@ -28,7 +35,7 @@ from util.evaluation.evaluate import predict
 from util.runtime.distributed import main_process_first
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, load_backbone, published_state, save_checkpoint, save_published
+from util.storage.checkpoint import Checkpoint, load_backbone, save_checkpoint, save_published
 from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
@@ -100,11 +107,11 @@ def main(argv: list[str] | None) -> None:
     train_set, test_set = build_datasets(args, image_size, hardware.device)
     choose_epochs(args, len(train_set))
     model = build_model(args, len(train_set.classes), image_size)
-    hardware = hardware.decide(3 * args.epochs * len(train_set) * forward_flops(model))
+    hardware = hardware.resolve_compile(3 * args.epochs * len(train_set) * forward_flops(model))
     to_device(model, hardware)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
-        published_state(model)  # raises if the layout cannot hold it
+        to_published(model)  # raises if the layout cannot hold it
     folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}")
     with folder.locked():
         pretrain(args, hardware, model, (train_set, test_set), folder)

@@ -1,10 +1,8 @@
-"""Dropout whose masks cost little on a CPU: torch's own draws every element's Bernoulli variable on one thread, which
-takes longer than the matrix products of a Face Transformer in bfloat16.
+"""Dropout whose masks cost little on a CPU, where torch's own takes longer than the matrix products around it.
 
 Eager, a mask comes from 16 random bits an element, drawn 64 at a time. Compiled, it comes from a hash of the element's
-position and a seed (a counter-based generator, as GPUs use): no memory is read, and the compiler fuses it into the
-operations around it, forwards and again backwards. Both draw from torch's default generator, so that a seed still decides
-all; on other devices torch's own dropout is as good and is used.
+position and a seed (a counter-based generator, as GPUs use), which the compiler fuses into the operations around it. Both
+draw from torch's default generator, so a seed still decides all.
 """
 
 import torch
@@ -15,7 +13,7 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 class FastDropout(nn.Dropout):
-    """`torch.nn.Dropout` with other random numbers: a mask is drawn as described above where `x` is on a CPU."""
+    """`torch.nn.Dropout` with cheaper masks on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not 0 < self.p < 1 or x.device.type != "cpu" or x.numel() > MAX_ELEMENTS:
@@ -25,11 +23,12 @@ class FastDropout(nn.Dropout):
         return x * (keep / probability).to(x.dtype)
 
 
-def replace_dropout(model: nn.Module, fast: bool) -> None:
-    """Turn every plain `nn.Dropout` of the model into a `FastDropout`, or back."""
+def replace_dropout(model: nn.Module) -> None:
+    """Put a `FastDropout` in the place of every plain `nn.Dropout`."""
     for module in model.modules():
-        if type(module) is (nn.Dropout if fast else FastDropout):
-            module.__class__ = FastDropout if fast else nn.Dropout
+        for name, child in module.named_children():
+            if type(child) is nn.Dropout:
+                setattr(module, name, FastDropout(child.p).train(child.training))
 
 
 def drawn_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:

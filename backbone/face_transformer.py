@@ -2,17 +2,15 @@
 
     timm.create_model("face_vit_p8s8_d6", img_size=56)   # RGB in [0, 1] (B, 3, 56, 56) → embeddings (B, 512)
 
-All are timm's `VisionTransformer` with other sizes: the class token after the final LayerNorm is the embedding;
-queries, keys and values have no bias; LayerNorm's epsilon is 1e-5. Dropout follows the embedding, the attention's
-projection, the GELU and the second MLP layer. Keyword arguments override any size or rate (`depth=4`,
-`proj_drop_rate=0.0`).
+All are timm's `VisionTransformer`, without bias of queries, keys and values, and with the class token after the final
+LayerNorm as the embedding. Keyword arguments override any size or rate (`depth=4`, `proj_drop_rate=0.0`).
 """
 
 from functools import partial
 
 from timm.layers import PatchEmbed, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 PATCH_SIZE = 8
@@ -51,67 +49,41 @@ class OverlappingPatchEmbed(PatchEmbed):
         )
 
 
-def _cfg(image_size: int = 112) -> dict:
+# What each model has of its own.
+MODELS = {
+    "face_vit_p8s8_d6": {},  # ViT-P8S8 of the papers' main tables: 19,106,304 parameters
+    "face_vit_p8s8_d12": {"depth": 12},
+    "face_vit_p8s8_d18": {"depth": 18},
+    "face_vit_p12s8_d6": {"embed_layer": OverlappingPatchEmbed},  # ViT-P12S8
+    # For CPUs and small sets, 56×56 pixels.
+    "face_vit_tiny": {"embed_dim": 128, "depth": 4, "num_heads": 4, "pos_drop_rate": 0.0, "proj_drop_rate": 0.0},
+}
+
+
+def _cfg(image_size: int) -> dict:
     return {
         "input_size": (3, image_size, image_size),
         "fixed_input_size": True,
         "num_classes": 0,
         "mean": (0.0, 0.0, 0.0),
         "std": (1.0, 1.0, 1.0),
-        "crop_pct": 1.0,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "face_vit_p8s8_d6": _cfg(),
-        "face_vit_p8s8_d12": _cfg(),
-        "face_vit_p8s8_d18": _cfg(),
-        "face_vit_p12s8_d6": _cfg(),
-        "face_vit_tiny": _cfg(56),
-    }
-)
+default_cfgs = generate_default_cfgs({name: _cfg(56 if name == "face_vit_tiny" else 112) for name in MODELS})
 
 
-def _create(name: str, pretrained: bool, sizes: dict, arguments: dict) -> VisionTransformer:
-    """Raises ValueError for an image size that the patches do not tile: timm would cut the border off in silence."""
-    arguments = FACE_TRANSFORMER | sizes | arguments
-    image_size, patch_size = arguments.get("img_size"), to_2tuple(arguments["patch_size"])
-    if image_size and any(side % patch for side, patch in zip(to_2tuple(image_size), patch_size, strict=True)):
-        raise ValueError(f"the image size must be a multiple of {patch_size[0]}, not {image_size}")
-    return build_model_with_cfg(
-        VisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **arguments
-    )
+def _register(name: str, own: dict) -> None:
+    def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
+        kwargs = FACE_TRANSFORMER | own | kwargs
+        # timm would cut a border off that the patches do not tile.
+        if kwargs.get("img_size") and any(side % PATCH_SIZE for side in to_2tuple(kwargs["img_size"])):
+            raise ValueError(f"the image size must be a multiple of {PATCH_SIZE}, not {kwargs['img_size']}")
+        return build_model_with_cfg(VisionTransformer, name, pretrained, **kwargs)
+
+    create.__name__ = name
+    register_model(create)
 
 
-@register_model
-def face_vit_p8s8_d6(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT-P8S8 of the papers' main tables: 19,106,304 parameters."""
-    return _create("face_vit_p8s8_d6", pretrained, {}, kwargs)
-
-
-@register_model
-def face_vit_p8s8_d12(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT-P8S8 of 12 blocks (scalability study)."""
-    return _create("face_vit_p8s8_d12", pretrained, {"depth": 12}, kwargs)
-
-
-@register_model
-def face_vit_p8s8_d18(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT-P8S8 of 18 blocks (scalability study)."""
-    return _create("face_vit_p8s8_d18", pretrained, {"depth": 18}, kwargs)
-
-
-@register_model
-def face_vit_p12s8_d6(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """ViT-P12S8: overlapping 12×12 patches, stride 8."""
-    return _create("face_vit_p12s8_d6", pretrained, {"embed_layer": OverlappingPatchEmbed}, kwargs)
-
-
-@register_model
-def face_vit_tiny(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """For CPUs and small sets: 56×56 images, dim 128, 4 blocks, 4 heads, no dropout."""
-    sizes = {"embed_dim": 128, "depth": 4, "num_heads": 4, "pos_drop_rate": 0.0, "proj_drop_rate": 0.0}
-    return _create("face_vit_tiny", pretrained, sizes, kwargs)
+for name, own in MODELS.items():
+    _register(name, own)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from backbone.recognizer import misfits
 from util.runtime.errors import UsageError
 
 
@@ -27,23 +28,11 @@ def lower_half(backbone: nn.Module) -> nn.Module:
     return half
 
 
-def lower_parameters(backbone: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the lower half, by their names in the backbone."""
-    names = lower_half(backbone).state_dict().keys()
-    return {name: parameter for name, parameter in backbone.named_parameters() if name in names}
-
-
-@torch.no_grad()
 def replace_lower_half(backbone: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Overwrite the lower half's parameters. Raises UsageError, and changes nothing, if the tensors do not fit exactly."""
-    parameters = lower_parameters(backbone)
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise UsageError(f"{source} is no lower half of this model: {wrong[0]} differs; use the run's own checkpoint")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    """Load the state dict of a lower half. Raises UsageError, and changes nothing, if it does not fit exactly."""
+    if problems := misfits(tensors, lower_half(backbone).state_dict()):
+        raise UsageError(f"{source} is no lower half of this model: {problems}; use the run's own checkpoint")
+    backbone.load_state_dict(tensors, strict=False)
 
 
 def mid_features(backbone: nn.Module, images: Tensor, depth: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """What all heads share. Without more, the label changes nothing and the loss is the logits' cross entropy.
+    """Label-free logits s·cos_c and their cross entropy, without a margin. Subclasses say what differs.
 
     `options` are the keyword arguments that rebuild the head: `HEADS[name](embed_dim, num_classes, **head.options)`.
     """
@@ -34,23 +34,20 @@ class Head(nn.Module):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Label-free logits (B, classes), in the embeddings' type."""
-        raise NotImplementedError
+        weight = self.weight.to(embeddings.dtype)
+        return self.options["scale"] * F.linear(F.normalize(embeddings), F.normalize(weight))
 
     def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Label-free logits (B, classes) → training logits, so that one forward pass gives both readings."""
         return logits
 
-    def loss_of_logits(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """The training loss, from **label-free** logits. `reduction` as in `torch.nn.functional.cross_entropy`."""
-        return F.cross_entropy(self.add_margin(logits, labels), labels, reduction=reduction)
+    def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean training loss, from **label-free** logits (B, classes)."""
+        return F.cross_entropy(self.add_margin(logits, labels), labels)
 
-    def loss(self, embeddings: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-        """The training loss of embeddings (B, dim) with labels (B,)."""
-        return self.loss_of_logits(self(embeddings), labels, reduction)
-
-    def extra_repr(self) -> str:
-        num_classes, embed_dim = self.weight.shape
-        return ", ".join([f"{embed_dim}, {num_classes}", *(f"{name}={value}" for name, value in self.options.items())])
+    def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The mean training loss of embeddings (B, dim) with labels (B,)."""
+        return self.loss_of_logits(self(embeddings), labels)
 
 
 class Softmax(Head):
@@ -64,15 +61,7 @@ class Softmax(Head):
         return F.linear(embeddings, self.weight.to(embeddings.dtype), self.bias.to(embeddings.dtype))
 
 
-class CosineHead(Head):
-    """Label-free logits s·cos_c; what the label adds is left to the subclass."""
-
-    def logits(self, embeddings: Tensor) -> Tensor:
-        weight = self.weight.to(embeddings.dtype)
-        return self.options["scale"] * F.linear(F.normalize(embeddings), F.normalize(weight))
-
-
-class CosFace(CosineHead):
+class CosFace(Head):
     """Training logits s·(cos_c − m·[c = y]) (arXiv 1801.09414)."""
 
     def __init__(self, embed_dim: int, num_classes: int, scale: float = 64.0, margin: float = 0.35) -> None:
@@ -82,7 +71,7 @@ class CosFace(CosineHead):
         return logits - self.options["scale"] * self.options["margin"] * _is_label(logits, labels).to(logits.dtype)
 
 
-class ArcFace(CosineHead):
+class ArcFace(Head):
     """Training logits s·cos(θ_c + m·[c = y]) (arXiv 1801.07698).
 
     Beyond θ + m = π the cosine would rise again; there the logit is s·(cos θ − m·sin(π − m)), which keeps falling.
@@ -104,12 +93,12 @@ class ArcFace(CosineHead):
         return torch.where(_is_label(logits, labels), scale * with_margin, logits)
 
 
-class SFace(CosineHead):
+class SFace(Head):
     """Sigmoid-constrained hypersphere loss (arXiv 2205.12010).
 
     loss = −[r_y]·s·cos_y + Σ_{c≠y} [r_c]·s·cos_c, r_y = σ(k(θ_y − a)), r_c = σ(k(b − θ_c)), [·] without gradient: the
-    own class pulls until θ_y < a, the others push until θ_c > b. There is no softmax and no margin, so the training
-    logits are the label-free ones (`add_margin` is the identity) and both readings of the accuracy agree.
+    own class pulls until θ_y < a, the others push until θ_c > b. There is no margin: the training logits are the label-free
+    ones.
     """
 
     def __init__(
@@ -117,17 +106,16 @@ class SFace(CosineHead):
     ) -> None:
         super().__init__(embed_dim, num_classes, scale=scale, k=k, a=a, b=b)
 
-    def loss_of_logits(self, logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         own = _is_label(logits, labels)
         scale, k, a, b = (self.options[name] for name in ("scale", "k", "a", "b"))
         theta = (logits.detach() / scale).clamp(-1, 1).acos()
         weight = torch.where(own, -torch.sigmoid(k * (theta - a)), torch.sigmoid(k * (b - theta)))
-        losses = (weight * logits).sum(dim=1)
-        return {"mean": losses.mean, "sum": losses.sum, "none": lambda: losses}[reduction]()
+        return (weight * logits).sum(dim=1).mean()
 
 
 def _is_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """[c = y] as a mask (B, classes). Unlike scatter and one_hot: no device synchronisation, deterministic on CUDA."""
+    """[c = y] as a mask (B, classes). Deterministic on CUDA, unlike scatter and one_hot."""
     return labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
 
 

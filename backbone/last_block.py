@@ -1,8 +1,8 @@
-"""The last block of a vision transformer whose embedding is the class token, for the class token alone.
+"""The last block of a vision transformer whose embedding is the class token, computed for that token alone.
 
-All that the other tokens give to the embedding, they give as keys and values of the last block's attention. Their queries,
-their attention's output and their way through the MLP reach nothing, and are left out. The embedding and every gradient
-are the same, up to rounding; of d blocks' matrix products 1 in 6d/5 is spared, a seventh at depth 6.
+The other tokens reach the embedding only as keys and values of the last block's attention: their queries and their way
+through projection and MLP are left out. Embedding and gradients are the same up to rounding; at depth 6 a seventh of the
+matrix products is saved.
 """
 
 import torch.nn.functional as F
@@ -13,8 +13,14 @@ from torch import Tensor, nn
 from backbone.lora import LoRALinear
 
 
-class ClassTokenBlock(Block):
-    """timm's `Block`: tokens (B, N, dim) → what it makes of the first token, (B, 1, dim)."""
+class ClassTokenBlock(nn.Module):
+    """A timm `Block` (whose layers it takes over): tokens (B, N, dim) → its output for the first one, (B, 1, dim)."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        for name, layer in block.named_children():
+            self.add_module(name, layer)
+        self.training = block.training
 
     def forward(self, x: Tensor) -> Tensor:
         token = x[:, :1]
@@ -47,18 +53,13 @@ def _heads(x: Tensor, count: int, attn: Attention) -> tuple[Tensor, ...]:
     return x.unflatten(2, (count, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def replace_last_block(model: nn.Module, class_token: bool) -> None:
-    """Let the last block of each plain timm ViT in `model` serve the class token alone, or all tokens again.
-
-    Only where that changes nothing: the embedding is the class token, and block and attention are timm's own.
-    """
+def replace_last_block(model: nn.Module) -> None:
+    """Compute the class token alone in the last block of each plain timm ViT in `model`, where it is the embedding."""
     for module in model.modules():
         if type(module) is VisionTransformer and module.global_pool == "token" and module.attn_pool is None:
             block = module.blocks[-1]
-            if class_token and type(block) is Block and _is_plain(block.attn):
-                block.__class__ = ClassTokenBlock
-            elif not class_token and type(block) is ClassTokenBlock:
-                block.__class__ = Block
+            if type(block) is Block and _is_plain(block.attn):
+                module.blocks[-1] = ClassTokenBlock(block)
 
 
 def _is_plain(attention: nn.Module) -> bool:

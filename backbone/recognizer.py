@@ -8,17 +8,20 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbone import face_transformer  # noqa: F401  registers the Face Transformers with timm
+from backbone.dropout import replace_dropout
 from backbone.heads import HEADS
+from backbone.last_block import replace_last_block
 from util.runtime.distributed import sharded
 from util.runtime.errors import UsageError
+from util.runtime.hardware import Hardware
 
 
 @dataclass
 class Architecture:
     """All that is needed to build an untrained recogniser; stored in every checkpoint.
 
-    `model` is a timm name, `image_size` in pixels, `model_options` extra keyword arguments of timm's `create_model`
-    (depth, drop rates, …), `head_options` those of the head (scale, margin).
+    `model` is a timm name and `image_size` in pixels; `model_options` are keyword arguments of `timm.create_model` (depth,
+    drop rates), `head_options` those of the head (scale, margin).
     """
 
     model: str
@@ -40,7 +43,6 @@ class Recognizer(nn.Module):
         self.architecture = architecture
         self.backbone = backbone
         self.head = head
-        # A plain timm ViT says in its configuration how its pixels are scaled; the Face Transformers take [0, 1].
         config = backbone.pretrained_cfg
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
@@ -66,6 +68,18 @@ class Recognizer(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
 
+def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
+    """Move a model to the device, with the attention, dropout and last block that are fastest there."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = hardware.fused_attention
+    if hardware.fast_dropout:
+        replace_dropout(model)
+    if hardware.cls_only_last_block:
+        replace_last_block(model)
+    return model.to(hardware.device)
+
+
 def forward_flops(model: Recognizer) -> int:
     """Floating-point operations of one image's forward pass: matrix products, convolutions and attention."""
     size = model.architecture.image_size
@@ -76,17 +90,13 @@ def forward_flops(model: Recognizer) -> int:
 
 
 def default_image_size(model: str) -> int:
-    """The input size, in pixels, that timm's configuration of `model` names."""
+    """The input size, in pixels, in timm's configuration of `model`."""
     _check_model_name(model)
-    config = timm.get_pretrained_cfg(model)
-    return config.input_size[-1]
+    return timm.get_pretrained_cfg(model).input_size[-1]
 
 
 def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Recognizer:
-    """Build with fresh weights, or with timm's published ones (`pretrained`, needs a network).
-
-    Raises UsageError for an unknown model or head, or an image size the model cannot take.
-    """
+    """Build with fresh weights, or with timm's published ones (`pretrained`, which needs a network)."""
     a = architecture
     _check_model_name(a.model)
     if a.head not in HEADS:
@@ -107,3 +117,17 @@ def _check_model_name(model: str) -> None:
     if not timm.is_model(model):
         near = timm.list_models(f"*{model.split('_')[0]}*")[:5]
         raise UsageError(f"unknown model {model!r}; timm has e.g. {', '.join(near) or 'no model of a similar name'}")
+
+
+def misfits(state: dict, expected: dict[str, Tensor]) -> str:
+    """What keeps `state` from being loaded where `expected` is the state dict; empty if nothing does."""
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is unexpected" for key in state if key not in expected]
+    for key, ours in expected.items():
+        value = state.get(key, ours)
+        if not torch.is_tensor(value) or value.is_floating_point() != ours.is_floating_point():
+            problems.append(f"{key} is no {'float' if ours.is_floating_point() else 'integer'} tensor")
+        elif value.shape != ours.shape:
+            problems.append(f"{key} has shape {tuple(value.shape)}, not {tuple(ours.shape)}")
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more

@@ -239,7 +239,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = hardware_of(args).decide(math.inf)
+    hardware = hardware_of(args).resolve_compile(math.inf)
     size = args.image_size or default_image_size(args.model)
     print(f"{args.model}, {size}×{size} pixels, batch {args.batch_size}, {hardware.describe()}, torch {torch.__version__}")
     results: dict = {"model": args.model, "batch_size": args.batch_size, "hardware": hardware.as_dict()}

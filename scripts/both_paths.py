@@ -20,8 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import train_forget
 import train_pretrain
-from backbone.fast_path import to_device
-from backbone.recognizer import Architecture, Recognizer, build_recognizer
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, to_device
 from data import load_data
 from data.batches import Batch, batches, random_flip
 from data.image_set import ImageSet
@@ -77,7 +76,7 @@ class Bench:
     def plain_hardware(self) -> Hardware:
         device = str(self.hardware.device)
         off = {"cls_only_last_block": "off", "dropout": "torch", "fused_optimizer": "off", "compile": "off"}
-        return choose_hardware(device, "fp32", "plain", **off).decide(0)
+        return choose_hardware(device, "fp32", "plain", **off).resolve_compile(0)
 
     def arguments(self, name: str) -> argparse.Namespace:
         """The script's own defaults for this method; the rate is small, for the model has to last."""

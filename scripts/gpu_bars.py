@@ -131,7 +131,7 @@ def show(figures: dict, args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = hardware_of(args).decide(math.inf)
+    hardware = hardware_of(args).resolve_compile(math.inf)
     size = default_image_size(args.model)
     print(f"{args.model}, {hardware.describe()}, torch {torch.__version__}", flush=True)
     figures: dict = {"device": hardware.describe(), "torch": torch.__version__}

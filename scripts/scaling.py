@@ -110,7 +110,7 @@ def show(figures: dict) -> str:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = hardware_of(args).decide(math.inf)
+    hardware = hardware_of(args).resolve_compile(math.inf)
     print(f"batch {args.batch_size} + {args.batch_size}, {hardware.describe()}, torch {torch.__version__}", flush=True)
     figures: dict = {"device": hardware.describe(), "torch": torch.__version__, "batch_size": args.batch_size}
     figures["images"] = [cost(args.models[0], factor, args, hardware) for factor in args.factors]

@@ -242,6 +242,6 @@ def test_the_first_request_of_forget_options_is_checked(trained, colours, comman
     code, _, err = command("train_forget.py", *forget_options(trained, colours, output), "--epochs", 1)
     assert code == 0, err
     before = results_of(output)
-    for words, message in ((("--rank", 1000), "--rank 1000"), (("--opt", "no_such"), "--opt no_such")):
+    for words, message in ((("--rank", 1000), "rank 1000"), (("--opt", "no_such"), "--opt no_such")):
         refused(command("train_forget.py", *forget_options(trained, colours, output), "--overwrite", *words), 2, message)
         assert results_of(output) == before

@@ -37,7 +37,7 @@ def test_the_embedding_and_all_gradients_stay_the_same(make, place, fused):
     for block in full.blocks:
         block.attn.fused_attn = fused
     lean = copy.deepcopy(full)
-    replace_last_block(lean, True)
+    replace_last_block(lean)
     assert type(lean.blocks[-1]) is ClassTokenBlock
     images = torch.rand(3, 3, 32, 32, dtype=torch.float64)
     embeddings = full(images), lean(images)
@@ -53,7 +53,7 @@ def test_the_embedding_and_all_gradients_stay_the_same(make, place, fused):
 
 def test_the_other_tokens_are_left_out():
     lean = face_transformer()
-    replace_last_block(lean, True)
+    replace_last_block(lean)
     tokens = []
     for part in (lean.blocks[-1].mlp, lean.blocks[-1].attn.proj, lean.norm):
         part.register_forward_hook(lambda module, inputs, output: tokens.append(inputs[0].shape[1]))
@@ -66,7 +66,7 @@ def test_dropout_works_in_training(rate):
     """Of dropout's many results the mean is that of the full block: within five standard errors."""
     full = face_transformer(**{rate: 0.3}).train()
     lean = copy.deepcopy(full)
-    replace_last_block(lean, True)
+    replace_last_block(lean)
     image = torch.rand(1, 3, 32, 32, dtype=torch.float64).expand(4000, -1, -1, -1)
     with torch.no_grad():
         a, b = full(image), lean(image)
@@ -78,16 +78,21 @@ def test_dropout_works_in_training(rate):
 def test_models_whose_embedding_needs_all_tokens_are_left_alone():
     for options in ({"global_pool": "avg"}, {"global_pool": "map"}, {"scale_attn_norm": True}):
         model = plain_vit(**options)
-        replace_last_block(model, True)
+        replace_last_block(model)
         assert type(model.blocks[-1]) is Block, options
     distilled = timm.create_model("deit_tiny_distilled_patch16_224", depth=2)  # two tokens make its embedding
-    replace_last_block(distilled, True)
+    replace_last_block(distilled)
     assert type(distilled.blocks[-1]) is Block
 
 
-def test_it_can_be_undone():
-    model = face_transformer()
-    replace_last_block(model, True)
+def test_the_state_dict_stays_and_a_second_replacement_changes_nothing():
+    model = face_transformer().eval()
+    names = [name for name, _ in model.named_parameters()]
+    replace_last_block(model)
+    last = model.blocks[-1]
     assert [type(block) for block in model.blocks] == [Block, ClassTokenBlock]
-    replace_last_block(model, False)
-    assert [type(block) for block in model.blocks] == [Block, Block]
+    assert not any(module.training for module in model.modules())
+    replace_last_block(model)
+    assert model.blocks[-1] is last
+    assert [name for name, _ in model.named_parameters()] == names
+    assert type(copy.deepcopy(model).blocks[-1]) is ClassTokenBlock

@@ -37,7 +37,7 @@ def test_adapters_are_put_on_the_named_layers_and_change_nothing_at_first(backbo
 
 def test_an_adapted_layer_computes_its_formula():
     torch.manual_seed(0)
-    layer = lora.LoRALinear.around(nn.Linear(5, 7, dtype=torch.float64), 3)
+    layer = lora.LoRALinear(nn.Linear(5, 7, dtype=torch.float64), 3)
     nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 5, dtype=torch.float64)
     W, b, A, B = (p.detach().numpy() for p in (layer.weight, layer.bias, layer.lora_A, layer.lora_B))
@@ -75,16 +75,6 @@ def test_size_at_the_papers_setting():
     assert total == 19_157_504
     assert model.num_trainable() == 245_760
     assert round(100 * model.num_trainable() / total, 2) == 1.28
-
-
-def test_removing_adapters_restores_the_layers_bit_for_bit(backbone):
-    before = copy.deepcopy(backbone.state_dict())
-    lora.add_adapters(backbone, 4)
-    randomise(backbone)
-    lora.remove_adapters(backbone)
-    after = backbone.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_saved_adapters_rebuild_the_merged_model_bit_for_bit_and_leaving_one_off_undoes_it(make_recognizer, tmp_path):
@@ -163,7 +153,7 @@ def test_any_timm_vit_can_be_adapted():
 def test_what_cannot_be_adapted_is_refused(backbone):
     with pytest.raises(UsageError, match="no layers to adapt: ResNet has"):
         lora.add_adapters(timm.create_model("resnet18", num_classes=0), 8)
-    with pytest.raises(UsageError, match="--rank 33 is out of range"):
+    with pytest.raises(UsageError, match="rank 33 is out of range"):
         lora.add_adapters(backbone, 33)
 
 
@@ -175,7 +165,7 @@ def test_adapters_of_another_model_are_refused_and_change_nothing(backbone, make
     with pytest.raises(UsageError, match=r"does not fit this model at blocks.0.mlp.fc1"):
         lora.apply_adapters(backbone, lora.adapter_tensors(other))
     lonely = {"blocks.0.mlp.fc1.lora_A": torch.zeros(4, 32), "blocks.0.mlp.fc2.lora_A": torch.zeros(4, 128)}
-    with pytest.raises(UsageError, match="not a pair of matrices"):
+    with pytest.raises(UsageError, match=r"does not fit this model at blocks.0.mlp.fc1"):
         lora.apply_adapters(backbone, lonely)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     (tmp_path / "damaged.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{not json")

@@ -7,9 +7,9 @@ import pytest
 import timm
 import torch
 
-from backbone.heads import CosFace
 from backbone.lora import add_adapters
-from backbone.published import from_published, is_published, published_architecture, to_published
+from backbone.published import from_published, is_published, to_published
+from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from util.runtime.errors import UsageError
 
 DIM, HEADS, DEPTH, IMAGE, HIDDEN, CLASSES, RANK = 128, 2, 2, 32, 192, 5, 3
@@ -91,16 +91,14 @@ def numpy_embeddings(state: dict[str, torch.Tensor], images: np.ndarray, attenti
     return norm(x[:, 0], "mlp_head.0")
 
 
-def build(state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """Our backbone with the weights and adapters of a published state dict."""
-    sizes = published_architecture(state)
-    options = {key: sizes[key] for key in ("depth", "embed_dim", "num_heads", "mlp_ratio")}
-    backbone = timm.create_model(sizes["model"], num_classes=0, img_size=sizes["image_size"], **options)
-    weights, _, adapters = from_published(state)
+def build(state: dict[str, torch.Tensor]) -> Recognizer:
+    """Our model with the weights and adapters of a published state dict."""
+    architecture, weights, adapters = from_published(state)
+    model = build_recognizer(architecture).to(state["cls_token"].dtype)
     if adapters:
-        add_adapters(backbone, RANK)
-    backbone.to(state["cls_token"].dtype).load_state_dict(weights | adapters)
-    return backbone.eval()
+        add_adapters(model.backbone, RANK)
+    model.load_state_dict(weights | {f"backbone.{key}": tensor for key, tensor in adapters.items()})
+    return model.eval()
 
 
 IMAGES = np.random.default_rng(1).random((3, 3, IMAGE, IMAGE), dtype=np.float32)
@@ -112,9 +110,9 @@ def test_embeddings_equal_the_published_model_in_numpy(patch, lora):
     state = random_state(patch, lora=lora)
     expected = numpy_embeddings(state, IMAGES, attention_scale=DIM**-0.5)
     with torch.no_grad():
-        ours = build(state)(torch.from_numpy(IMAGES)).numpy()
+        ours = build(state).backbone(torch.from_numpy(IMAGES)).numpy()
         double = {key: tensor.double() for key, tensor in state.items()}
-        exact = build(double)(torch.from_numpy(IMAGES).double()).numpy()
+        exact = build(double).backbone(torch.from_numpy(IMAGES).double()).numpy()
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(exact, expected, rtol=0, atol=1e-12)
     assert np.abs(numpy_embeddings(state, IMAGES, attention_scale=64**-0.5) - expected).max() > 0.05
@@ -134,7 +132,7 @@ def ulps(a: torch.Tensor, b: torch.Tensor) -> int:
 @pytest.mark.parametrize("dim", [128, 256, 512])
 def test_round_trip_of_a_published_state_dict(patch, dim):
     state = random_state(patch, dim, lora=True)
-    again = to_published(*from_published(state), num_heads=dim // 64)
+    again = to_published(build(state))
     assert again.keys() == state.keys()
     for key, tensor in state.items():
         rows = dim if key.endswith("to_qkv.weight") else 0
@@ -142,33 +140,33 @@ def test_round_trip_of_a_published_state_dict(patch, dim):
         # The factor is a power of two at dim 256 = 64 · 2², and irrational at the others.
         assert not rows or ulps(again[key][:rows], tensor[:rows]) <= (0 if dim == 256 else 1)
     # Whatever the first conversion rounded, the loaded model stays the same from then on.
-    for ours, reloaded in zip(from_published(state), from_published(again), strict=True):
-        assert_same(reloaded, ours)
+    (ours, *first), (reloaded, *second) = from_published(state), from_published(again)
+    assert ours == reloaded
+    for a, b in zip(first, second, strict=True):
+        assert_same(b, a)
 
 
-def test_round_trip_of_our_state_dict_keeps_the_embeddings():
+def test_round_trip_of_our_model_keeps_the_embeddings():
     torch.manual_seed(0)
-    sizes = {"img_size": IMAGE, "depth": DEPTH, "embed_dim": DIM, "num_heads": HEADS}
-    backbone = timm.create_model("face_vit_p12s8_d6", **sizes).eval()
-    head = CosFace(DIM, CLASSES)
-    published = to_published(backbone.state_dict(), head.state_dict(), num_heads=HEADS)
-    weights, head_state, adapters = from_published(published)
-    assert torch.equal(head_state["weight"], head.weight) and not adapters
+    sizes = {"depth": DEPTH, "embed_dim": DIM, "num_heads": HEADS}
+    model = build_recognizer(Architecture("face_vit_p12s8_d6", CLASSES, IMAGE, model_options=sizes)).eval()
+    published = to_published(model)
     again = build(published)
-    for key, tensor in backbone.state_dict().items():
-        assert torch.equal(weights[key], again.state_dict()[key])
-        assert torch.equal(weights[key], tensor) or (key.endswith("qkv.weight") and ulps(weights[key], tensor) == 1)
-    assert_same(to_published(weights, head_state, num_heads=HEADS), published)
+    for key, tensor in model.state_dict().items():
+        found = again.state_dict()[key]
+        assert torch.equal(found, tensor) or (key.endswith("qkv.weight") and ulps(found, tensor) == 1)
+    assert_same(to_published(again), published)
     with torch.no_grad():
         # In float64, where only the rounding of the weights is left.
         images = torch.from_numpy(IMAGES).double()
-        torch.testing.assert_close(again.double()(images), backbone.double()(images), rtol=0, atol=1e-6)
+        ours, theirs = model.backbone.double()(images), again.backbone.double()(images)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
 
 
 def test_query_rows_are_rounded_once():
     state = random_state(dim=512)
     qkv = state["transformer.layers.0.0.fn.fn.to_qkv.weight"]
-    ours = from_published(state)[0]["blocks.0.attn.qkv.weight"]
+    ours = from_published(state)[1]["backbone.blocks.0.attn.qkv.weight"]
     expected = (qkv[:512].numpy().astype(np.longdouble) * np.sqrt(np.longdouble(1) / 8)).astype(np.float32)
     np.testing.assert_array_equal(ours[:512].numpy(), expected)
     assert torch.equal(ours[512:], qkv[512:])
@@ -178,9 +176,10 @@ def test_multi_gpu_prefix():
     state = random_state(lora=True)
     prefixed = {f"module.{key}": tensor for key, tensor in state.items()}
     assert is_published(prefixed)
-    assert published_architecture(prefixed) == published_architecture(state)
-    for ours, expected in zip(from_published(prefixed), from_published(state), strict=True):
-        assert_same(ours, expected)
+    (architecture, *ours), (expected, *theirs) = from_published(prefixed), from_published(state)
+    assert architecture == expected
+    for a, b in zip(ours, theirs, strict=True):
+        assert_same(a, b)
 
 
 def test_is_published():
@@ -190,36 +189,28 @@ def test_is_published():
     assert not is_published({}) and not is_published({3: None})
 
 
-def test_architecture():
-    sizes = {"depth": 2, "embed_dim": 128, "num_heads": 2, "mlp_ratio": 1.5, "image_size": 32, "classes": 5}
-    assert published_architecture(random_state()) == sizes | {"model": "face_vit_p8s8_d6"}
-    assert published_architecture(random_state(12)) == sizes | {"model": "face_vit_p12s8_d6"}
+@pytest.mark.parametrize("patch", [8, 12])
+def test_architecture(patch):
+    sizes = {"depth": 2, "embed_dim": 128, "num_heads": 2, "mlp_ratio": 1.5}
+    expected = Architecture(f"face_vit_p{patch}s8_d6", CLASSES, IMAGE, "cosface", sizes)
+    assert from_published(random_state(patch))[0] == expected
 
 
 @pytest.mark.parametrize("name", ["face_vit_p8s8_d6", "face_vit_p8s8_d12", "face_vit_p8s8_d18", "face_vit_p12s8_d6"])
 def test_architecture_of_the_registered_models(name):
-    with torch.device("meta"):
-        state = to_published(timm.create_model(name).state_dict(), num_heads=8)
-    sizes = {"embed_dim": 512, "num_heads": 8, "mlp_ratio": 4.0, "image_size": 112, "classes": None}
-    assert published_architecture(state) == sizes | {"model": name, "depth": int(name.rpartition("_d")[2])}
+    state = to_published(build_recognizer(Architecture(name, 10, 112)))
+    sizes = {"depth": int(name.rpartition("_d")[2]), "embed_dim": 512, "mlp_ratio": 4.0, "num_heads": 8}
+    assert from_published(state)[0] == Architecture(name, 10, 112, "cosface", sizes)
 
 
-def test_mlp_widths_survive_timms_rounding():
-    dim = 448
-    state = random_state(dim=dim)
-    for hidden in (61, 115, 122, 4 * dim):  # int(448 · (61 / 448)) is 60
-        for layer in map((LAYER + "1.fn.fn.net.").format, range(DEPTH)):
-            state[f"{layer}0.weight"], state[f"{layer}0.bias"] = torch.empty(hidden, dim), torch.empty(hidden)
-            state[f"{layer}3.weight"] = torch.empty(dim, hidden)
-        assert int(dim * published_architecture(state)["mlp_ratio"]) == hidden
-
-
-def test_head_with_bias_and_without_a_head():
-    state = random_state() | {"loss.bias": torch.ones(CLASSES)}
-    _, head, _ = from_published(state)
-    assert head.keys() == {"weight", "bias"}
-    del state["loss.bias"], state["loss.weight"]
-    assert from_published(state)[1] == {}
+def test_a_head_with_bias_is_a_softmax_and_the_margin_is_told():
+    state = random_state()
+    assert from_published(state, "arcface")[0].head == "arcface"
+    architecture, weights, _ = from_published(state | {"loss.bias": torch.ones(CLASSES)})
+    assert architecture.head == "softmax"
+    assert {key for key in weights if key.startswith("head.")} == {"head.weight", "head.bias"}
+    with pytest.raises(UsageError, match=r"loss.bias is unexpected"):
+        from_published(state | {"loss.bias": torch.ones(CLASSES)}, "cosface")
 
 
 def test_adapter_names_and_a_single_adapted_layer():
@@ -232,44 +223,42 @@ def test_adapter_names_and_a_single_adapted_layer():
 
 
 L0, L1 = LAYER.format(0), LAYER.format(1)
+FFN = f"{L0}1.fn.fn.net.0."
 DAMAGES = {
-    "missing": ({"cls_token": ...}, r"1 missing \(cls_token\)"),
-    "nothing but a name": ({key: ... for key in random_state() if key != "pos_embedding"}, r"16 missing \(cls_token, "),
-    "unexpected": ({"extra": torch.ones(1)}, r"1 unexpected \(extra\)"),
-    "whole layer missing": (
-        {key: ... for key in random_state() if key.startswith(L0)},
-        r"11 missing \(transformer.layers.0.+, …\); 11 unexpected \(transformer.layers.1",
-    ),
+    "missing": ({"cls_token": ...}, "cls_token is missing$"),
+    "nothing but a name": ({key: ... for key in random_state() if key != "pos_embedding"}, "patch_to_embedding.+ missing"),
+    "no head": ({"loss.weight": ...}, "loss.weight is missing"),
+    "unexpected": ({"extra": torch.ones(1)}, "extra is unexpected$"),
+    "first layer missing": ({key: ... for key in random_state() if key.startswith(L0)}, "layers.0.+ is missing"),
+    "last layer in part": ({f"{L1}1.fn.norm.bias": ...}, f"{L1}1.fn.norm.bias is missing$"),
     "huge index": (
         {"transformer.layers.99999999999.1.fn.norm.bias": torch.ones(DIM)},
-        r"11 missing \(.+\); 1 unexpected \(transformer.layers.99999999999",
+        "layers.2.+ is missing; .+ and 9 more",
     ),
     "wrong shape": (
         {f"{L1}1.fn.fn.net.3.weight": torch.ones(HIDDEN, DIM)},
-        rf"1 of another shape \({L1}1.fn.fn.net.3.weight is \(192, 128\), not \(128, 192\)\)",
+        rf"{L1}1.fn.fn.net.3.weight has shape \(192, 128\), not \(128, 192\)$",
     ),
-    "wrong dimensions": ({"pos_embedding": torch.ones(17, DIM)}, r"pos_embedding is \(17, 128\), not \(1, \?, 128\)"),
+    "wrong dimensions": ({"pos_embedding": torch.ones(17, DIM)}, "pos_embedding is missing, empty or no tensor of 3 dim"),
     "all at once": (
         {"cls_token": ..., "extra": torch.ones(1), "mlp_head.0.bias": torch.ones(3)},
-        r"1 missing \(cls_token\); 1 unexpected \(extra\); 1 of another shape \(mlp_head.0.bias is \(3\), not",
+        r"cls_token is missing; extra is unexpected; mlp_head.0.bias has shape \(3,\), not \(128,\)$",
     ),
     "no tensor": ({"mlp_head.0.bias": "text"}, "mlp_head.0.bias is no float tensor"),
     "integers": ({"mlp_head.0.bias": torch.ones(DIM, dtype=torch.int64)}, "mlp_head.0.bias is no float tensor"),
-    "empty tensor": ({"loss.weight": torch.ones(0, DIM)}, r"loss.weight is \(\?, 128\)"),
-    "half a pair": ({f"{L0}1.fn.fn.net.0.lora_A": torch.ones(4, DIM)}, r"1 missing \(.+0.1.fn.fn.net.0.lora_B\)"),
+    "empty tensor": ({"loss.weight": torch.ones(0, DIM)}, "loss.weight is missing, empty or"),
+    "half a pair": ({f"{FFN}lora_A": torch.ones(4, DIM)}, f"{FFN}lora_B is missing$"),
+    "the other half": ({f"{FFN}lora_B": torch.ones(HIDDEN, 4)}, f"{FFN}lora_B is unexpected$"),
     "ranks differ": (
-        {f"{L0}1.fn.fn.net.0.lora_A": torch.ones(4, DIM), f"{L0}1.fn.fn.net.0.lora_B": torch.ones(HIDDEN, 3)},
-        r"lora_B is \(192, 3\), not \(192, 4\)",
+        {f"{FFN}lora_A": torch.ones(4, DIM), f"{FFN}lora_B": torch.ones(HIDDEN, 3)},
+        r"lora_B has shape \(192, 3\), not \(192, 4\)$",
     ),
-    "attention adapters": ({f"{L0}0.fn.fn.to_qkv.lora_A": torch.ones(4, DIM)}, r"1 unexpected \(.+to_qkv.lora_A\)"),
-    "bias without weight": ({"loss.weight": ..., "loss.bias": torch.ones(CLASSES)}, r"1 missing \(loss.weight\)"),
+    "attention adapters": ({f"{L0}0.fn.fn.to_qkv.lora_A": torch.ones(4, DIM)}, "to_qkv.lora_A is unexpected$"),
     "other patches": ({"patch_to_embedding.weight": torch.ones(DIM, 768)}, "patches of 768 values"),
-    "no square": ({"pos_embedding": torch.ones(1, 13, DIM)}, "13 positions"),
-    "narrow attention": (
-        {f"{layer}0.fn.fn.to_qkv.weight": torch.ones(3 * 64, DIM) for layer in (L0, L1)}
-        | {f"{layer}0.fn.fn.to_out.0.weight": torch.ones(DIM, 64) for layer in (L0, L1)},
-        "attention 64 wide in a model 128 wide",
-    ),
+    "narrow heads": ({"patch_to_embedding.weight": torch.ones(96, 192)}, "embeddings of 96 values"),
+    "one position": ({"pos_embedding": torch.ones(1, 1, DIM)}, r"pos_embedding has shape \(1, 1, 128\), not \(1, 2, 128\)$"),
+    "no square": ({"pos_embedding": torch.ones(1, 13, DIM)}, r"pos_embedding has shape \(1, 13, 128\), not \(1, 10, 128\)$"),
+    "narrow attention": ({f"{L0}0.fn.fn.to_qkv.weight": torch.ones(3 * 64, DIM)}, r"to_qkv.weight has shape \(192, 128\)"),
 }
 
 
@@ -279,19 +268,18 @@ def test_a_state_dict_that_does_not_fit_is_refused(damage):
     state = {key: value for key, value in (random_state() | changes).items() if value is not ...}
     with pytest.raises(UsageError, match=message) as error:
         from_published(state)
-    assert "\n" not in str(error.value) and "nothing was loaded" in str(error.value) and len(str(error.value)) < 700
-    with pytest.raises(UsageError, match=message):
-        published_architecture(state)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
 
 
-def test_what_the_published_layout_cannot_hold():
-    tiny = timm.create_model("face_vit_tiny")
-    with pytest.raises(UsageError, match="heads of 64, this model 4 heads of 32"):
-        to_published(tiny.state_dict(), num_heads=4)
-    add_adapters(tiny, 2, place="attention")
-    with pytest.raises(UsageError, match=r"no place for blocks.0.attn.qkv.lora_A, .+, …; save in this"):
-        to_published(tiny.state_dict(), num_heads=2)
-    with torch.device("meta"):
-        other = timm.create_model("vit_tiny_patch16_224", num_classes=0, qkv_bias=False)
-    with pytest.raises(UsageError, match=r"patches of 768 values.*nothing was saved"):
-        to_published(other.state_dict(), num_heads=3)
+def test_what_the_published_layout_cannot_hold(make_recognizer):
+    with pytest.raises(UsageError, match="attention heads 64 wide, this model 32"):
+        to_published(build_recognizer(Architecture("face_vit_tiny", CLASSES, IMAGE)))
+    model = make_recognizer(embed_dim=64, num_heads=1)
+    add_adapters(model.backbone, 2, place="attention")
+    with pytest.raises(UsageError, match=r"cannot hold this model: .+to_qkv.lora_A is unexpected; "):
+        to_published(model)
+    for name, message in (("vit_tiny_patch16_224", "patches of 768"), ("vit_small_patch8_224", "to_qkv.bias is unexpected")):
+        with torch.device("meta"):
+            other = build_recognizer(Architecture(name, CLASSES, 64, model_options={"depth": 1}))
+        with pytest.raises(UsageError, match=message):
+            to_published(other.to_empty(device="cpu"))

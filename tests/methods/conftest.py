@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from backbone import lora
-from backbone.fast_path import to_device
-from backbone.recognizer import Recognizer
+from backbone.recognizer import Recognizer, to_device
 from data.batches import Batch, batches
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from backbone.fast_path import to_device
+from backbone.recognizer import to_device
 from methods import METHODS
 from train_forget import build_parser, parse_arguments
 from util.runtime.errors import UsageError

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from backbone.fast_path import to_device
+from backbone.recognizer import to_device
 from methods import importance
 from methods.importance import batch_importance, image_importance
 from util.runtime.hardware import Hardware

@@ -136,7 +136,7 @@ def add_optimization(parser: Parser, **defaults: Any) -> None:
     group.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")
     group.add_argument("--warmup-epochs", type=number(int, 0), default=0, help="epochs of linear warm-up")
     group.add_argument("--opt", default="adamw", help="optimizer, a name of timm's")
-    group.add_argument("--clip-grad", type=number(float, 1e-12), help="clip the gradient's norm to this (default: no clipping)")
+    group.add_argument("--clip-grad", type=number(float, 1e-12), help="clip the gradient's norm to this (default: no)")
     group.add_argument("--seed", type=number(int, 0), default=1337, help="seeds class order, samples, batches and dropout")
     parser.set_defaults(**defaults)
 

@@ -1,14 +1,12 @@
 """Several processes on one run: `torchrun --nproc-per-node=N train_forget.py …`, one GPU each (NCCL), or CPUs (gloo).
 
-Every process draws the same batches from the same seeds. What is shared out is the backbone's forward pass, training and
-evaluation alike: each process embeds its share of the rows (`sharded`), the embeddings are gathered, and every process
-computes the loss of the whole batch. So a loss need not be a mean over images (GS-LoRA clamps a batch's mean, penalties
-look at parameters), and no method knows of any of this. Only the first process writes and prints.
+Every process draws the same batches. Only the backbone's forward pass is divided: each process embeds its share of the
+rows (`sharded`), the embeddings are gathered, and every process computes the loss of the whole batch. So a loss need not
+be a mean over images (GS-LoRA clamps a batch's mean), and no method knows of this. Only the first process writes and prints.
 """
 
 import contextlib
 import hashlib
-import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -34,19 +32,16 @@ def rank() -> int:
 
 
 def start(device: str) -> str:
-    """Join the other processes where torchrun has started this one. Takes --device, returns this process's own device.
-
-    Raises UsageError for a device with a number, or where there are fewer GPUs than processes.
-    """
+    """Join the other processes where torchrun has started this one. Takes the device asked for, returns this process's."""
     if not dist.is_torchelastic_launched() or dist.is_initialized():
         return device
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: torchrun gives each process its own device; use auto, cpu or cuda")
+        raise UsageError(f"device {device}: torchrun gives each process its own; use auto, cpu or cuda")
     if device == "cuda" and local >= count:
-        raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {count} CUDA devices; lower --nproc-per-node")
+        raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {count} CUDA devices; start fewer")
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
@@ -64,8 +59,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def everywhere(condition: bool) -> bool:
-    """Whether `condition` holds in all processes, which all ask: what one cannot do, none does."""
+def all_processes(condition: bool) -> bool:
+    """Whether `condition` holds in every process; all must ask."""
     if world_size() == 1:
         return condition
     found = [False] * world_size()
@@ -75,7 +70,7 @@ def everywhere(condition: bool) -> bool:
 
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
-    """The first process goes through the block before the others do: they find what it has left on disk."""
+    """The first process goes through the block before the others: they find what it has left on disk."""
     if rank() and world_size() > 1:
         dist.barrier()
     yield
@@ -114,18 +109,34 @@ def sharded(function: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor) -> t
     """
     if world_size() == 1:
         return function(rows)
-    # Equal shares: the last rows are repeated where they do not come out even, and what they gave is dropped.
+    # Equal shares: the last row is repeated to make them even, and dropped again.
     size = -(-len(rows) // world_size())
     mine = torch.arange(rank() * size, (rank() + 1) * size, device=rows.device).clamp_max(len(rows) - 1)
     with _own_randomness(rows.device):
         parts = function(rows[mine])
-    return tuple(_Gather.apply(part.float())[: len(rows)] for part in parts)
+    return tuple(_gather(part.float())[: len(rows)] for part in parts)
+
+
+def _gather(mine: Tensor) -> Tensor:
+    """The rows of all processes, one after another. Only this process's own rows carry gradients, N times as large.
+
+    Every process goes on to the same loss, so each has the gradients of its own rows. DistributedDataParallel averages the
+    parameters' gradients over the N processes: of what is N times as large, that is the sum over the shares. Gradients
+    that do not pass here (the head's, a penalty's) are the same everywhere, and so is their average.
+    """
+    own = mine.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(parts, own)
+    parts[rank()] = own + (mine - own) * world_size()
+    return torch.cat(parts)
 
 
 @contextlib.contextmanager
 def _own_randomness(device: torch.device) -> Iterator[None]:
-    """Inside, every process draws random numbers of its own (dropout masks for its share); outside, all draw the same
-    ones (wrong labels, flips), and where nothing is drawn inside they are those of a single process."""
+    """Inside, each process draws its own random numbers (dropout masks for its share); outside, all draw the same ones.
+
+    Where nothing is drawn inside, those outside are a single process's.
+    """
     generators = [torch.default_generator]
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index])
@@ -134,43 +145,14 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
         seed = hashlib.sha256(state.numpy().tobytes() + bytes([rank() % 256, rank() // 256])).digest()
         generator.manual_seed(int.from_bytes(seed[:7], "little"))
     entered = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state, start in zip(generators, before, entered, strict=True):
-            drawn = not torch.equal(generator.get_state(), start)
-            generator.set_state(state)
-            if drawn:  # on to other numbers for the next time, by one everywhere
-                torch.rand((), generator=generator, device=generator.device)
-
-
-class _Gather(torch.autograd.Function):
-    """Rows of all processes, one after another.
-
-    Every process goes on to the same loss, so that the gradient arriving here is the same everywhere, and a process needs
-    only its own rows of it. DistributedDataParallel then averages the parameters' gradients over the N processes: times N
-    here, that average is the sum over the shares. Gradients that do not come through here (the head's, a penalty's) are
-    the same everywhere, and so is their average.
-    """
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, mine: Tensor) -> Tensor:
-        ctx.size = len(mine)
-        parts = [torch.empty_like(mine) for _ in range(world_size())]
-        dist.all_gather(parts, mine.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> Tensor:
-        start = rank() * ctx.size
-        return gradient[start : start + ctx.size] * world_size()
+    yield
+    for generator, state, start in zip(generators, before, entered, strict=True):
+        drawn = not torch.equal(generator.get_state(), start)
+        generator.set_state(state)
+        if drawn:  # other numbers the next time: go on by one, alike in all processes
+            torch.rand((), generator=generator, device=generator.device)
 
 
 def parallel(module: nn.Module) -> nn.Module:
-    """`module`, which holds a model and whose forward pass is its loss, with gradients averaged over the processes."""
-    if world_size() == 1:
-        return module
-    # All processes build the same buffers. Newer versions of torch give the option another name.
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(module, **{option: False})
+    """`module`, whose forward pass is a loss, with gradients averaged over the processes."""
+    return module if world_size() == 1 else DistributedDataParallel(module)

@@ -1,7 +1,6 @@
-"""What the machine offers, and the fast path: every choice that depends on the machine is made here.
+"""The device and the fast path: every choice that depends on the machine is made here.
 
-Each part is automatic, can be switched off alone (`util.cli.options.add_fast_path`), and is worth what
-`scripts/benchmark.py` measures for it.
+Each part is automatic, can be switched off alone, and is worth what `scripts/benchmark.py` measures for it.
 """
 
 import contextlib
@@ -18,20 +17,18 @@ import torch
 from util.runtime import distributed
 from util.runtime.errors import UsageError
 
-# Training arithmetic, in FLOPs, from which on compiling pays for itself twice over. CPU: measured, it takes 10 to 25
-# seconds and then saves 0.4 s per TFLOP on two cores. CUDA: an estimate, from half a minute of compiling.
+# Training FLOPs from which on compiling pays for itself twice over. CPU: measured, it takes 10 to 25 seconds and then saves
+# 0.4 s per TFLOP on two cores. CUDA: an estimate, from half a minute of compiling.
 WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
-# From this speed of bf16 against fp32 matrix products on: what autocast converts has to be earned back.
+# Speed of bf16 against fp32 matrix products from which on autocast's conversions are earned back.
 WORTH_BF16 = 1.2
-# One function is compiled anew for each shape of batch, mode, and kind of block; past the limit it would run eagerly.
-RECOMPILE_LIMIT = 64
-# Names in glibc's malloc.h.
+# glibc's malloc.h
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """The device and the parts of the fast path. `compile` and `cuda_graphs` are None until `decide` knows the work."""
+    """The device and the parts of the fast path. `compile` and `cuda_graphs` are None until `resolve_compile`."""
 
     device: torch.device
     bf16: bool
@@ -42,36 +39,38 @@ class Hardware:
     compile: bool | None = False
     cuda_graphs: bool | None = False
 
-    def decide(self, work: float) -> "Hardware":
-        """Settle what is still open for `work` FLOPs of training: compile where that pays and the machine can."""
+    def resolve_compile(self, work: float) -> "Hardware":
+        """Where it is left open, compile if that pays for `work` FLOPs of training and works here."""
         compiles = self.compile
         if compiles is None:
             worth = work >= WORTH_COMPILING[self.device.type]
-            compiles = distributed.everywhere(worth and can_compile(self.device))
+            compiles = distributed.all_processes(worth and can_compile(self.device))
         elif compiles and not can_compile(self.device):
-            raise UsageError("--compile on: torch.compile does not work here (is there a C++ compiler?); use --compile off")
+            raise UsageError("torch.compile does not work here (is there a C++ compiler?); switch compiling off")
         graphs = compiles and self.device.type == "cuda" and self.cuda_graphs is not False
         return replace(self, compile=compiles, cuda_graphs=graphs)
 
-    def prepare(self, model: torch.nn.Module) -> None:
-        """Compile the transformer blocks, in place; at each block's first call. One block's code serves all of them."""
+    def compile_blocks(self, model: torch.nn.Module) -> None:
+        """Compile the transformer blocks, in place and each at its first call."""
         if not self.compile:
             return
         import torch._dynamo  # takes seconds: only where it is used
 
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+        # All blocks share one function, compiled anew for each kind of block and shape of batch. All methods in turn take 10
+        # of these, 8 is torch's limit. (A reset between methods would compile anew what they have in common.)
+        torch._dynamo.config.recompile_limit = 64
         mode = "reduce-overhead" if self.cuda_graphs else None
         for module in model.modules():
             for block in getattr(module, "blocks", ()):
-                # A shape keeps its own code, whatever came before it: a resumed run computes what the first one did.
+                # Static: a shape's code does not depend on those before it, so a resumed run computes what the first did.
                 block.compile(mode=mode, dynamic=False)
 
     def eager(self) -> contextlib.AbstractContextManager:
-        """Inside, compiled blocks run as they were written: for shapes that come once, and under `torch.func`."""
+        """Inside, compiled blocks run eagerly: for shapes that come once, and under `torch.func`."""
         return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
 
     def begin_step(self) -> None:
-        """Before every step: CUDA graphs may reuse the memory of the step before."""
+        """Before every step: lets CUDA graphs reuse the memory of the one before."""
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()
 
@@ -80,7 +79,7 @@ class Hardware:
 
     @property
     def eval_batch(self) -> int:
-        """Images of one forward pass without gradients. On a CPU a small batch stays in the caches: 1.5 times as fast."""
+        """Batch size without gradients. On a CPU a small batch stays in the caches: 1.5 times as fast."""
         return 512 if self.device.type == "cuda" else 64
 
     def describe(self) -> str:
@@ -103,10 +102,12 @@ class Hardware:
             torch.cuda.synchronize(self.device)
 
     def peak_memory_mb(self) -> float:
-        """Most memory held at once since `reset_peak_memory`: on a GPU allocated there, else of the whole process."""
+        """Since `reset_peak_memory`: allocated on the GPU, or resident of the whole process (0 without Linux's /proc)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        return _peak_resident_mb()
+        with contextlib.suppress(OSError), open("/proc/self/status") as file:
+            return next((int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:")), 0.0)
+        return 0.0
 
     def reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
@@ -129,53 +130,45 @@ def choose_hardware(
     """Resolve the options of these names. Raises UsageError for a device that is not there."""
     chosen = _device(device)
     on_cpu = chosen.type == "cpu"
+    known = {"on": True, "off": False, "fused": True, "plain": False, "fast": True, "torch": False}
     return Hardware(
         chosen,
         bf16=has_fast_bf16(chosen) if precision == "auto" else precision == "bf16",
-        # On a CPU the backward pass of scaled_dot_product_attention costs more than all else at 50 tokens, and about as
-        # much as two matrix products and a softmax at 197.
-        fused_attention=_choice(attention, "fused", not on_cpu),
-        cls_only_last_block=_choice(cls_only_last_block, "on", True),
-        fast_dropout=_choice(dropout, "fast", on_cpu),
-        fused_optimizer=_choice(fused_optimizer, "on", True),
-        compile=_choice(compile, "on", None),
-        cuda_graphs=_choice(cuda_graphs, "on", None),
+        # On a CPU the backward pass of scaled_dot_product_attention costs more than all else at 50 tokens.
+        fused_attention=known.get(attention, not on_cpu),
+        cls_only_last_block=known.get(cls_only_last_block, True),
+        fast_dropout=known.get(dropout, on_cpu),
+        fused_optimizer=known.get(fused_optimizer, True),
+        compile=known.get(compile),
+        cuda_graphs=known.get(cuda_graphs),
     )
-
-
-def _choice(value: str, yes: str, automatic: bool | None) -> bool | None:
-    return automatic if value == "auto" else value == yes
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:0") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:0")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are visible; use --device cpu")
-    return device
+        if device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
+            return device
+    raise UsageError(f"no device {name!r} here; use auto, cpu, cuda or cuda:0 (CUDA devices: {torch.cuda.device_count()})")
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 pays: on CUDA from Ampere on, on a CPU that has it in hardware and gains by it, which is measured."""
+    """Whether bf16 pays: on CUDA from Ampere on; on a CPU that has it in hardware, if it is measured to be faster."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # torch has no public query for these two; without them autocast would emulate, slower than fp32.
     probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     has = any(probe() for probe in probes if probe is not None)
-    return distributed.everywhere(has and bf16_speedup() > WORTH_BF16)
+    return distributed.all_processes(has and bf16_speedup() > WORTH_BF16)
 
 
 @functools.cache
 def bf16_speedup() -> float:
-    """How many times as fast as in fp32 this CPU multiplies matrices in bf16: 0.1 s of products, taken in turn.
+    """How many times as fast as in fp32 this CPU multiplies matrices in bf16, from 0.1 s of products in turn.
 
-    Flags do not tell: with avx512_bf16 alone, AMD's cores are several times as fast, and some of Intel's half as fast.
+    The CPU's flags do not tell: with avx512_bf16 alone some are several times as fast, others half as fast.
     """
     matrices = [torch.ones(768, 768, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     best = [math.inf, math.inf]
@@ -188,26 +181,22 @@ def bf16_speedup() -> float:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile works here: by compiling something, which needs a C++ compiler (CUDA: Triton as well)."""
-    # With CUDA's tools but no GPU, the first compilation for a CPU warns that there is no GPU.
+    """Whether torch.compile works here, found by compiling something."""
+    # With CUDA's tools but no GPU, the first compilation for a CPU warns of that.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    unseen = time.time_ns() % 2**20  # a constant in the code: no cache of kernels knows it
+    unseen = time.time_ns() % 2**20  # a constant that no cache of kernels knows
     try:
         return torch.compile(lambda x: x + unseen)(torch.ones(8, device=device)).sum().item() == 8 * (1 + unseen)
-    except Exception:  # the kinds of failure are without number: no compiler, no headers, no place to write
+    except Exception:  # no compiler, no headers, no place to write, …
         return False
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Let the C library keep what is freed for the next allocation, instead of unmapping it at once.
-
-    Activations are large and are allocated and freed at every step; without this each of them is mapped, page by page
-    zeroed by the kernel, and unmapped again. Only glibc can be told; elsewhere nothing happens.
-    """
+    """Let glibc keep what is freed, so that each step's activations need not be mapped and zeroed by the kernel again."""
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
         return
-    # Off: the values that glibc arrives at by itself once large blocks have been freed.
+    # Off: the values that glibc itself arrives at once large blocks have been freed.
     library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
     library.mallopt(M_MMAP_MAX, 0 if keep else 65536)
     library.mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)  # -1: never
@@ -217,7 +206,7 @@ def keep_freed_memory(keep: bool) -> None:
 
 @contextlib.contextmanager
 def plain_attention(model: torch.nn.Module) -> Iterator[None]:
-    """Written-out attention in all blocks (timm's `fused_attn` off) inside the block."""
+    """Inside, timm's `fused_attn` is off in all blocks."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False
@@ -226,12 +215,3 @@ def plain_attention(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module in fused:
             module.fused_attn = True
-
-
-def _peak_resident_mb() -> float:
-    """VmHWM of /proc/self/status; 0 where there is no such file."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return 0.0

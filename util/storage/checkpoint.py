@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from backbone.lora import apply_adapters
-from backbone.published import from_published, is_published, published_architecture, to_published
+from backbone.published import from_published, is_published, to_published
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet
 from util.runtime.errors import RunError, UsageError
@@ -50,14 +50,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def save_published(path: Path, model: Recognizer) -> None:
-    """Write the bare state dict of the published layout."""
-    torch_save(path, published_state(model))
-
-
-def published_state(model: Recognizer) -> dict:
-    """The model in the published layout. Raises UsageError if that cannot hold it."""
-    num_heads = model.backbone.blocks[0].attn.num_heads
-    return to_published(_cpu_state(model.backbone), _cpu_state(model.head), num_heads=num_heads)
+    """Write the bare state dict of the published layout. Raises UsageError if that cannot hold the model."""
+    torch_save(path, to_published(model))
 
 
 def _cpu_state(module: torch.nn.Module) -> dict:
@@ -116,20 +110,12 @@ def _architecture(fields: dict) -> Architecture:
 def _load_published(path: Path, data: dict, head: str | None) -> Checkpoint:
     _check_sizes(data, path)
     try:
-        shape = published_architecture(data)
-        backbone, head_state, adapters = from_published(data)
+        architecture, state, adapters = from_published(data, head)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    if shape["classes"] is None:
-        raise UsageError(f"{path} holds a backbone without a head (no loss.weight): there are no classes to recognise")
-    head = head or ("softmax" if "bias" in head_state else "cosface")
-    options = {key: shape[key] for key in ("depth", "embed_dim", "mlp_ratio", "num_heads")}
-    model = build_recognizer(Architecture(shape["model"], shape["classes"], shape["image_size"], head, options))
-    state = {f"backbone.{key}": value for key, value in backbone.items()}
-    state |= {f"head.{key}": value for key, value in head_state.items()}
+    model = build_recognizer(architecture)
     load_weights(model, state, path)
-    if adapters:
-        apply_adapters(model.backbone, adapters, path)
+    apply_adapters(model.backbone, adapters, path)
     return Checkpoint(model)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from backbone.fast_path import to_device
+from backbone.recognizer import to_device
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from util.cli.config import code_and_packages

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import train_forget
-from backbone.fast_path import to_device
+from backbone.recognizer import to_device
 from data.batches import batches
 from methods import METHODS
 from methods.pretrain import Pretrain

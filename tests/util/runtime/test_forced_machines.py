@@ -1,7 +1,6 @@
 """Machines that lack something: each still runs, and says what it runs with."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -37,40 +36,27 @@ def test_bf16(has, trained, colours, command, tmp_path, monkeypatch):
 
 
 def test_no_compiler(trained, colours, tmp_path):
-    """auto runs eagerly where there is no compiler; --compile on says so in one line."""
-    environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "kernels")}
-
-    def run(*words: object) -> subprocess.CompletedProcess:
-        script = (
-            "import sys; sys.argv[0] = 'train_forget.py'\n"
-            "from util.cli import arguments; from util.runtime import hardware; import train_forget\n"
-            "hardware.WORTH_COMPILING = {'cpu': 0, 'cuda': 0}; arguments.run_main(train_forget.main)"
-        )
-        shared = ["--checkpoint", trained, "--data", colours, "--device", "cpu", "--output-dir", tmp_path / "run", *SHORT]
-        command = [sys.executable, "-c", script, *map(str, [*shared, *words])]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert "compiled" not in start_line(done.stdout)
-    assert chosen(tmp_path / "run")["compile"] is False
-    done = run("--compile", "on")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("train_forget.py: error: --compile on")
-
-
-def test_the_probe_of_the_compiler_is_not_answered_from_a_cache():
+    """Found without a cache's answer; auto runs eagerly then, and asking for it is refused in one line."""
     # In a process of its own: torch remembers for the rest of one that there is no compiler.
     script = """
-import torch
-from util.runtime.hardware import can_compile
-assert can_compile(torch.device("cpu"))
+import sys, torch
+from util.cli import arguments; from util.runtime import hardware; import train_forget
+sys.argv[0] = "train_forget.py"
+assert hardware.can_compile(torch.device("cpu"))
 torch._inductor.config.cpp.cxx = ("/no-compiler",)
 torch.compiler.reset()
-assert not can_compile(torch.device("cpu"))
+hardware.WORTH_COMPILING = {"cpu": 0, "cuda": 0}
+arguments.run_main(train_forget.main)
+sys.argv += ["--compile", "on"]
+arguments.run_main(train_forget.main)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", script]
+    command += ["--checkpoint", trained, "--data", colours, "--device", "cpu", "--output-dir", tmp_path, *map(str, SHORT)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "compiled" not in start_line(done.stdout)
+    assert chosen(tmp_path)["compile"] is False
+    assert done.stderr.splitlines()[-1].startswith("train_forget.py: error: torch.compile does not work here")
 
 
 def test_images_stay_where_there_is_room(monkeypatch):
@@ -100,8 +86,7 @@ def test_a_set_larger_than_memory(tmp_path):
     """100 GB of images, in a cache file of holes: a few-shot task and its evaluation take a small part of it."""
     script = """
 import sys, torch
-from backbone.fast_path import to_device
-from backbone.recognizer import Architecture, build_recognizer
+from backbone.recognizer import Architecture, build_recognizer, to_device
 from data.cache import cached_images
 from data.image_set import ImageSet
 from methods import METHODS
@@ -123,7 +108,7 @@ args = train_forget.parse_arguments(["--checkpoint", "none", "--epochs", "2"])
 tasks = drawn_tasks(labels, 6, num_tasks=2, per_task=2, seed=0, few_shot=50)
 torch.manual_seed(0)
 size = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-model = to_device(build_recognizer(Architecture("face_vit_tiny", 6, 112, "cosface", size)), hardware.decide(0))
+model = to_device(build_recognizer(Architecture("face_vit_tiny", 6, 112, "cosface", size)), hardware.resolve_compile(0))
 method = METHODS["gs_lora"](args, hardware)
 method.begin_run(model, tasks, data)
 method.begin_task(model, tasks[0], data, args.epochs)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from backbone.fast_path import to_device
 from backbone.last_block import ClassTokenBlock
+from backbone.recognizer import to_device
 from tests.conftest import ROOT
 from util.runtime.errors import UsageError
 from util.runtime.hardware import bf16_speedup, choose_hardware
@@ -35,10 +35,9 @@ def test_fused_and_plain_attention_agree(make_recognizer):
 
 
 def test_the_last_block_serves_the_class_token_alone_unless_told_otherwise(make_recognizer):
-    model = make_recognizer()
     for choice, expected in (("auto", ClassTokenBlock), ("off", Block), ("on", ClassTokenBlock)):
         hardware = choose_hardware("cpu", "fp32", cls_only_last_block=choice)
-        assert type(to_device(model, hardware).backbone.blocks[-1]) is expected
+        assert type(to_device(make_recognizer(), hardware).backbone.blocks[-1]) is expected
         assert ("class-token-only last block" in hardware.describe()) == (expected is ClassTokenBlock)
 
 
@@ -66,33 +65,33 @@ def test_the_speed_of_bf16_is_that_of_the_best_of_products_in_turn(monkeypatch):
 
 @pytest.mark.parametrize("device", ["abacus", "mps", f"cuda:{torch.cuda.device_count()}"])
 def test_devices_that_are_not_there(device):
-    with pytest.raises(UsageError, match="--device"):
+    with pytest.raises(UsageError, match="no device"):
         choose_hardware(device)
 
 
 def test_compiling_is_decided_by_the_work(monkeypatch):
     auto = choose_hardware("cpu")
     assert auto.compile is None
-    assert auto.decide(1e16).compile
-    assert not auto.decide(1e9).compile
-    assert not choose_hardware("cpu", compile="off").decide(1e16).compile
-    assert choose_hardware("cpu", compile="on").decide(0).compile
-    assert not choose_hardware("cpu", compile="on").decide(0).cuda_graphs
+    assert auto.resolve_compile(1e16).compile
+    assert not auto.resolve_compile(1e9).compile
+    assert not choose_hardware("cpu", compile="off").resolve_compile(1e16).compile
+    assert choose_hardware("cpu", compile="on").resolve_compile(0).compile
+    assert not choose_hardware("cpu", compile="on").resolve_compile(0).cuda_graphs
     monkeypatch.setattr("util.runtime.hardware.can_compile", lambda device: False)
-    assert not auto.decide(1e16).compile
-    with pytest.raises(UsageError, match="--compile off"):
-        choose_hardware("cpu", compile="on").decide(0)
+    assert not auto.resolve_compile(1e16).compile
+    with pytest.raises(UsageError, match=r"torch.compile does not work here"):
+        choose_hardware("cpu", compile="on").resolve_compile(0)
 
 
 def test_compiled_blocks_compute_what_eager_ones_do(make_recognizer):
-    hardware = choose_hardware("cpu", "fp32", compile="on").decide(0)
+    hardware = choose_hardware("cpu", "fp32", compile="on").resolve_compile(0)
     images = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(5)
     found = []
     for compiled in (False, True):
         model = to_device(make_recognizer(), hardware)
         if compiled:
-            hardware.prepare(model)
+            hardware.compile_blocks(model)
         loss = model.head.loss(model.embed(images), labels)
         loss.backward()
         with hardware.eager():
