@@ -10,7 +10,10 @@ from methods.distillation import RelabelAndMatch
 
 
 class DER(RelabelAndMatch):
-    """L = CE(z_f, ỹ) + λ · ‖h_r − h_r^teacher‖², h the label-free logits, the squared norm averaged over the batch."""
+    """L = CE(z_f, ỹ) + λ · ‖h_r − h_r^teacher‖², h the label-free logits, the squared norm averaged over the batch.
+
+    Of embeddings, the squared distance is summed over the batch, as published.
+    """
 
     name = "der"
     title = "DER"
@@ -18,13 +21,7 @@ class DER(RelabelAndMatch):
     options = [
         Option("lr", 2e-3, published=1e-3),
         Option("lambda", 0.01, "weight λ of the matched outputs"),
-        Option(
-            "distill_on",
-            "logits",
-            "what is matched; of embeddings, the squared distance is summed over the batch",
-            published="embeddings",
-            choices=("logits", "embeddings"),
-        ),
+        Option("distill_on", "logits", "what is matched", published="embeddings", choices=("logits", "embeddings")),
     ]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:

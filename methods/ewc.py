@@ -12,7 +12,7 @@ class EWC(QuadraticPenalty):
     """L = CE(z, y or ỹ) + λ · Σ_s Σ_i F_s,i (θ_i − θ_s,i)²,  F_i = mean over images of (∂ log p(y) / ∂θ_i)²
 
     F is the diagonal of the empirical Fisher information of the model that entered task s, on that task's D_r; −log p(y)
-    is the head's training loss. One term per task so far.
+    is the head's training loss. One term per task so far. Published: squared gradients of batch means, times the batch size.
     """
 
     name = "ewc"
@@ -22,11 +22,7 @@ class EWC(QuadraticPenalty):
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 0.01, "weight λ of the penalty", published=10.0),
         Option(
-            "fisher",
-            "image",
-            "squared gradients of single images, or of batch means, times the batch size",
-            published="batch",
-            choices=("image", "batch"),
+            "fisher", "image", "gradients of images, or of batch means", published="batch", choices=("image", "batch")
         ),
     ]
 

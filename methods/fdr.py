@@ -21,13 +21,7 @@ class FDR(RelabelAndMatch):
     options = [
         Option("lr", 1e-3),
         Option("lambda", 10.0, "weight λ of the distance", published=50.0),
-        Option(
-            "distill_on",
-            "probabilities",
-            "between what the distance is taken",
-            published="logits",
-            choices=("probabilities", "logits"),
-        ),
+        Option("distill_on", "probabilities", "what is matched", published="logits", choices=("probabilities", "logits")),
     ]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:

@@ -30,16 +30,10 @@ class GSLoRA(Method):
         Option("grouping", "block", "what the penalty selects or drops", choices=lora.GROUPINGS),
         Option("alpha", 1e-4, "weight α of the group-sparse penalty"),
         Option(
-            "sparsity_warmup_epochs",
-            2,
-            "epochs with α = 0 at the start of each task (for a single task the paper takes 20 of 100)",
-            published=0,
+            "sparsity_warmup_epochs", 2, "epochs with α = 0 at the start of each task (paper, single task: 20)", published=0
         ),
         Option(
-            "beta",
-            [0.2],
-            "weight β of the forgetting loss: one for all tasks, or one per task, the last one for any further",
-            published=[0.2, 0.25, 0.25, 0.2],
+            "beta", [0.2], "weight β of the forgetting loss, for all tasks or one each", published=[0.2, 0.25, 0.25, 0.2]
         ),
         Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
         Option(

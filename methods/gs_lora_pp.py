@@ -31,9 +31,7 @@ class GSLoRApp(GSLoRA):
     options = [
         *GSLoRA.options,
         Option(
-            "lambda_forget",
-            [0.01],
-            "weight λ_f of the distance of forgotten images to their prototype: one for all tasks, or one per task",
+            "lambda_forget", [0.01], "weight λ_f of forgotten images' distance to prototypes, for all tasks or one each"
         ),
         Option("lambda_remain", 10.0, "weight λ_r of the distance of remaining images to theirs", published=0.0),
         Option("prototype_bound", 18.0, "BND_p, the KL beyond which an image is far enough"),

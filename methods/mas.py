@@ -12,7 +12,8 @@ from methods.penalty import QuadraticPenalty
 class MAS(QuadraticPenalty):
     """L = CE(z, y or ỹ) + λ · Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²,  Ω_i = mean over images of |∂‖f(x)‖₂² / ∂θ_i|
 
-    f are the label-free logits of the model that entered task s, x its D_r. One term per task so far.
+    f are the label-free logits of the model that entered task s, x its D_r. One term per task so far. Published: the mean
+    squared training logit of a batch for ‖f(x)‖₂², where images cancel.
     """
 
     name = "mas"
@@ -22,11 +23,7 @@ class MAS(QuadraticPenalty):
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 1e-5, "weight λ of the penalty", published=0.005),
         Option(
-            "importance",
-            "image",
-            "gradients of single images, or of the mean squared training logit of a batch, where images cancel",
-            published="batch",
-            choices=("image", "batch"),
+            "importance", "image", "gradients of images, or of batch means", published="batch", choices=("image", "batch")
         ),
     ]
 

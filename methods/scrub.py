@@ -36,11 +36,7 @@ class SCRUB(Method):
         Option("temperature", 2.0, "temperature T of KL", low=0.01),
         Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
         Option(
-            "kd_logits",
-            "label-free",
-            "logits that KL compares: label-free, or the training logits, with the margin",
-            published="training",
-            choices=("label-free", "training"),
+            "kd_logits", "label-free", "logits that KL compares", published="training", choices=("label-free", "training")
         ),
     ]
 
