@@ -50,7 +50,7 @@ def test_the_published_readings_run(name, trained, colours, command, tmp_path):
     code, _, err = command(*method_run(name, trained, colours, tmp_path, *options))
     assert code == 0, err
     arguments = json.loads((tmp_path / "config.json").read_text())["arguments"]
-    published = METHODS[name].published | ({"batch_size": 24})
+    published = {option.dest: option.published for option in METHODS[name].options if option.published is not None}
     assert {key: arguments[key] for key in published} == published
 
 
