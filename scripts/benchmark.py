@@ -2,7 +2,7 @@
 
 python scripts/benchmark.py                     training steps and evaluation of face_vit_p8s8_d6, fast and plain
 python scripts/benchmark.py ablation --batch-size 8
-python scripts/benchmark.py growth              time and memory for more images and for larger models
+python scripts/benchmark.py growth              time and memory of an epoch of GS-LoRA, for more images and for larger models
 python scripts/benchmark.py targets             what a large GPU should reach; on a CPU a small table, to see that it runs
 
 The plain path: float32, eager, timm's last block, torch's dropout and default AdamW, JPEGs decoded in DataLoader workers,
@@ -56,7 +56,6 @@ MODELS = ("face_vit_p8s8_d6", "face_vit_p8s8_d12", "face_vit_p8s8_d18", "vit_bas
 FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
 FORWARD, LOSS, TEACHER = "one forward pass", "loss left on the device", "teacher once a task"
 IDENTITIES = 8  # half of them are forgotten
-TURNS = 3
 # Of the targets: methods, runs side by side, and the size of CASIA-100: identities, training and test images of each.
 TABLE = {"cuda": ([*METHODS], 4, 100, 360, 90), "cpu": (["l2", "gs_lora"], 1, 10, 12, 3)}
 Work = namedtuple("Work", ("run", "images", "keep_memory"), defaults=(False,))  # keep_memory: with keep_freed_memory
@@ -153,7 +152,7 @@ def measure(args: argparse.Namespace, *works: Work) -> list[float]:
     for work in works * (5 if args.device == "cuda" else 1):  # CUDA graphs are replayed from the third run on
         work.run()
     found = [[] for _ in works]
-    for _ in range(TURNS):
+    for _ in range(3):
         for work, measured in zip(works, found, strict=True):
             keep_freed_memory(work.keep_memory)  # taken anew in the timer's own first run, which does not count
             timer = Timer("run()", globals={"run": work.run}, num_threads=torch.get_num_threads())
@@ -162,7 +161,7 @@ def measure(args: argparse.Namespace, *works: Work) -> list[float]:
 
 
 def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    bench = Bench(args, hardware, args.model[0], args.batch_size, max(args.batch_size, hardware.eval_batch // 2))
+    bench = Bench(args, hardware, args.model[0], args.batch_size, max(args.batch_size, hardware.eval_batch // IDENTITIES))
     size = 8192 if args.device == "cuda" else 2048
     a = torch.randn(size, size, device=hardware.device, dtype=torch.bfloat16 if hardware.bf16 else torch.float32)
     rate = 2 * size**3 / measure(args, Work(lambda: a @ a, 0))[0]
@@ -179,7 +178,6 @@ def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
 
 
 def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    """GS-LoRA's step, and for the teacher DER++'s."""
     bench = Bench(args, hardware, args.model[0], args.batch_size, args.batch_size)
     fields = {field: False for field in FIELDS if getattr(hardware, field)}
     fields["fused_attention"] = not hardware.fused_attention
@@ -198,7 +196,6 @@ def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
 
 def growth(args: argparse.Namespace, hardware: Hardware) -> dict:
     def cost(model: str, steps: int) -> dict:
-        """Of an epoch of GS-LoRA, of so many steps."""
         bench = Bench(args, hardware, model, args.batch_size, math.ceil(2 * steps * args.batch_size / IDENTITIES))
         row = {"model": model, "images": len(bench.faces), "GFLOPs/image": forward_flops(untrained(model, hardware)) / 1e9}
         keep_freed_memory(False)
@@ -218,44 +215,43 @@ def growth(args: argparse.Namespace, hardware: Hardware) -> dict:
 
 
 def targets(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    """The whole table is taken as two epochs, compiling included, and 98 of those that two further tables differ by."""
+    """The table's time is that of two epochs, compiling included, and of 98 by which two further tables differ."""
     with tempfile.TemporaryDirectory() as folder:  # before anything is compiled here
         (first, few, more), memory = tables(args, hardware, Path(folder))
     (forget,) = measure(args, Bench(args, hardware, args.model[0], args.batch_size, args.batch_size).fast("gs_lora"))
     large = 10 * args.batch_size
     (pretrain,) = measure(args, Bench(args, hardware, args.model[0], large, large // 2).fast("pretrain"))
-    rows = [
-        ("gs_lora step", "≤ 8 ms", 1000 * forget),
-        (f"pre-training, batch {large}", "≥ 20,000 images/s", large / pretrain),
-        ("the whole table, extrapolated", "≤ 20 minutes", (first + 98 * (more - few) / 3) / 60),
-        ("its largest run", "≤ 8 GB", memory),
-    ]
-    return show([dict(zip(("work", "target", "measured"), row, strict=True)) for row in rows])
+    found = {"gs_lora step": ("≤ 8 ms", 1000 * forget)}
+    found[f"pre-training, batch {large}"] = "≥ 20,000 images/s", large / pretrain
+    found["the whole table, extrapolated"] = "≤ 20 minutes", (first + 98 * (more - few) / 3) / 60
+    found["its largest run"] = "≤ 8 GB", memory
+    return show([{"work": work, "target": target, "measured": value} for work, (target, value) in found.items()])
 
 
 def tables(args: argparse.Namespace, hardware: Hardware, folder: Path) -> tuple[list[float], float]:
     """Seconds of tables of 2, 2 and 5 epochs a task, and GB of the largest run. Faces are drawn before."""
     methods, jobs, *counts = TABLE[args.device]
-    faces, size = folder / "faces", default_image_size(args.model[0])
-    for split, images in zip(("train", "test"), synthetic_faces(*counts, size, 0, hardware.device), strict=True):
-        for number, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
-            path = faces / split / images.classes[label] / f"{number}.jpg"
+    drawn = synthetic_faces(*counts, default_image_size(args.model[0]), 0, hardware.device)
+    for split, faces in zip(("train", "test"), drawn, strict=True):
+        for number, (image, label) in enumerate(zip(faces.images, faces.labels, strict=True)):
+            path = folder / "faces" / split / faces.classes[label] / f"{number}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(jpeg(image))
-    save_checkpoint(folder / "untrained.pth", Checkpoint(untrained(args.model[0], hardware, counts[0]), images.classes))
-    words = ["--checkpoint", folder / "untrained.pth", "--data", faces, "--cache-dir", folder / "cache", "--as-published"]
-    words += ["--batch-size", args.batch_size, "--device", hardware.device, "--compile", "on" if hardware.compile else "off"]
-    seconds, memory = [], []
-    for number, epochs in enumerate((2, 2, 5)):
-        ours = ["--methods", *methods, "--jobs-per-gpu", jobs, "--output-dir", folder / f"{number}"]
+    save_checkpoint(folder / "untrained.pth", Checkpoint(untrained(args.model[0], hardware, counts[0]), faces.classes))
+    words = ["--checkpoint", folder / "untrained.pth", "--data", folder / "faces", "--cache-dir", folder / "cache"]
+    words += ["--as-published", "--batch-size", args.batch_size, "--warmup-epochs", 0, "--device", hardware.device]
+    words += ["--compile", "on" if hardware.compile else "off"]
+    seconds = []
+    for epochs in (2, 2, 5):
+        output = folder / f"{len(seconds)}"
+        ours = ["--methods", *methods, "--jobs-per-gpu", jobs, "--output-dir", output]
         start = time.perf_counter()
         with contextlib.redirect_stdout(None):
-            compare.main([str(word) for word in (*ours, "--", *words, "--warmup-epochs", 0, "--epochs", epochs)])
+            compare.main([str(word) for word in (*ours, "--", *words, "--epochs", epochs)])
         seconds.append(time.perf_counter() - start)
         print(f"{len(methods)} methods, 4 tasks of {epochs} epochs: {seconds[-1]:.0f} s", flush=True)
-        for path in folder.glob(f"{number}/*/results.json"):
-            memory += [task["peak_memory_mb"] / 1024 for task in read_json(path)["tasks"]]
-    return seconds, max(memory)
+    runs = [read_json(path) for path in folder.glob("*/*/results.json")]
+    return seconds, max(task["peak_memory_mb"] for run in runs for task in run["tasks"]) / 1024
 
 
 def show(rows: list[dict]) -> list[dict]:
@@ -271,7 +267,7 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("mode", nargs="?", choices=MODES, default="steps", help="what to measure")
     parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help="timm models; growth takes all")
     parser.add_argument("--batch-size", type=int, default=48, help="images of each stream in a step")
-    parser.add_argument("--min-run-time", type=float, default=1.0, help=f"seconds that are timed in each of {TURNS} turns")
+    parser.add_argument("--min-run-time", type=float, default=1.0, help="seconds that are timed in each of three turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     add_hardware_arguments(parser)
     add_fast_path_arguments(parser)
