@@ -1,267 +1,286 @@
-"""How fast is the fast path? Each piece of work, interleaved in one process with a straightforward implementation of it.
+"""Measure the fast path: beside a plain one, with one of its parts undone at a time, and as the work grows.
 
-python scripts/benchmark.py                                   face_vit_p8s8_d6, 48 + 48 images: half an hour on two cores
-python scripts/benchmark.py --batch-size 8 --eval-images 40   the same in a few minutes
-python scripts/benchmark.py --only steps ablation --json FILE     some of the tables, also as JSON
-Inputs are drawn faces and untrained weights; medians of the repeats, after one run that does not count.
+python scripts/benchmark.py                     training steps and evaluation of face_vit_p8s8_d6, fast and plain
+python scripts/benchmark.py ablation --batch-size 8
+python scripts/benchmark.py growth              time and memory of an epoch of GS-LoRA, for more images and for larger models
+python scripts/benchmark.py targets             what a large GPU should reach; on a CPU a small table, to see that it runs
+
+The plain path: float32, eager, timm's last block, torch's dropout and default AdamW, JPEGs decoded in DataLoader workers,
+a forward pass for each stream, the teacher run and the loss read back in every step. Its attention is the fast path's: fused
+(timm's default) on CUDA, written out on a CPU, where that is faster. Both take turns in one process; medians are shown.
 """
 
 import argparse
+import contextlib
+import copy
+import io
 import math
-import statistics
+import os
 import sys
 import tempfile
 import time
+from collections import namedtuple
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pandas as pd
 import torch
+from PIL import Image
+from torch.utils.benchmark import Measurement, Timer
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from backbone.recognizer import default_image_size
-from methods.importance import batch_importance, image_importance
-from scripts.both_paths import EPOCHS, Bench, Work, read_back, teacher_every_step, two_forward_passes
-from util.cli.arguments import HelpFormatter, add_fast_path_arguments, add_hardware_arguments, hardware_of, run_main
-from util.report.tables import markdown_table
-from util.runtime.errors import RunError, UsageError
-from util.runtime.files import write_json
+import train_forget
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops, to_device
+from data.batches import Batch, batches
+from data.synthetic_faces import synthetic_faces
+from data.tasks import forgetting_tasks, whole_set
+from methods import METHODS
+from methods.pretrain import Pretrain
+from scripts import compare
+from util.cli import options
+from util.cli.main import run_main
+from util.evaluation.evaluate import predict
+from util.runtime.files import read_json, write_json
 from util.runtime.hardware import Hardware, keep_freed_memory
+from util.storage.checkpoint import Checkpoint, save_checkpoint
+from util.training.engine import Trainer
+from util.training.optim import Schedule
 
-TABLES = ("steps", "ablation", "task", "start", "importances")
-TRAININGS = {"gs_lora": "forget step, GS-LoRA", "der_pp": "forget step, DER++", "ewc": "forget step, EWC*"} | {
-    "pretrain": "pre-training step"
-}
-MEASURED_SECONDS = 0.5  # of work in one repeat, at least: a step of milliseconds is run several times
-BF16_TOLERANCE = 0.02
-
-
-def measure(works: dict[str, Work], repeats: int, hardware: Hardware) -> dict[str, float]:
-    """Median seconds of each piece of work, taken in turn."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    counts = dict.fromkeys(works, 1)
-    kept = None
-    for repeat in range(repeats + 1):
-        for name, work in works.items():
-            if work.keep_memory != kept:
-                kept = work.keep_memory
-                _set_up(work, hardware)
-            start = time.perf_counter()
-            for _ in range(counts[name]):
-                work.run()
-            hardware.synchronize()
-            taken = (time.perf_counter() - start) / counts[name]
-            if repeat:
-                seconds[name].append(taken)
-            else:
-                counts[name] = math.ceil(MEASURED_SECONDS / taken)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+MODELS = ("face_vit_p8s8_d6", "face_vit_p8s8_d12", "face_vit_p8s8_d18", "vit_base_patch16_224")
+# What can be undone: fields of Hardware, all off on the plain path, and parts of a step.
+FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
+FORWARD, LOSS, TEACHER = "one forward pass", "loss left on the device", "teacher once a task"
+IDENTITIES = 8  # half of them are forgotten
+# Of the targets: methods, runs side by side, and the size of CASIA-100: identities, training and test images of each.
+TABLE = {"cuda": ([*METHODS], 4, 100, 360, 90), "cpu": (["l2", "gs_lora"], 1, 10, 12, 3)}
+Work = namedtuple("Work", ("run", "images", "keep_memory"), defaults=(False,))  # keep_memory: with keep_freed_memory
 
 
-def _set_up(work: Work, hardware: Hardware) -> None:
-    """Give a work the memory that it keeps: by a run that does not count."""
-    keep_freed_memory(work.keep_memory)
-    if work.keep_memory:
+class Bench:
+    """A model, drawn faces, `count` of each identity, and the work that is done with them."""
+
+    def __init__(self, args: argparse.Namespace, hardware: Hardware, model: str, batch_size: int, count: int) -> None:
+        self.model, self.batch_size, self.hardware, self.keep = model, batch_size, hardware, args.keep
+        self.plain_hardware = replace(hardware, **dict.fromkeys(FIELDS, False))
+        self.faces, _ = synthetic_faces(IDENTITIES, count, 1, default_image_size(model), 0, hardware.device)
+        (self.task,) = forgetting_tasks(self.faces.labels, IDENTITIES, [range(IDENTITIES // 2)], seed=0, data_ratio=1)
+        self.whole = whole_set(self.faces.labels, IDENTITIES)
+
+    def begin(self, name: str, hardware: Hardware) -> Trainer:
+        """At the start of the task, with a rate so small that the weights last."""
+        words = f"--batch-size {self.batch_size} --epochs 100 --lr 1e-6 --min-lr 0 --checkpoint none"
+        args = train_forget.parse_arguments([*words.split(), "--method", name if name in METHODS else "retrain"])
+        method = METHODS.get(name, Pretrain)(args, hardware)
+        model, task = untrained(self.model, hardware), self.task if name in METHODS else self.whole
+        method.begin_task(model, task, self.faces, args.epochs)
+        return Trainer(model.to(hardware.device).train(), method, task, self.faces, Schedule.of(args))
+
+    def fast(self, name: str, *undone: str, **fields: bool) -> Work:
+        """A training step without the parts `undone`, and with other `fields` of Hardware."""
+        trainer = self.begin(name, replace(self.hardware, **fields))
+        step, (plan,) = make_step(trainer, undone), trainer.method.passes(trainer.task, 0, 1)
+        stream = endless(lambda: batches(self.faces, plan, torch.default_generator, self.hardware.device))
+        return Work(lambda: step(next(stream)), sum(plan.sizes.values()), self.keep)
+
+    def plain(self, name: str) -> Work:
+        trainer = self.begin(name, self.plain_hardware)
+        undone = [FORWARD, LOSS, TEACHER] if name == "der_pp" else [FORWARD, LOSS]
+        step, (plan,) = make_step(trainer, undone), trainer.method.passes(trainer.task, 0, 1)
+        stream = self.decoded(endless(lambda: plan.schedule(torch.default_generator)))
+        return Work(lambda: step(Batch(*next(stream), plan.sizes, plan.name)), sum(plan.sizes.values()))
+
+    def evaluations(self) -> tuple[Work, Work]:
+        model, plain_model = (untrained(self.model, hardware).eval() for hardware in (self.hardware, self.plain_hardware))
+        rows = torch.arange(len(self.faces)).view(IDENTITIES, -1)
+        stream = self.decoded(endless(lambda: rows))
+        count = torch.no_grad()(lambda images, labels, _: (plain_model(images).argmax(dim=1) == labels).sum().item())
+        fast = Work(lambda: predict(model, self.faces, self.hardware), len(self.faces), self.keep)
+        return fast, Work(lambda: count(*next(stream)), rows.shape[1])
+
+    def decoded(self, order: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Images, labels and positions of batches. Without end: workers start once, not at every epoch."""
+        files = list(zip(map(jpeg, self.faces.images), self.faces.labels.cpu(), torch.arange(len(self.faces)), strict=True))
+        workers, pinned = min(8, os.cpu_count() or 1), self.hardware.device.type == "cuda"
+        for batch in DataLoader(files, batch_sampler=order, num_workers=workers, collate_fn=decode, pin_memory=pinned):
+            yield [part.to(self.hardware.device) for part in batch]
+
+
+def endless(epoch: Callable[[], Iterable]) -> Iterator:
+    while True:
+        yield from epoch()
+
+
+def jpeg(image: torch.Tensor) -> bytes:
+    to_pil_image(image).save(file := io.BytesIO(), "jpeg", quality=95)
+    return file.getvalue()
+
+
+def decode(files: list[tuple]) -> list[torch.Tensor]:
+    jpegs, *rest = zip(*files, strict=True)
+    images = [pil_to_tensor(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
+    return [torch.stack(part) for part in (images, *rest)]
+
+
+def untrained(model: str, hardware: Hardware, identities: int = IDENTITIES) -> Recognizer:
+    return to_device(build_recognizer(Architecture(model, identities, default_image_size(model))), hardware)
+
+
+def make_step(trainer: Trainer, undone: Collection[str]) -> Callable[[Batch], object]:
+    embed, teacher = trainer.model.embed, None
+    if TEACHER in undone:  # its outputs are computed beside those that are looked up
+        teacher = copy.deepcopy(trainer.model).eval()
+        trainer.hardware.compile_blocks(teacher)
+
+    def step(batch: Batch) -> object:
+        if FORWARD in undone:
+            trainer.model.embed = lambda images: torch.cat([embed(part) for part in batch.split(images).values()])
+        if teacher is not None:
+            with torch.no_grad(), trainer.hardware.autocast():
+                teacher(batch.split(batch.images)["remain"])
+        loss = trainer.step(batch)["total"]
+        return loss.item() if LOSS in undone else loss
+
+    return step
+
+
+def measure(args: argparse.Namespace, *works: Work) -> list[float]:
+    """Median seconds of one run of each, taken in turn."""
+    for work in works * (5 if args.device == "cuda" else 1):  # CUDA graphs are replayed from the third run on
         work.run()
-    hardware.synchronize()
+    found = [[] for _ in works]
+    for _ in range(3):
+        for work, measured in zip(works, found, strict=True):
+            keep_freed_memory(work.keep_memory)  # taken anew in the timer's own first run, which does not count
+            timer = Timer("run()", globals={"run": work.run}, num_threads=torch.get_num_threads())
+            measured.append(timer.blocked_autorange(min_run_time=args.min_run_time))
+    return [Measurement.merge(measured)[0].median for measured in found]
 
 
-def peak_memory(work: Work, hardware: Hardware) -> float:
-    """MB that one run needs beyond what lay in memory before it."""
-    keep_freed_memory(False)
-    hardware.reset_peak_memory()
-    before = hardware.peak_memory_mb()
-    keep_freed_memory(work.keep_memory)
-    work.run()
-    hardware.synchronize()
-    return hardware.peak_memory_mb() - before
-
-
-def matmul_rate(hardware: Hardware) -> float:
-    """bf16 FLOPs per second of a large matrix product on this device (fp32 where it has no bf16)."""
-    size = 8192 if hardware.device.type == "cuda" else 2048
+def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
+    bench = Bench(args, hardware, args.model[0], args.batch_size, max(args.batch_size, hardware.eval_batch // IDENTITIES))
+    size = 8192 if args.device == "cuda" else 2048
     a = torch.randn(size, size, device=hardware.device, dtype=torch.bfloat16 if hardware.bf16 else torch.float32)
-    return 2 * size**3 / measure({"product": Work(lambda: a @ a, 1)}, 3, hardware)["product"]
-
-
-def steps_table(bench: Bench, repeats: int) -> list[dict]:
-    """Every step and the evaluation on both paths. Raises RunError if the two do not compute the same."""
-    rate = matmul_rate(bench.hardware)
+    rate = 2 * size**3 / measure(args, Work(lambda: a @ a, 0))[0]
     rows = []
-    for name, title in TRAININGS.items():
-        fast, trainer = bench.fast_training(name, bench.hardware)
-        plain, training = bench.plain_training(name)
-        losses = bench.losses(trainer, training)
-        if not abs(losses[0] - losses[1]) <= BF16_TOLERANCE * abs(losses[1]):
-            raise RunError(f"{title}: the paths disagree: loss {losses[0]:.4f} on the fast, {losses[1]:.4f} on the plain")
-        rows.append(_row(title, fast, plain, bench, repeats, rate) | {"losses": losses})
-    rows.append(_row("evaluation", *bench.evaluation(), bench, repeats, rate) | {"losses": None})
+    for name in ("gs_lora", "der_pp", "ewc", "pretrain", "evaluation"):
+        fast, plain = bench.evaluations() if name == "evaluation" else (bench.fast(name), bench.plain(name))
+        with FlopCounterMode(display=False) as counter, hardware.eager():
+            fast.run()
+        seconds, plain_seconds = measure(args, fast, plain)
+        speed, plain_speed = fast.images / seconds, plain.images / plain_seconds
+        row = {"work": name, "fast : plain": speed / plain_speed, "images/s fast": speed, "images/s plain": plain_speed}
+        rows.append(row | {"% of matmul rate": 100 * counter.get_total_flops() / seconds / rate})
+    return show(rows)
+
+
+def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
+    bench = Bench(args, hardware, args.model[0], args.batch_size, args.batch_size)
+    fields = {field: False for field in FIELDS if getattr(hardware, field)}
+    fields["fused_attention"] = not hardware.fused_attention
+    works = {"gs_lora": bench.fast("gs_lora")}
+    works |= {f"{field} {'on' if on else 'off'}": bench.fast("gs_lora", **{field: on}) for field, on in fields.items()}
+    works |= {f"without {part}": bench.fast("gs_lora", part) for part in (FORWARD, LOSS)}
+    if args.keep:
+        works["without freed memory kept"] = works["gs_lora"]._replace(keep_memory=False)
+    works |= {"der_pp": bench.fast("der_pp"), f"without {TEACHER}": bench.fast("der_pp", TEACHER)}
+    rows, whole = [], 0.0
+    for work, seconds in zip(works, measure(args, *works.values()), strict=True):
+        whole = seconds if work in METHODS else whole
+        rows.append({"work": work, "ms": 1000 * seconds, "times as long": seconds / whole})
+    return show(rows)
+
+
+def growth(args: argparse.Namespace, hardware: Hardware) -> dict:
+    def cost(model: str, steps: int) -> dict:
+        bench = Bench(args, hardware, model, args.batch_size, math.ceil(2 * steps * args.batch_size / IDENTITIES))
+        row = {"model": model, "images": len(bench.faces), "GFLOPs/image": forward_flops(untrained(model, hardware)) / 1e9}
+        keep_freed_memory(False)
+        hardware.reset_peak_memory()
+        before = hardware.peak_memory_mb()
+        step = bench.fast("gs_lora")
+        (seconds,) = measure(args, step._replace(run=lambda: [step.run() for _ in range(steps)]))
+        return row | {"s": seconds, "MB": hardware.peak_memory_mb() - before}
+
+    rows = [cost(args.model[0], steps) for steps in (1, 1, 4, 16)][1:]  # compiling loads much into memory, once
+    rows = show(rows + [cost(model, 4) for model in args.model[1:]])
+    exponents = {}
+    for x, few, many in (("images", rows[0], rows[2]), ("GFLOPs/image", rows[1], rows[-1])):
+        exponents[x] = {y: math.log(many[y] / few[y]) / math.log(many[x] / few[x]) for y in ("s", "MB")}
+        print(f"time grows as ({x})^{exponents[x]['s']:.2f}, memory as ({x})^{exponents[x]['MB']:.2f}")
+    return {"rows": rows, "exponents": exponents}
+
+
+def targets(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
+    """The table's time is that of two epochs, compiling included, and of 98 by which two further tables differ."""
+    with tempfile.TemporaryDirectory() as folder:  # before anything is compiled here
+        (first, few, more), memory = tables(args, hardware, Path(folder))
+    (forget,) = measure(args, Bench(args, hardware, args.model[0], args.batch_size, args.batch_size).fast("gs_lora"))
+    large = 10 * args.batch_size
+    (pretrain,) = measure(args, Bench(args, hardware, args.model[0], large, large // 2).fast("pretrain"))
+    found = {"gs_lora step": ("≤ 8 ms", 1000 * forget)}
+    found[f"pre-training, batch {large}"] = "≥ 20,000 images/s", large / pretrain
+    found["the whole table, extrapolated"] = "≤ 20 minutes", (first + 98 * (more - few) / 3) / 60
+    found["its largest run"] = "≤ 8 GB", memory
+    return show([{"work": work, "target": target, "measured": value} for work, (target, value) in found.items()])
+
+
+def tables(args: argparse.Namespace, hardware: Hardware, folder: Path) -> tuple[list[float], float]:
+    """Seconds of tables of 2, 2 and 5 epochs a task, and GB of the largest run. Faces are drawn before."""
+    methods, jobs, *counts = TABLE[args.device]
+    drawn = synthetic_faces(*counts, default_image_size(args.model[0]), 0, hardware.device)
+    for split, faces in zip(("train", "test"), drawn, strict=True):
+        for number, (image, label) in enumerate(zip(faces.images, faces.labels, strict=True)):
+            path = folder / "faces" / split / faces.classes[label] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(image))
+    save_checkpoint(folder / "untrained.pth", Checkpoint(untrained(args.model[0], hardware, counts[0]), faces.classes))
+    words = ["--checkpoint", folder / "untrained.pth", "--data", folder / "faces", "--cache-dir", folder / "cache"]
+    words += ["--as-published", "--batch-size", args.batch_size, "--warmup-epochs", 0, "--device", hardware.device]
+    words += ["--compile", "on" if hardware.compile else "off"]
+    seconds = []
+    for epochs in (2, 2, 5):
+        output = folder / f"{len(seconds)}"
+        ours = ["--methods", *methods, "--jobs-per-gpu", jobs, "--output-dir", output]
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(None):
+            compare.main([str(word) for word in (*ours, "--", *words, "--epochs", epochs)])
+        seconds.append(time.perf_counter() - start)
+        print(f"{len(methods)} methods, 4 tasks of {epochs} epochs: {seconds[-1]:.0f} s", flush=True)
+    runs = [read_json(path) for path in folder.glob("*/*/results.json")]
+    return seconds, max(task["peak_memory_mb"] for run in runs for task in run["tasks"]) / 1024
+
+
+def show(rows: list[dict]) -> list[dict]:
+    print(f"\n{pd.DataFrame(rows).to_markdown(index=False, floatfmt=',.2f')}\n", flush=True)
     return rows
 
 
-def _row(title: str, fast: Work, plain: Work, bench: Bench, repeats: int, rate: float) -> dict:
-    works = {"fast": fast, "plain": plain}
-    seconds = measure(works, repeats, bench.hardware)
-    memory = {path: peak_memory(work, bench.hardware) for path, work in works.items()}
-    return {
-        "work": title,
-        "ratio": seconds["plain"] / seconds["fast"],
-        "images": fast.images,
-        "images_per_second": {path: work.images / seconds[path] for path, work in works.items()},
-        "memory_mb": memory,
-        "utilisation": fast.flops / seconds["fast"] / rate,
-    }
-
-
-def ablation_table(bench: Bench, repeats: int) -> list[dict]:
-    """GS-LoRA's forget step (of DER++ for the teacher) with one part of the fast path undone at a time."""
-    hardware = bench.hardware
-    on_cuda = hardware.device.type == "cuda"
-    undone = {
-        "bf16": {"bf16": False},
-        "compiled blocks": {"compile": False, "cuda_graphs": False},
-        "CUDA graphs": {"cuda_graphs": False},
-        "class-token-only last block": {"cls_only_last_block": False},
-        "fast dropout": {"fast_dropout": False},
-        "fused optimizer": {"fused_optimizer": False},
-    }
-    parts = {name: fields for name, fields in undone.items() if any(getattr(hardware, field) for field in fields)}
-    attention = "fused attention" if hardware.fused_attention else "written-out attention"
-    parts[attention] = {"fused_attention": not hardware.fused_attention}
-    # What needs most memory comes first, what gives it back comes last: between them every work finds what it needs.
-    works = {"DER++": bench.fast_training("der_pp", hardware)[0]}
-    works["teacher once a task"] = bench.fast_training("der_pp", hardware, teacher_every_step)[0]
-    works[""] = bench.fast_training("gs_lora", hardware)[0]
-    works |= {name: bench.fast_training("gs_lora", replace(hardware, **fields))[0] for name, fields in parts.items()}
-    works["one forward pass"] = bench.fast_training("gs_lora", hardware, two_forward_passes)[0]
-    works["images decoded once"] = bench.fast_training("gs_lora", hardware, bench.decoding())[0]
-    works["loss left on the device"] = bench.fast_training("gs_lora", hardware, read_back)[0]
-    if not on_cuda:
-        works["freed memory kept"] = replace(works[""], keep_memory=not works[""].keep_memory)
-    seconds = measure(works, repeats, hardware)
-    base = {"teacher once a task": "DER++"}
-    return [
-        {"part": name, "ratio": seconds[name] / seconds[base.get(name, "")], "ms": 1000 * seconds[name]}
-        for name in works
-        if name not in ("", "DER++")
-    ]
-
-
-def task_row(bench: Bench) -> dict:
-    """A whole task on both paths, from the files on."""
-    keep_freed_memory(bench.keep_memory)
-    first, _ = bench.fast_task()
-    fast, in_steps = bench.fast_task()
-    keep_freed_memory(False)
-    plain = bench.plain_task()
-    return {"ratio": plain / fast, "seconds": {"fast": fast, "plain": plain}, "first": first, "share": 1 - in_steps / fast}
-
-
-def importance_table(bench: Bench, repeats: int) -> list[dict]:
-    """Importances of single images (EWC's Fisher information, MAS) against an ordinary backward pass, same images."""
-    hardware, images = bench.hardware, bench.train_set
-    _, model = bench.begin("ewc", replace(hardware, compile=False))
-    model.eval()  # as for importances: no dropout on either side
-    rest = (torch.square, images, torch.arange(len(images)), hardware)
-    objective, size = model.head.loss_of_logits, bench.args.batch_size
-
-    def backward() -> None:
-        for part, labels in zip(images.images.split(size), images.labels.split(size), strict=True):
-            with hardware.autocast():
-                loss = model.head.loss(model.embed(part), labels)
-            loss.backward()
-            model.zero_grad(set_to_none=True)
-
-    works = {
-        "backward pass": backward,
-        "Fisher, single images": lambda: image_importance(model, objective, *rest),
-        "Fisher, batches": lambda: batch_importance(model, objective, *rest, size),
-    }
-    works = {name: Work(run, len(images), keep_memory=bench.keep_memory) for name, run in works.items()}
-    seconds = measure(works, repeats, hardware)
-    base = seconds["backward pass"]
-    return [
-        {"work": name, "ratio": taken / base, "ms_per_image": 1000 * taken / len(images)} for name, taken in seconds.items()
-    ]
-
-
-def show(results: dict) -> str:
-    """The tables that were measured, as Markdown."""
-    tables = []
-    if rows := results.get("steps"):
-        header = ["work", "fast : plain", "images/s fast", "plain", "MB fast", "plain", "of matmul rate"]
-        header += ["loss fast", "plain"]
-        cells = [
-            [row["work"], f"{row['ratio']:.1f} ×"]
-            + [f"{row['images_per_second'][path]:.1f}" for path in ("fast", "plain")]
-            + [f"{row['memory_mb'][path]:.0f}" for path in ("fast", "plain")]
-            + [f"{100 * row['utilisation']:.0f}%"]
-            + ([f"{loss:.3f}" for loss in row["losses"]] if row["losses"] else ["–", "–"])
-            for row in rows
-        ]
-        tables.append(markdown_table(header, cells))
-    if rows := results.get("ablation"):
-        cells = [[row["part"], f"{row['ratio']:.2f} ×", f"{row['ms']:.0f}"] for row in rows]
-        tables.append(markdown_table(["without", "the step takes", "ms"], cells))
-    if row := results.get("task"):
-        tables.append(
-            f"A whole task of {EPOCHS} epochs, from files to files: {row['ratio']:.1f} × the plain path "
-            f"({row['seconds']['fast']:.1f} s, plain {row['seconds']['plain']:.1f} s; {row['first']:.1f} s where blocks are "
-            f"compiled first); {100 * row['share']:.0f}% of it outside the training steps."
-        )
-    if seconds := results.get("start"):
-        taken = ", ".join(f"{begun:.1f} s and {ended:.1f} s {name}" for name, (begun, ended) in seconds.items())
-        tables.append(f"From the start of a process to the beginning and the end of its first step, cached data: {taken}.")
-    if rows := results.get("importances"):
-        cells = [[row["work"], f"{row['ratio']:.2f} ×", f"{row['ms_per_image']:.2f}"] for row in rows]
-        tables.append(markdown_table(["work", "ratio", "ms per image"], cells))
-    return "\n\n".join(tables)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=HelpFormatter)
-    parser.add_argument("--model", default="face_vit_p8s8_d6", help="a timm model")
-    parser.add_argument("--image-size", type=int, help="pixels; none: the model's own")
-    parser.add_argument("--batch-size", type=int, default=48, help="images of each stream in a step")
-    parser.add_argument("--eval-images", type=int, default=200, help="images of the evaluation")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="the plain path's DataLoader workers")
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=TABLES, help="which tables to measure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    add_hardware_arguments(parser)
-    add_fast_path_arguments(parser)
-    args = parser.parse_args(argv)
-    if min(args.batch_size, args.eval_images, args.repeats) < 1 or args.workers < 0:
-        raise UsageError("--batch-size, --eval-images and --repeats must be at least 1, --workers at least 0")
-    return args
+MODES = {"steps": steps, "ablation": ablation, "growth": growth, "targets": targets}
 
 
 def main(argv: list[str] | None) -> None:
-    args = parse_arguments(argv)
-    hardware = hardware_of(args).resolve_compile(math.inf)
-    size = args.image_size or default_image_size(args.model)
-    print(f"{args.model}, {size}×{size} pixels, batch {args.batch_size}, {hardware.describe()}, torch {torch.__version__}")
-    results: dict = {"model": args.model, "batch_size": args.batch_size, "hardware": hardware.as_dict()}
-    results |= {"device": hardware.describe(), "torch": torch.__version__}
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, hardware, size, Path(folder))
-        measures = {
-            "steps": lambda: steps_table(bench, args.repeats),
-            "ablation": lambda: ablation_table(bench, args.repeats),
-            "task": lambda: task_row(bench),
-            "start": lambda: {
-                name: bench.seconds_to_first_step(compiled)
-                for name, compiled in (("eager", False), ("compiled", True))
-                if hardware.compile or not compiled
-            },
-            "importances": lambda: importance_table(bench, args.repeats),
-        }
-        for name in args.only:
-            results[name] = measures[name]()
-            print(f"\n{show({name: results[name]})}", flush=True)
-            if args.json is not None:
-                write_json(args.json, results)
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", nargs="?", choices=MODES, default="steps", help="what to measure")
+    parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help="timm models; growth takes all")
+    parser.add_argument("--batch-size", type=options.number(int, 1), default=48, help="images of each stream in a step")
+    parser.add_argument("--min-run-time", type=float, default=1.0, help="seconds that are timed in each of three turns")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    options.add_hardware(parser)
+    options.add_fast_path(parser)
+    args = parser.parse_args(argv)
+    hardware = options.hardware_of(args).resolve_compile(math.inf)
+    args.device, args.keep = hardware.device.type, hardware.device.type == "cpu" and args.keep_memory != "off"
+    results = {"model": args.model[0], "batch size": args.batch_size, "torch": torch.__version__}
+    print(*(f"{key} {value}" for key, value in results.items()), hardware.describe(), sep="\n", flush=True)
+    results |= {"device": hardware.describe(), args.mode: MODES[args.mode](args, hardware)}
+    if args.json is not None:
+        write_json(args.json, results)
 
 
 if __name__ == "__main__":

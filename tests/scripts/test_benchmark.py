@@ -1,51 +1,79 @@
 """The benchmark runs, at sizes that say nothing about speed; no timing is asserted."""
 
 import json
+import math
+import runpy
+from argparse import Namespace
+from dataclasses import replace
 
 import pytest
-import torch.nn.functional as F
+import torch
 
-from scripts.plain_path import PlainTraining
+from data.batches import batches
+from tests.conftest import ROOT
 
-TINY = ("--model", "face_vit_tiny", "--image-size", 16, "--batch-size", 2, "--eval-images", 10, "--repeats", 1)
-TINY += ("--workers", 0, "--compile", "off", "--device", "cpu")
-
-
-@pytest.fixture(autouse=True)
-def single_runs(monkeypatch):
-    monkeypatch.setattr("math.ceil", lambda number: 1)
+SMALL = ("--batch-size", 4, "--min-run-time", 0.01, "--compile", "off", "--device", "cpu", "--precision", "fp32")
+PARTS = {"cls_only_last_block off", "fast_dropout off", "fused_optimizer off", "fused_attention on"}
+PARTS |= {"without one forward pass", "without loss left on the device", "without teacher once a task"}
 
 
-def test_every_table_is_measured_and_printed(command, tmp_path):
-    code, out, err = command("scripts/benchmark.py", *TINY, "--json", tmp_path / "figures.json")
-    assert code == 0, err
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["work"] for row in figures["steps"]][-2:] == ["pre-training step", "evaluation"]
-    for row in figures["steps"]:
-        assert row["ratio"] == pytest.approx(row["images_per_second"]["fast"] / row["images_per_second"]["plain"])
-        assert row["utilisation"] > 0
-    parts = {row["part"] for row in figures["ablation"]}
-    assert {"teacher once a task", "one forward pass", "images decoded once", "fast dropout"} <= parts
-    assert 0 < figures["task"]["share"] < 1
-    begun, ended = figures["start"]["eager"]
-    assert 0.5 < begun < ended
-    assert figures["importances"][0]["work"] == "backward pass"
-    for text in ("forget step, GS-LoRA", "without", "A whole task of 20 epochs", "Fisher, single images"):
-        assert text in out
+@pytest.fixture
+def measure(command, tmp_path):
+    def measure(mode: str, *options: object) -> tuple[list[dict] | dict, str]:
+        model = ("--model", "face_vit_tiny")
+        code, out, err = command("scripts/benchmark.py", mode, *model, *options, *SMALL, "--json", tmp_path / "figures.json")
+        assert code == 0, err
+        return json.loads((tmp_path / "figures.json").read_text())[mode], out
+
+    return measure
 
 
-def test_paths_that_compute_different_losses_end_the_run(command, monkeypatch):
-    def without_margin(training, stream, labels=None):
-        images, own = stream
-        return F.cross_entropy(training.logits(training.model, images), own if labels is None else labels)
-
-    monkeypatch.setattr(PlainTraining, "cosface", without_margin)
-    code, _, err = command("scripts/benchmark.py", *TINY, "--only", "steps")
-    assert code == 1
-    assert "forget step, GS-LoRA: the paths disagree" in err
+def test_steps_on_both_paths(measure):
+    rows, out = measure("steps")
+    assert [row["work"] for row in rows] == ["gs_lora", "der_pp", "ewc", "pretrain", "evaluation"]
+    for row in rows:
+        assert row["fast : plain"] == pytest.approx(row["images/s fast"] / row["images/s plain"])
+        assert row["% of matmul rate"] > 0
+    assert max(map(len, out.splitlines()[4:])) <= 100
 
 
-def test_sizes_that_cannot_be_measured(command):
-    code, _, err = command("scripts/benchmark.py", "--batch-size", 0)
-    assert code == 2
-    assert "--batch-size, --eval-images and --repeats must be at least 1" in err
+def test_ablation_undoes_one_part_at_a_time(measure):
+    rows, _ = measure("ablation")
+    whole, *undone = rows
+    assert {row["work"] for row in undone} >= PARTS
+    for row in undone[: len(undone) - 2]:
+        assert row["times as long"] == pytest.approx(row["ms"] / whole["ms"])
+    assert undone[-1]["times as long"] == pytest.approx(undone[-1]["ms"] / undone[-2]["ms"])
+
+
+def test_growth_has_exponents(measure):
+    found, out = measure("growth", "test_vit")
+    few, _, many, _ = found["rows"]
+    assert [row["images"] for row in found["rows"]] == [8, 32, 128, 32]
+    assert found["exponents"]["images"]["s"] == pytest.approx(math.log(many["s"] / few["s"]) / math.log(16))
+    assert "time grows as (GFLOPs/image)^" in out
+
+
+def test_targets_are_set_beside_what_is_measured(measure):
+    rows, out = measure("targets")
+    assert [row["target"] for row in rows] == ["≤ 8 ms", "≥ 20,000 images/s", "≤ 20 minutes", "≤ 8 GB"]
+    assert all(row["measured"] > 0 for row in rows)
+    assert out.count("2 methods, 4 tasks of") == 3
+
+
+@pytest.mark.parametrize("name", ["gs_lora", "der_pp", "ewc", "pretrain"])
+def test_both_paths_compute_the_same_loss(name, cpu):
+    """The plain path's is checked against independent arithmetic in tests/methods."""
+    script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+    fast = replace(cpu, cls_only_last_block=True, fast_dropout=True, fused_optimizer=True, fused_attention=True)
+    bench = script["Bench"](Namespace(keep=False), fast, "face_vit_tiny", 4, 4)
+    losses = []
+    for hardware, undone in ((fast, ()), (bench.plain_hardware, [script["FORWARD"]])):
+        torch.manual_seed(0)
+        trainer = bench.begin(name, hardware)
+        trainer.model.eval()
+        torch.manual_seed(1)
+        (plan,) = trainer.method.passes(trainer.task, 0, 1)
+        batch = next(batches(bench.faces, plan, torch.default_generator, cpu.device))
+        losses.append(script["make_step"](trainer, undone)(batch).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

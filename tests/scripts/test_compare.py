@@ -1,4 +1,4 @@
-"""scripts/compare.py, table.py and search.py through their command lines, on small images."""
+"""scripts/compare.py and table.py through their command lines, on small images."""
 
 import csv
 import json
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -170,25 +169,6 @@ def test_any_results_merge_into_a_table(command, further, tmp_path):
         code, _, err = command("scripts/table.py", *options, "--output-dir", tmp_path / "table")
         assert code == 2
         assert message in err
-
-
-def test_a_search_sets_the_points_of_a_grid_side_by_side(command, further, tmp_path):
-    grid = ("--grid", "lr=1e-4,1e-2", "beta=0.1+0.2")
-    arguments = ("scripts/search.py", "--method", "gs_lora", *grid, "--output-dir", tmp_path, *further)
-    code, _out, err = command(*arguments, "--val-fraction", 0.25)
-    assert code == 0, err
-    table = (tmp_path / "table.md").read_text().split("\n\n")[1].splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (table[0], *table[2:])]
-    assert rows[0][:3] == ["lr", "beta", "H ↑"]
-    assert {row[0] for row in rows[1:]} == {"1e-4", "1e-2"}
-    for lr, beta, h_mean, *_ in rows[1:]:
-        run = Path(tmp_path / f"lr={lr}-beta={beta}-seed1337")
-        tasks = results_of(run)["tasks"]
-        assert float(h_mean) == pytest.approx(sum(task["after"]["h_mean"] for task in tasks) / 2, abs=0.006)
-        assert json.loads((run / "config.json").read_text())["arguments"]["beta"] == [0.1, 0.2]
-    code, _, err = command("scripts/search.py", "--method", "l2", "--grid", "lr", "--output-dir", tmp_path, *further)
-    assert code == 2
-    assert "--grid 'lr': write option=value,value" in err
 
 
 @pytest.mark.parametrize("dealt", [(), ("--jobs-per-gpu", "2")])

@@ -135,40 +135,6 @@ def sweep_figure(title: str, name: str, labels: Sequence[str], runs: Sequence[di
     return figure
 
 
-def scaling_figure(figures: dict) -> Figure:
-    """Time and memory over the number of images and over the model's arithmetic, as scripts/scaling.py measures them.
-
-    Double logarithmic, as many decades in y as in x, so that slopes are exponents.
-    """
-    figure, panels = plt.subplots(2, 2, figsize=(10, 7.5), sharex="col")
-    columns = (("images", "images", "training images"), ("models", "gflops_per_image", "GFLOPs of an image's forward pass"))
-    rows = (("seconds", "time", "tab:blue", "s, epoch and evaluation"), ("memory_mb", "memory", "tab:red", "MB at most"))
-    for column, (kind, x, label) in enumerate(columns):
-        found, exponents = figures[kind], figures["exponents"][kind]
-        places = [row[x] for row in found]
-        for line, (key, name, color, unit) in enumerate(rows):
-            axes, values = panels[line, column], [row[key] for row in found]
-            axes.loglog(places, values, "o-", color=color, label=f"{name}, exponent {exponents[name]:.2f}")
-            for place, value in zip(places, values, strict=True):
-                text = f"{value:.1f}" if value < 100 else f"{value:.0f}"
-                axes.annotate(text, (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
-            # As many decades in y as in x around the middle of the values.
-            half = np.sqrt(max(max(places) / min(places), max(values) / min(values))) * 1.5
-            middle = np.sqrt(max(values) * min(values))
-            axes.set_ylim(middle / half, middle * half)
-            axes.set_xlim(min(places) / 1.5, max(places) * 1.5)
-            axes.set_ylabel(unit)
-            axes.legend(loc="lower right")
-            axes.grid(alpha=0.3)
-            axes.minorticks_off()
-        names = [f"\n{row['model'].removeprefix('face_vit_').split('_patch')[0]}" for row in found]
-        names = names if kind == "models" else [""] * len(found)
-        axes.set_xticks(places, [f"{place:.3g}{name}" for place, name in zip(places, names, strict=True)], fontsize=8)
-        axes.set_xlabel(label)
-    figure.tight_layout()
-    return figure
-
-
 def roc_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """True accept rate over false accept rate, a curve per group of classes: (false, true) rates in [0, 1]."""
     figure, axes = plt.subplots(figsize=(6, 5))
