@@ -2,6 +2,7 @@
 
 import pytest
 
+from data.tasks import whole_set
 from methods import pretrain
 from tests.methods.conftest import arguments, first_batch
 
@@ -10,7 +11,7 @@ def test_the_loss_is_its_formula(make_recognizer, make_images, arithmetic, cpu, 
     monkeypatch.setattr(pretrain, "random_flip", lambda images: images.flip(-1))
     images, model = make_images(), make_recognizer().eval()
     method = pretrain.Pretrain(arguments("retrain"), cpu)
-    method.begin_task(model, None, images)
+    method.begin_task(model, whole_set(images.labels, 6), images, 1)
     batch = first_batch(method, images)
     expected = arithmetic.cross_entropy(arithmetic.logits(model, batch.images.flip(-1)), batch.labels)
     assert method.loss(model, batch)["total"].item() == pytest.approx(expected, rel=1e-5)
