@@ -113,7 +113,7 @@ def test_a_val_fraction_leaves_the_test_set_alone(trained, colours, command, tmp
     assert "held-out accuracy" in out
     code, _, err = command(*method_run("l2", trained, colours, tmp_path, "--overwrite", "--val-fraction", 1.5))
     assert code == 2
-    assert "validation share 1.5 is out of range" in err
+    assert "--val-fraction: 1.5 is out of range" in err
 
 
 def test_the_readmes_example_of_a_method_runs(trained, colours, command, tmp_path, monkeypatch):

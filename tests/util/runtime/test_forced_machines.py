@@ -40,15 +40,15 @@ def test_no_compiler(trained, colours, tmp_path):
     # In a process of its own: torch remembers for the rest of one that there is no compiler.
     script = """
 import sys, torch
-from util.cli import arguments; from util.runtime import hardware; import train_forget
+from util.cli import main; from util.runtime import hardware; import train_forget
 sys.argv[0] = "train_forget.py"
 assert hardware.can_compile(torch.device("cpu"))
 torch._inductor.config.cpp.cxx = ("/no-compiler",)
 torch.compiler.reset()
 hardware.WORTH_COMPILING = {"cpu": 0, "cuda": 0}
-arguments.run_main(train_forget.main)
+main.run_main(train_forget.main)
 sys.argv += ["--compile", "on"]
-arguments.run_main(train_forget.main)
+main.run_main(train_forget.main)
 """
     command = [sys.executable, "-c", script]
     command += ["--checkpoint", trained, "--data", colours, "--device", "cpu", "--output-dir", tmp_path, *map(str, SHORT)]
@@ -115,7 +115,7 @@ method.begin_task(model, tasks[0], data, args.epochs)
 trainer = Trainer(model, method, tasks[0], data, Schedule.of(args))
 hardware.reset_peak_memory()
 with Monitor(None, "", "", 2) as monitor:
-    trainer.train(monitor, lambda trainer: None, lambda trainer: print(monitor.epoch.images))
+    trainer.train(monitor, lambda trainer: None, lambda trainer: print(2 * monitor.epoch.images))
 predict(model, data.subset(torch.arange(0, shape[0], shape[0] // 500)), hardware)
 print(hardware.peak_memory_mb())
 """
