@@ -30,7 +30,7 @@ from util.cli.arguments import (
     run_main,
 )
 from util.cli.config import add_config_argument, describe_run, with_config
-from util.report.tables import Comparison
+from util.report.tables import narrow_table
 from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json
@@ -220,7 +220,7 @@ def forget(
         flush=True,
     )
     results = ContinualRun(args, METHODS[args.method](args, hardware), model, data, tasks, folder).run()
-    table = Comparison([results], [METHODS[args.method].title]).markdown()
+    table = narrow_table([results], [METHODS[args.method].title])
     print(f"\n{table}\n\nresults, checkpoints and figure: {folder.path}")
 
 

@@ -13,10 +13,10 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
 from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
-from util.report.results import load_results, new_results, save_results, task_entry
-from util.report.tables import percent
+from util.report.results import load_results, new_results, task_entry
+from util.report.tables import Comparison, percent
 from util.runtime.errors import RunError
-from util.runtime.files import save_tensors
+from util.runtime.files import save_tensors, write_json, write_text
 from util.storage.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -163,7 +163,8 @@ class ContinualRun:
             save_published(self.folder.published(task.number), self.model)
         self.recorder.write(self.folder, task, self.model, entry)
         self.results["tasks"].append(entry)
-        save_results(self.folder, self.results, self.method.title)
+        write_text(self.folder.table, Comparison([self.results], [self.method.title]).markdown() + "\n")
+        write_json(self.folder.results, self.results)
 
     def _draw(self, writer: SummaryWriter) -> None:
         # matplotlib takes a second to import: not before training has begun.
