@@ -29,18 +29,19 @@ def run_figure(results: dict) -> Figure:
     ticks = [f"task {task['task']}\n{task['setting']}" for task in tasks]
     for panel, margin in zip(panels, MARGINS, strict=False):
         numbers = comparison.numbers(margin)
-        _accuracies(panel, margin, ticks, numbers.loc[method].unstack(), numbers.loc[PRETRAINED].unstack())
+        after, before = (numbers.loc[row].unstack().loc[comparison.settings] for row in (method, PRETRAINED))
+        _accuracies(panel, margin, ticks, after, before)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9)
     if grouped:
         _group_norms(panels[2], grouped)
-    figure.suptitle(f"{method} on {comparison.describe()}")
+    figure.suptitle(f"{method} on {comparison.title}")
     return figure
 
 
 def sweep_figure(comparison: Comparison) -> Figure:
     """Accuracies after the last task over the values of a sweep, without and with margin."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    last = len(comparison.tasks)
+    last = comparison.settings[-1]
     for panel, margin in zip(panels, MARGINS, strict=True):
         numbers = comparison.numbers(margin)[last]
         before = numbers.loc[[PRETRAINED] * len(comparison.labels)]
@@ -48,7 +49,7 @@ def sweep_figure(comparison: Comparison) -> Figure:
         panel.set_xlabel(comparison.sweep)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     method = comparison.about["method"][comparison.labels[0]]
-    figure.suptitle(f"{method} on {comparison.describe()}, {comparison.setting(last)}")
+    figure.suptitle(f"{method} on {comparison.title}, {last}")
     return figure
 
 
@@ -102,7 +103,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
         _stretch_towards_100(panel, min([100, *mean.stack()]))
         panel.grid(alpha=0.3)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=9)
-    figure.suptitle(f"{comparison.describe()}, {MARGINS['']}")
+    figure.suptitle(f"{comparison.title}, {MARGINS['']}")
     return figure
 
 

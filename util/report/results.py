@@ -25,12 +25,8 @@ def new_results(
         "finished": False,
         "method": method,
         "seed": seed,
-        "dataset": {
-            "name": train_set.name,
-            "classes": len(train_set.classes),
-            "train_images": len(train_set),
-            "test_images": len(test_set),
-        },
+        "dataset": {"name": train_set.name, "classes": len(train_set.classes)}
+        | {"train_images": len(train_set), "test_images": len(test_set)},
         "model": model,
         "pretrained": pretrained,
         "tasks": [],
@@ -79,7 +75,7 @@ def _check(results: dict) -> None:
 
 
 def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:
-    """One row per run, margin, task and metric: its `value`, and `before`, which is the pre-trained model's.
+    """One row per run, margin, task (known by its setting) and metric: its `value`, and the pre-trained model's `before`.
 
     `runs` are contents of results.json. `seconds` are those of all tasks; NaN in a run with fewer tasks than others.
     """
@@ -94,9 +90,9 @@ def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:
             "tunable_ratio": run["model"]["tunable_ratio"],
             "seconds": sum(task["train_seconds"] for task in run["tasks"]) if whole else None,
         }
-        for margin, (number, task), metric in product(MARGINS, enumerate(run["tasks"], 1), METRICS):
+        for margin, task, metric in product(MARGINS, run["tasks"], METRICS):
             values = {"value": task["after"][margin + metric], "before": task["before"].get(margin + metric)}
             values["zero_ratio"] = task["groups"]["zero_ratio"] if task["groups"] else None
-            rows.append({**about, "margin": margin, "task": number, "metric": metric, **values})
-    columns = ["label", "method", "seed", "margin", "task", "metric", *NUMBERS]
+            rows.append({**about, "margin": margin, "setting": task["setting"], "metric": metric, **values})
+    columns = ["label", "method", "seed", "margin", "setting", "metric", *NUMBERS]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))

@@ -32,8 +32,8 @@ def _text(value: float | None, form: str) -> str:
     return "–" if pd.isna(value) else form.format(value)
 
 
-def published_frame(runs: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) -> pd.DataFrame:
-    """The papers' rows of the methods in `runs`. Raises UsageError if there are none of these tasks."""
+def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) -> pd.DataFrame:
+    """The papers' rows of the methods in `frame`. Raises UsageError if there are none of these tasks."""
     papers = json.loads(PAPER_TABLES.read_text())
     first, settings = tasks[0], [task["setting"] for task in tasks]
     few_shot = first["train_images"]["forget"] == 4 * len(first["forget_classes"])
@@ -44,12 +44,12 @@ def published_frame(runs: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) ->
             f"{dataset['name']} in {', '.join(settings)}: their numbers cannot be compared"
         )
     ratios, rows = papers["tunable_ratio"], []
-    for label, method in runs[["label", "method"]].drop_duplicates().itertuples(index=False):
-        for number, setting in enumerate(settings, 1):
-            values = table["methods"][method][table["settings"].index(setting)] if method in table["methods"] else {}
-            about = {"label": _published(label), "margin": "margin_", "task": number}
-            about["tunable_ratio"] = ratios.get(method, ratios["others"]) / 100
-            rows += [{**about, "metric": metric, "value": value} for metric, value in values.items()]
+    for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
+        about = {"label": _published(label), "margin": "margin_"}
+        about["tunable_ratio"] = ratios.get(method, ratios["others"]) / 100
+        by_setting = dict(zip(table["settings"], table["methods"].get(method, []), strict=False))
+        for setting, metric in product(by_setting.keys() & settings, METRICS):
+            rows.append({**about, "setting": setting, "metric": metric, "value": by_setting[setting].get(metric)})
     return pd.DataFrame(rows)
 
 
@@ -60,7 +60,7 @@ def _published(label: str) -> str:
 class Comparison:
     """Runs of the same tasks side by side: the pre-trained model, then a row per label; runs of one label are averaged.
 
-    `stats` holds mean, std and count by (label, margin, task, metric), `about` what else is known of a label.
+    `stats` holds mean, std and count by (label, margin, setting, metric), `about` what else is known of a label.
     """
 
     def __init__(
@@ -78,47 +78,42 @@ class Comparison:
         """
         longest = max(runs, key=lambda run: len(run["tasks"]))
         self.dataset, self.tasks = longest["dataset"], longest["tasks"]
-        settings = [task["setting"] for task in self.tasks]
+        self.settings = [task["setting"] for task in self.tasks]
         for run, label in zip(runs, labels, strict=True):
             own = [task["setting"] for task in run["tasks"]]
-            if run["dataset"] != self.dataset or own != settings[: len(own)]:
+            if run["dataset"] != self.dataset or own != self.settings[: len(own)]:
                 raise UsageError(
                     f"{label} and the others are not of the same data and tasks: {run['dataset']['name']}, {' '.join(own)} "
-                    f"against {self.dataset['name']}, {' '.join(settings)}"
+                    f"against {self.dataset['name']}, {' '.join(self.settings)}"
                 )
         self.failures, self.sweep = failures or {}, sweep
         self.labels = [*dict.fromkeys(labels)]
-        self.seeds = [*dict.fromkeys(run["seed"] for run in runs)]
+        seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
+        self.title = f"{self.dataset['name']} ({self.dataset['classes']} classes), seed {seeds}"
         frame = results_frame(runs, labels)
         # Runs of one seed share their classes, and so the pre-trained model's accuracies.
-        pretrained = frame.drop_duplicates(["seed", "margin", "task", "metric"])[["margin", "task", "metric", "before"]]
-        parts = [pretrained.rename(columns={"before": "value"}).assign(label=PRETRAINED), frame]
+        cell = ["margin", "setting", "metric"]
+        pretrained = frame.drop_duplicates(["seed", *cell])[[*cell, "before"]].rename(columns={"before": "value"})
+        parts = [pretrained.assign(label=PRETRAINED), frame]
         if published:
             parts.append(published_frame(frame, self.dataset, self.tasks))
         frame = pd.concat(parts)
         self.about = frame.groupby("label").agg(
             {"method": "first", "tunable_ratio": "first", "zero_ratio": "last", "seconds": "mean"}
         )
-        by_cell = frame.groupby(["label", "margin", "task", "metric"], sort=False)
-        self.stats = by_cell["value"].agg(["mean", "std", "count"]).dropna(subset="mean")
+        values = frame.groupby(["label", *cell], sort=False)["value"]
+        self.stats = values.agg(["mean", "std", "count"]).dropna(subset="mean")
         # Nothing is old in the first task, and seldom is a class missing.
-        found = {(task, metric) for _, _, task, metric in self.stats.index}
-        every = product(range(1, len(self.tasks) + 1), METRICS)
+        found = {(setting, metric) for _, _, setting, metric in self.stats.index}
+        every = product(self.settings, METRICS)
         self.columns = [column for column in every if column in found or column[1] not in ("acc_old", "acc_missing")]
 
-    def describe(self) -> str:
-        seeds = f"seed{'s' * (len(self.seeds) > 1)} {', '.join(map(str, self.seeds))}"
-        return f"{self.dataset['name']} ({self.dataset['classes']} classes), {seeds}"
-
-    def setting(self, task: int) -> str:
-        return self.tasks[task - 1]["setting"]
-
     def numbers(self, margin: str, statistic: str = "mean") -> pd.DataFrame:
-        """A row per label, pre-trained first; a column per (task, metric)."""
+        """A row per label, pre-trained first; a column per (setting, metric)."""
         rows = [PRETRAINED]
         for label in self.labels:
             rows += [label, _published(label)] if margin and _published(label) in self.about.index else [label]
-        table = self.stats[statistic].xs(margin, level="margin").unstack(["task", "metric"])
+        table = self.stats[statistic].xs(margin, level="margin").unstack(["setting", "metric"])
         return table.reindex(index=rows, columns=pd.MultiIndex.from_tuples(self.columns))
 
     def _texts(self, margin: str, deviation: bool = True) -> pd.DataFrame:
@@ -143,7 +138,7 @@ class Comparison:
         table, ranks = self._texts(margin), self._ranks(margin)
         for rank, form in mark.items():
             table = table.mask(ranks == rank, table.map(form.format))
-        table.columns = pd.MultiIndex.from_tuples((self.setting(task), METRICS[key].heading) for task, key in self.columns)
+        table.columns = pd.MultiIndex.from_tuples((setting, METRICS[key].heading) for setting, key in self.columns)
         about = self.about.loc[table.index]
         table.insert(0, ("", "Tunable"), [_text(ratio, "{:.2%}") for ratio in about["tunable_ratio"]])
         if self.sweep:
@@ -164,9 +159,9 @@ class Comparison:
         return "\n\n".join(parts + [f"{label}: failed: {why}" for label, why in self.failures.items()])
 
     def csv(self) -> str:
-        """One line per label, margin, task and metric."""
+        """One number a line."""
         table = self.stats.rename(columns={"count": "runs"}).reset_index().join(self.about, "label")
-        table["setting"] = table["task"].map(self.setting)
+        table["task"] = table["setting"].map(self.settings.index) + 1
         table["margin"] = table["margin"].map(bool)
         columns = ["label", "tunable_ratio", "runs", "seconds", "margin", "task", "setting", "metric", "mean", "std"]
         return table[columns].round({"seconds": 3, "mean": 4, "std": 4}).to_csv(index=False)
@@ -188,11 +183,12 @@ class Comparison:
 
     def narrow(self, margin: str = "", width: int = 0) -> list[str]:
         """Lines for a terminal: H of each task, the other accuracies after the last; labels padded to `width`."""
-        last, width = len(self.tasks), max(width, *map(len, [PRETRAINED, *self.labels, *self.failures]))
-        heads = {column: f"H {self.setting(column[0])}" for column in self.columns if column[1] == "h_mean"}
-        heads |= {column: METRICS[column[1]].heading for column in self.columns if column[0] == last and column not in heads}
+        heads = {(setting, "h_mean"): f"H {setting}" for setting in self.settings}
+        last = [metric for setting, metric in self.columns if setting == self.settings[-1] and metric != "h_mean"]
+        heads |= {(self.settings[-1], metric): METRICS[metric].heading for metric in last}
         table = self._texts(margin, deviation=False)[[*heads]].set_axis([*heads.values()], axis=1)
         table["s"] = [_text(seconds, "{:.0f}") for seconds in self.about["seconds"].loc[table.index]]
+        width = max(width, *map(len, [*table.index, *self.failures]))
         table = table.rename(index=lambda label: label.ljust(width)).rename_axis(index=None, columns=self.sweep or "Method")
         failures = [f"{label.ljust(width)} failed: {why}" for label, why in self.failures.items()]
         title = f"Accuracy (%) {MARGINS[margin]}; Acc after the last task"
