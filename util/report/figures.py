@@ -57,7 +57,7 @@ def _accuracies(axes: plt.Axes, margin: str, ticks: Sequence[str], after: pd.Dat
     """A line per metric, side by side, since many are 0 together; dashes for the pre-trained model."""
     for number, (key, metric) in enumerate(METRICS.items()):
         if key in after:
-            places = np.arange(len(ticks)) + 0.04 * (number - 2)
+            places = np.arange(len(ticks)) + 0.06 * (number - 2)
             axes.plot(places, after[key], "o-", color=metric.colour, label=f"{metric.title}, {metric.description}")
             axes.plot(places, before[key], "_--", color=metric.colour, alpha=0.4)
     axes.plot([], [], "_--", color="grey", label="pre-trained")
@@ -97,22 +97,24 @@ def comparison_figure(comparison: Comparison) -> Figure:
                 linewidth=3.0 if colour else 1.3,
                 marker=MARKERS[number % len(MARKERS)],
                 capsize=3,
+                zorder=1 if colour else 2,
             )
         panel.set_xticks(tasks, [f"task {task['task']}\n{task['setting']}" for task in comparison.tasks])
         panel.set_ylabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
-        _stretch_towards_100(panel, min([100, *mean.stack()]))
+        _stretch_towards_100(panel, mean.stack())
         panel.grid(alpha=0.3)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     figure.suptitle(f"{comparison.title}, {MARGINS['']}")
     return figure
 
 
-def _stretch_towards_100(axes: plt.Axes, lowest: float) -> None:
+def _stretch_towards_100(axes: plt.Axes, values: pd.Series) -> None:
     """A logarithmic scale of the distance to 100 (102, to be exact): good methods differ by points, bad ones by tens."""
-    low = max(0.0, lowest - 1)
+    if values.max() < 90:
+        return
     axes.set_yscale("function", functions=(lambda y: -np.log(np.maximum(102 - y, 1e-3)), lambda t: 102 - np.exp(-t)))
-    axes.set_yticks([tick for tick in (0, 20, 40, 60, 80, 90, 95, 98, 100) if tick >= low])
-    axes.set_ylim(low, 100.5)
+    axes.set_yticks([tick for tick in (0, 20, 40, 60, 80, 90, 95, 98, 100) if tick > values.min() - 1])
+    axes.set_ylim(values.min() - 5, 100.5)
 
 
 def scaling_figure(figures: dict) -> Figure:
