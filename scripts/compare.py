@@ -14,10 +14,12 @@ import shlex
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import chain, product
 from pathlib import Path
+from typing import TextIO
 
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -27,8 +29,7 @@ from methods import METHODS, method_class
 from util.cli.main import run_main
 from util.cli.options import first_difference
 from util.report.results import load_results
-from util.report.tables import CELL_WIDTH, Comparison, table_line
-from util.report.write import write_report
+from util.report.tables import PRETRAINED, Comparison
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json, sha256
 from util.runtime.hardware import choose_hardware
@@ -39,23 +40,23 @@ from util.training.resume import FREE_ON_RESUME
 
 @dataclass
 class Job:
-    """One run: a method with a seed, and the words that train_forget.py is called with."""
+    """One run: a method with a seed, and the arguments of train_forget.py. `label` names it among the others."""
 
     method: str
-    seed: int
+    label: str
     folder: RunFolder
     arguments: list[str]
     finished: bool = False
     failure: str = ""
 
-    @property
-    def log(self) -> Path:
-        return self.folder.path / "log.txt"
+    def open_log(self) -> TextIO:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        return (self.folder.path / "log.txt").open("a")
 
 
 def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     argv = sys.argv[1:] if argv is None else argv
-    ours, further = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    own_args, extra_args = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
@@ -71,54 +72,55 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--jobs-per-gpu", type=int, default=1, metavar="N", help="runs side by side on each device")
     parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
     parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
-    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), by the margin")
-    args = parser.parse_args(ours)
+    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
+    args = parser.parse_args(own_args)
     if args.jobs_per_gpu < 1:
         raise UsageError(f"--jobs-per-gpu {args.jobs_per_gpu} is out of range: at least 1")
-    return args, further
+    return args, extra_args
 
 
-def make_jobs(args: argparse.Namespace, further: list[str]) -> list[Job]:
+def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
     """Every run in order, checked; finished and interrupted ones are recognised. Raises UsageError for wrong options."""
-    names = [*METHODS] if args.methods == ["all"] else [*dict.fromkeys(args.methods)]
-    own = {name: shlex.split(words) for name, words in args.options}
-    for name in [*names, *own]:
+    seeds = [*dict.fromkeys(args.seeds)]
+    methods = [*METHODS] if args.methods == ["all"] else [*dict.fromkeys(args.methods)]
+    method_args = {name: shlex.split(options) for name, options in args.options}
+    for name in [*methods, *method_args]:
         method_class(name)
     jobs = []
-    for seed in dict.fromkeys(args.seeds):
-        for name in names:
-            folder = RunFolder(args.output_dir / f"{name}-seed{seed}")
-            words = ["--method", name, *further, *own.get(name, []), "--seed", str(seed), "--output-dir", str(folder.path)]
-            parsed = train_forget.parse_arguments(words)
-            if not jobs:
-                # What is wrong for all of them is found once, before any of them starts.
-                train_forget.assemble(parsed, choose_hardware("cpu"))
-                checkpoint_sha256 = sha256(parsed.checkpoint)
-            jobs.append(Job(name, seed, folder, words))
-            if args.overwrite or not folder.config.exists():
-                jobs[-1].arguments.append("--overwrite")
-                continue
+    for seed, name in product(seeds, methods):
+        folder = RunFolder(args.output_dir / f"{name}-seed{seed}")
+        arguments = ["--method", name, *extra_args, *method_args.get(name, []), "--seed", str(seed)]
+        label = METHODS[name].title + (f", seed {seed}" if len(seeds) > 1 else "")
+        job = Job(name, label, folder, [*arguments, "--output-dir", str(folder.path)])
+        parsed = train_forget.parse_arguments(job.arguments)
+        if not jobs:
+            # What is wrong for all of them is found once, before any of them starts.
+            train_forget.assemble(parsed, choose_hardware("cpu"))
+            checkpoint_sha256 = sha256(parsed.checkpoint)
+        resume = folder.config.exists() and not args.overwrite
+        if resume:
             check_same(folder, parsed, checkpoint_sha256)
-            jobs[-1].finished = folder.finished
-            jobs[-1].arguments.append("--resume" if folder.last.exists() else "--overwrite")
+            job.finished = folder.finished
+        job.arguments.append("--resume" if resume and folder.last.exists() else "--overwrite")
+        jobs.append(job)
     return jobs
 
 
 def check_same(folder: RunFolder, args: argparse.Namespace, checkpoint_sha256: str) -> None:
     """Raise UsageError if the folder holds a run with other options or of another checkpoint."""
     config = read_json(folder.config)
-    advice = "use --overwrite to replace it, or another output folder"
-    difference = first_difference(config.get("arguments", {}), args, {*FREE_ON_RESUME, "checkpoint"})
-    if difference is not None:
-        raise UsageError(f"{folder.path} holds a run with other options: {difference}; {advice}")
+    other = first_difference(config.get("arguments", {}), args, {*FREE_ON_RESUME, "checkpoint"})
     if config.get("checkpoint_sha256") != checkpoint_sha256:
-        raise UsageError(f"{folder.path} holds a run from another checkpoint than {args.checkpoint}; {advice}")
+        other = other or f"another checkpoint than {args.checkpoint}"
+    if other:
+        raise UsageError(
+            f"{folder.path} holds a run with other options: {other}; use --overwrite to replace it, or another output folder"
+        )
 
 
 def run_here(job: Job) -> None:
     """Run in this process, which spares the start-up. What it prints goes to its log."""
-    job.folder.path.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a") as log, contextlib.redirect_stdout(log):
+    with job.open_log() as log, contextlib.redirect_stdout(log):
         try:
             train_forget.main(job.arguments)
         except Interrupted:
@@ -128,38 +130,16 @@ def run_here(job: Job) -> None:
         except Exception as error:
             # Whatever goes wrong with one method, the others still run: the log keeps where it happened.
             traceback.print_exc(file=log)
-            job.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} (see {job.log})"
-
-
-def run_on(gpu: str, job: Job, running: set[subprocess.Popen]) -> None:
-    """Run in a process of its own, one of `running`, that sees one CUDA device ("": those that this one sees)."""
-    job.folder.path.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a") as log:
-        process = subprocess.Popen(
-            [sys.executable, train_forget.__file__, *job.arguments],
-            env=os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}),
-            stdout=log,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running.add(process)
-        _, errors = process.communicate()
-        running.discard(process)
-        log.write(errors)
-    if process.returncode:
-        last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        job.failure = last.removeprefix("train_forget.py: error: ")
+            job.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} (see {log.name})"
 
 
 def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
-    """Yield each job as it ends: those finished before at once, the others one after another or dealt out to `gpus`.
+    """Yield each job as it ends. With several `gpus`, each run is a process that sees one of them ("": all of them).
 
     A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle.
     """
-    yield from (job for job in jobs if job.finished)
-    waiting = [job for job in jobs if not job.finished]
-    if len(gpus) < 2:
-        for job in waiting:
+    if len(gpus) == 1:
+        for job in jobs:
             run_here(job)
             yield job
         return
@@ -168,17 +148,25 @@ def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
     for gpu in gpus:
         free.put(gpu)
 
-    def run_next(job: Job) -> Job:
+    def run(job: Job) -> Job:
         gpu = free.get()
-        try:
-            run_on(gpu, job, running)
-        finally:
-            free.put(gpu)
+        command = [sys.executable, train_forget.__file__, *job.arguments]
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        with job.open_log() as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.PIPE, text=True)
+            running.add(process)
+            _, errors = process.communicate()
+            running.discard(process)
+            log.write(errors)
+        free.put(gpu)
+        if process.returncode:
+            last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            job.failure = last.removeprefix("train_forget.py: error: ")
         return job
 
     with ThreadPoolExecutor(len(gpus)) as pool:
         try:
-            for done in as_completed([pool.submit(run_next, job) for job in waiting]):
+            for done in as_completed([pool.submit(run, job) for job in jobs]):
                 yield done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -187,64 +175,40 @@ def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
             raise
 
 
-class GrowingTable:
-    """The plain reading, printed row by row while the runs go on."""
-
-    def __init__(self, jobs: list[Job]) -> None:
-        self.many_seeds = len({job.seed for job in jobs}) > 1
-        self.width = max(len(self._label(job)) for job in jobs)
-        self.widths: list[int] = []
-
-    def _label(self, job: Job) -> str:
-        title = METHODS[job.method].title
-        return f"{title}, seed {job.seed}" if self.many_seeds else title
-
-    def add(self, job: Job) -> None:
-        if job.failure:
-            print(f"| {self._label(job).ljust(self.width)} | failed: {job.failure}", flush=True)
-            return
-        comparison = Comparison([load_results(job.folder.results)], [self._label(job)])
-        if not self.widths:
-            header = comparison.header()
-            self.widths = [max(self.width, len("Pre-train")), *(max(CELL_WIDTH, len(title)) for title in header[1:])]
-            print(table_line(header, self.widths))
-            print("|" + "|".join("-" * (width + 2) for width in self.widths) + "|")
-            print(table_line(comparison.cells(comparison.before, ""), self.widths))
-        print(table_line(comparison.cells(comparison.rows[0], ""), self.widths), flush=True)
-
-
-def compare(jobs: list[Job]) -> Comparison:
-    """The finished runs, a row per method, in order; then the methods of which no run was finished."""
-    done = [job for job in jobs if not job.failure]
-    if not done:
-        raise RunError(f"every run failed; the first: {jobs[0].failure}")
-    titles = [METHODS[job.method].title for job in done]
-    comparison = Comparison([load_results(job.folder.results) for job in done], titles)
+def print_rows(jobs: Iterable[Job], width: int) -> None:
+    """The narrow table, row by row as the runs end."""
+    begun = False
     for job in jobs:
         if job.failure:
-            seed = f" (seed {job.seed})" if METHODS[job.method].title in titles else ""
-            comparison.add_note(METHODS[job.method].title + seed, f"failed: {job.failure}")
-    return comparison
+            print(f"{job.label.ljust(width)} failed: {job.failure}", flush=True)
+            continue
+        lines = Comparison([load_results(job.folder.results)], [job.label]).narrow(width=width)
+        print(*lines[-1:] if begun else lines, sep="\n", flush=True)
+        begun = True
 
 
 def main(argv: list[str] | None) -> None:
-    args, further = parse_arguments(argv)
-    jobs = make_jobs(args, further)
+    args, extra_args = parse_arguments(argv)
+    jobs = make_jobs(args, extra_args)
     if len(args.gpus) == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
-    print(f"{len(jobs)} runs, {sum(job.finished for job in jobs)} of them finished before → {args.output_dir}\n", flush=True)
-    table = GrowingTable(jobs)
+    finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]
+    print(f"{len(jobs)} runs, {len(finished)} of them finished before → {args.output_dir}\n", flush=True)
     with end_on_sigterm():
-        for job in run_all(jobs, (args.gpus or [""]) * args.jobs_per_gpu):
-            table.add(job)
-    comparison = compare(jobs)
-    if args.published:
-        comparison.add_published()
-    write_report(comparison, args.output_dir)
-    print(f"\n{comparison.markdown()}\n\ntables and figure: {args.output_dir}")
-    failed = sum(bool(job.failure) for job in jobs)
-    if failed:
-        raise RunError(f"{failed} of {len(jobs)} runs failed: see above")
+        ended = chain(finished, run_all(waiting, (args.gpus or [""]) * args.jobs_per_gpu))
+        print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
+
+    done, failures = [job for job in jobs if not job.failure], {job.label: job.failure for job in jobs if job.failure}
+    if not done:
+        raise RunError(f"every run failed; the first: {jobs[0].failure}")
+    runs, titles = [load_results(job.folder.results) for job in done], [METHODS[job.method].title for job in done]
+    comparison = Comparison(runs, titles, failures, args.published)
+    comparison.write(args.output_dir)
+    if args.published or len({*titles}) < len(titles):
+        print("", *comparison.narrow("margin_" if args.published else ""), sep="\n")
+    print(f"\nthe whole table and the figure: {args.output_dir}")
+    if failures:
+        raise RunError(f"{len(failures)} of {len(jobs)} runs failed: see above")
 
 
 if __name__ == "__main__":

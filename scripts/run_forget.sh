@@ -53,4 +53,4 @@ for value in $values; do
   fi
   runs+=("$folder/$value/results.json")
 done
-"$PYTHON" scripts/sweep_report.py --sweep "$title" --labels $values --results "${runs[@]}" --output-dir "$folder"
+"$PYTHON" scripts/table.py --sweep "$title" --labels $values --results "${runs[@]}" --output-dir "$folder"

@@ -1,12 +1,12 @@
 """scripts/compare.py and table.py through their command lines, on small images."""
 
-import csv
 import json
 import signal
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 
@@ -16,78 +16,105 @@ from util.storage.folders import RunFolder
 
 
 @pytest.fixture
-def further(trained, colours):
+def extra_args(trained, colours):
     """What goes to train_forget.py: two tasks of one epoch."""
     shared = ("--checkpoint", trained, "--data", colours, "--num-tasks", 2, "--forget-per-task", 2)
     return ("--", *shared, "--epochs", 1, "--batch-size", 24, "--data-ratio", 1)
 
 
-def rows_of(text: str, table: int = 0) -> list[list[str]]:
-    """The cells of one of the printed tables: 0 the growing one, 1 and 2 the two readings."""
-    tables = [block for block in text.split("\n\n") if block.startswith("| Method")]
-    lines = tables[table].splitlines()
+def rows_of(path: Path, table: int = 0) -> list[list[str]]:
+    """The cells of a table.md: 0 without margin, 1 with margin."""
+    lines = path.read_text().split("\n\n")[1 + 2 * table].splitlines()
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
 
 
-def test_all_methods_end_in_one_table(command, further, tmp_path):
-    code, out, err = command("scripts/compare.py", "--methods", "all", "--output-dir", tmp_path, *further)
+def printed(out: str) -> list[str]:
+    """The lines of the narrow table, without the two that head it."""
+    lines = out.split("\n\n")[-2].splitlines()
+    assert max(map(len, lines[1:])) <= 100
+    return lines[2:]
+
+
+def test_all_methods_end_in_one_table(command, extra_args, tmp_path):
+    code, out, err = command("scripts/compare.py", "--methods", "all", "--output-dir", tmp_path, *extra_args)
     assert code == 0, err
     titles = [method.title for method in METHODS.values()]
-    for table in range(3):
-        assert [row[0] for row in rows_of(out, table)[1:]] == ["Pre-train", *titles]
-    header, _, *rows = rows_of(out, 1)
+    assert [line.split()[0] for line in printed(out)] == ["Pre-train", *titles]
+    for table in range(2):
+        assert [row[0] for row in rows_of(tmp_path / "table.md", table)[1:]] == ["Pre-train", *titles]
+    header, _, *rows = rows_of(tmp_path / "table.md")
     assert header[2:] == ["10-2 H ↑", "Acc_r ↑", "Acc_f ↓", "8-2 H ↑", "Acc_r ↑", "Acc_f ↓", "Acc_o ↓", "s"]
-    for row, name in zip(rows, METHODS, strict=True):
+    for row, line, name in zip(rows, printed(out)[1:], METHODS, strict=True):
         results = results_of(tmp_path / f"{name}-seed1337")
+        h_means = [f"{task['after']['h_mean']:.2f}" for task in results["tasks"]]
+        assert line.split()[1:3] == h_means
         assert row[1] == f"{100 * results['model']['tunable_ratio']:.2f}%"
-        assert row[2].strip("*") == f"{results['tasks'][0]['after']['h_mean']:.2f}"
+        assert row[2].strip("*") == h_means[0]
         assert row[8].strip("*") == f"{results['tasks'][1]['after']['acc_old']:.2f}"
-    assert rows_of((tmp_path / "table.md").read_text(), 1) == rows_of(out, 2)
-    assert {row["row"] for row in csv.DictReader((tmp_path / "table.csv").open())} == {"Pre-train", *titles}
+    assert set(pd.read_csv(tmp_path / "table.csv")["label"]) == {"Pre-train", *titles}
     assert r"\begin{tabular}" in (tmp_path / "table.tex").read_text()
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
-def test_seeds_are_averaged_and_finished_runs_not_repeated(command, further, tmp_path):
-    arguments = ("scripts/compare.py", "--methods", "l2", "gs_lora", "--output-dir", tmp_path)
-    code, out, err = command(*arguments, "--seeds", 1337, 1, *further)
+def test_seeds_are_averaged_and_finished_runs_not_repeated(command, extra_args, trained, tmp_path):
+    own, runs = tmp_path / "own.pth", tmp_path / "runs"
+    own.write_bytes(trained.read_bytes())
+    extra_args = [own if word == trained else word for word in extra_args]
+    arguments = ("scripts/compare.py", "--methods", "l2", "gs_lora", "--output-dir", runs)
+    code, out, err = command(*arguments, "--seeds", 1337, 1, *extra_args)
     assert code == 0, err
     assert "4 runs, 0 of them finished before" in out
-    assert [row[0] for row in rows_of(out)[2:]] == [f"{t}, seed {s}" for s in (1337, 1) for t in ("L2*", "GS-LoRA")]
-    assert all("±" in cell for cell in rows_of(out, 1)[2][2:-1])
+    for seed in (1337, 1):
+        assert f"L2*, seed {seed} " in out and f"GS-LoRA, seed {seed} " in out
+    assert [line.split()[0] for line in printed(out)] == ["Pre-train", "L2*", "GS-LoRA"]
+    rows = rows_of(runs / "table.md")
+    assert all("±" in cell for cell in rows[2][2:-1])
 
-    first = (tmp_path / "l2-seed1" / "results.json").read_text()
-    code, again, err = command(*arguments, "--seeds", 1337, 1, *further)
+    first = (runs / "l2-seed1" / "results.json").read_text()
+    code, again, err = command(*arguments, "--seeds", 1337, 1, *extra_args)
     assert code == 0, err
     assert "4 of them finished before" in again
-    assert rows_of(again, 1) == rows_of(out, 1)
-    assert (tmp_path / "l2-seed1" / "results.json").read_text() == first
+    assert rows_of(runs / "table.md") == rows
+    assert (runs / "l2-seed1" / "results.json").read_text() == first
+    any_results_merge_into_a_table(command, sorted(runs.glob("*/results.json")), rows, tmp_path / "table")
 
-    code, _, err = command(*arguments, *further, "--epochs", 2)
+    code, _, err = command(*arguments, *extra_args, "--epochs", 2)
     assert code == 2
     assert "holds a run with other options: --epochs 1, now 2; use --overwrite" in err
-    code, out, err = command(*arguments, "--overwrite", *further, "--epochs", 2)
+    code, out, err = command(*arguments, "--methods", "l2", "--overwrite", *extra_args, "--epochs", 2)
     assert code == 0, err
-    assert json.loads((tmp_path / "l2-seed1337" / "config.json").read_text())["arguments"]["epochs"] == 2
+    assert json.loads((runs / "l2-seed1337" / "config.json").read_text())["arguments"]["epochs"] == 2
 
-
-def test_runs_from_another_checkpoint_are_not_taken_for_these(command, further, trained, tmp_path):
-    own = tmp_path / "own.pth"
-    words = [own if word == trained else word for word in further]
-    own.write_bytes(trained.read_bytes())
-    arguments = ("scripts/compare.py", "--methods", "l2", "--output-dir", tmp_path / "runs")
-    assert command(*arguments, *words)[0] == 0
-    code, out, _ = command(*arguments, *words)
-    assert "1 of them finished before" in out
     checkpoint = torch.load(own, weights_only=True)
     checkpoint["info"] = {}
     torch.save(checkpoint, own)
-    code, _, err = command(*arguments, *words)
+    code, _, err = command(*arguments, *extra_args, "--epochs", 2)
     assert code == 2
-    assert "holds a run from another checkpoint" in err
+    assert "holds a run with other options: another checkpoint" in err
 
 
-def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch):
+def any_results_merge_into_a_table(command, files, rows, output):
+    """scripts/table.py on two seeds of two methods, whose table has these rows."""
+    table = ("scripts/table.py", "--output-dir", output, "--results")
+    code, out, err = command(*table, *files)
+    assert code == 0, err
+    assert [line.split()[0] for line in printed(out)] == ["Pre-train", "L2*", "GS-LoRA"]
+    assert rows_of(output / "table.md") == rows
+    code, out, err = command(*table, *files, "--labels", "a", "b", "c", "d", "--sweep", "letter")
+    assert [line.split()[0] for line in printed(out)] == ["Pre-train", "a", "b", "c", "d"]
+    assert rows_of(output / "table.md")[0][:2] == ["letter", "Tunable"]
+    for words, message in (
+        ((files[0], files[0]), "is there more than once"),
+        ((*files, "--published"), "cannot be compared"),
+        ((*files, "--labels", "a"), "1 labels for 4 results"),
+        ((output / "absent.json",), "no file"),
+    ):
+        code, _, err = command(*table, *words)
+        assert code == 2
+        assert message in err
+
+
+def test_an_interrupted_run_is_continued(command, extra_args, tmp_path, monkeypatch):
     from util.training import continual
 
     keep = continual.ContinualRun._after_epoch
@@ -99,87 +126,68 @@ def test_an_interrupted_run_is_continued(command, further, tmp_path, monkeypatch
 
     arguments = ("scripts/compare.py", "--methods", "l2", "--output-dir")
     monkeypatch.setattr(continual.ContinualRun, "_after_epoch", cut)
-    assert command(*arguments, tmp_path / "cut", *further)[0] == 130
+    assert command(*arguments, tmp_path / "cut", *extra_args)[0] == 130
     monkeypatch.undo()
     for folder in ("cut", "whole"):
-        code, _, err = command(*arguments, tmp_path / folder, *further)
+        code, _, err = command(*arguments, tmp_path / folder, *extra_args)
         assert code == 0, err
     whole, resumed = (results_of(tmp_path / folder / "l2-seed1337")["tasks"] for folder in ("whole", "cut"))
     assert [task["after"] for task in whole] == [task["after"] for task in resumed]
     assert "task 1/2" in (tmp_path / "cut" / "l2-seed1337" / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("dealt", [(), ("--gpus", "0", "1"), ("--jobs-per-gpu", 2)])
-def test_a_method_that_fails_does_not_stop_the_others(command, further, tmp_path, dealt):
-    """Once in this process, once dealt out to processes of their own (which see no such device, and use the CPU)."""
-    broken = ("--options", "der", " --lr 1e30")
-    methods = ("--methods", "der", "l2", *dealt)
-    code, out, err = command("scripts/compare.py", *methods, *broken, "--output-dir", tmp_path, *further)
-    assert code == 1
-    assert "1 of 2 runs failed" in err
-    _, _, l2, der = rows_of(out, 1)
-    assert (l2[0], der[0], der[1]) == ("L2*", "DER", "failed")
-    assert "DER: failed: DER task 1/2 10-2: the loss is not finite: part" in out
-    assert len(results_of(tmp_path / "l2-seed1337")["tasks"]) == 2
-
-
-def test_a_crash_is_reported_in_its_row_and_kept_in_its_log(command, further, tmp_path, monkeypatch):
+def test_a_method_that_fails_does_not_stop_the_others(command, extra_args, tmp_path, monkeypatch):
     def crash(*_):
         raise ZeroDivisionError("no such luck")
 
-    monkeypatch.setattr(METHODS["der"], "loss", crash)
-    code, out, err = command("scripts/compare.py", "--methods", "der", "l2", "--output-dir", tmp_path, *further)
-    assert code == 1, err
-    assert "DER: failed: ZeroDivisionError: no such luck" in out
-    assert "Traceback" in (tmp_path / "der-seed1337" / "log.txt").read_text()
+    monkeypatch.setattr(METHODS["ewc"], "loss", crash)
+    methods = ("--methods", "der", "ewc", "l2", "--options", "der", " --lr 1e30")
+    code, out, err = command("scripts/compare.py", *methods, "--output-dir", tmp_path, *extra_args)
+    assert code == 1
+    assert "2 of 3 runs failed" in err
+    assert "DER       failed: DER task 1/2 10-2: the loss is not finite: part" in out
+    assert "EWC*      failed: ZeroDivisionError: no such luck" in out
+    assert "Traceback" in (tmp_path / "ewc-seed1337" / "log.txt").read_text()
     assert "Traceback" not in err
+    assert [row[:2] for row in rows_of(tmp_path / "table.md")[3:]] == [["DER", "failed"], ["EWC*", "failed"]]
+    assert len(results_of(tmp_path / "l2-seed1337")["tasks"]) == 2
 
 
-def test_wrong_requests_end_before_anything_runs(command, further, tmp_path):
+def test_runs_dealt_out_to_processes_of_their_own(command, extra_args, tmp_path):
+    """Which see no such device, and use the CPU."""
+    methods = ("--methods", "der", "l2", "--gpus", "0", "1", "--options", "der", " --lr 1e30")
+    code, out, err = command("scripts/compare.py", *methods, "--output-dir", tmp_path, *extra_args)
+    assert code == 1
+    assert "1 of 2 runs failed" in err
+    assert "DER       failed: DER task 1/2 10-2: the loss is not finite: part" in out
+    assert [row[0] for row in rows_of(tmp_path / "table.md")[1:]] == ["Pre-train", "L2*", "DER"]
+
+
+def test_wrong_requests_end_before_anything_runs(command, extra_args, tmp_path):
     for options, message in (
         (("--methods", "l3"), "unknown method 'l3'"),
         (("--jobs-per-gpu", 0), "--jobs-per-gpu 0 is out of range"),
         (("--methods", "l2", "--options", "l3", "--lr 1"), "unknown method 'l3'"),
         (("--methods", "l2", "--options", "l2", "--lambda -1"), "--lambda cannot be negative"),
     ):
-        code, out, err = command("scripts/compare.py", *options, "--output-dir", tmp_path, *further)
+        code, out, err = command("scripts/compare.py", *options, "--output-dir", tmp_path, *extra_args)
         assert code == 2
         assert message in err
         assert not out
         assert not [*tmp_path.iterdir()]
 
 
-def test_any_results_merge_into_a_table(command, further, tmp_path):
-    runs = tmp_path / "runs"
-    command("scripts/compare.py", "--methods", "l2", "ewc", "--seeds", 1337, 1, "--output-dir", runs, *further)
-    files = sorted(runs.glob("*/results.json"))
-    code, out, err = command("scripts/table.py", "--results", *files, "--output-dir", tmp_path / "table")
-    assert code == 0, err
-    assert [row[0] for row in rows_of(out)[1:]] == ["Pre-train", "L2*", "EWC*"]
-    assert rows_of((tmp_path / "table" / "table.md").read_text()) == rows_of((runs / "table.md").read_text())
-    labels = ("--labels", "a", "b", "c", "d")
-    code, out, err = command("scripts/table.py", "--results", *files, *labels, "--output-dir", tmp_path / "table")
-    assert [row[0] for row in rows_of(out)[2:]] == ["a", "b", "c", "d"]
-    for options, message in (
-        (("--results", files[0], files[0]), "is there more than once"),
-        (("--results", *files, "--published"), "cannot be compared"),
-        (("--results", *files, "--labels", "a"), "1 labels for 4 results"),
-        (("--results", tmp_path / "absent.json"), "no file"),
-    ):
-        code, _, err = command("scripts/table.py", *options, "--output-dir", tmp_path / "table")
-        assert code == 2
-        assert message in err
 
 
 @pytest.mark.parametrize("dealt", [(), ("--jobs-per-gpu", "2")])
-def test_sigterm_ends_all_runs_saved(command, further, tmp_path, dealt):
+def test_sigterm_ends_all_runs_saved(command, extra_args, tmp_path, dealt):
     """In one process, and dealt out: the runs at hand save and end, none is started after them."""
-    words = ["--methods", "l2", "gs_lora", "ewc", *dealt, "--output-dir", tmp_path, *further, "--epochs", 3000]
+    words = ["--methods", "l2", "gs_lora", "ewc", *dealt, "--output-dir", tmp_path, *extra_args, "--epochs", 3000]
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "compare.py", *map(str, words)], stderr=subprocess.PIPE, text=True
     )
     started = ["l2"] if not dealt else ["l2", "gs_lora"]
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not all((tmp_path / f"{name}-seed1337" / "checkpoints" / "last.pth").exists() for name in started):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)

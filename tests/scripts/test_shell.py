@@ -51,7 +51,7 @@ def test_continual_forgetting_pretrains_once_and_leaves_its_results(script, copy
     first = script("run_cl_forget.sh", OUTPUT="my results", METHODS="l2 gs_lora", OPTIONS_gs_lora="--rank 3")
     assert first.returncode == 0, first.stderr
     assert "pre-training face_vit_tiny" in first.stdout
-    assert "Plain accuracy" in first.stdout
+    assert "without margin" in first.stdout
     folders = {path.name for path in (tmp_path / "my results").iterdir() if path.is_dir()}
     assert folders == {"l2-seed1337", "gs_lora-seed1337"}
     results = results_of(tmp_path / "my results" / "gs_lora-seed1337")
@@ -78,9 +78,8 @@ def test_a_sweep_ends_in_one_table_and_one_figure(script, tmp_path):
     done = script("run_forget.sh", "rank", VALUES="1 4", OUTPUT="sweep")
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "sweep" / "table.md").read_text()
-    assert table in done.stdout
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
-    assert rows[1:] == ["Pre-train", "1", "4"]
+    assert rows == ["rank r of the adapters", "Pre-train", "1", "4"] * 2
     assert (tmp_path / "sweep" / "figure.png").stat().st_size > 0
     trainable = [results_of(tmp_path / "sweep" / rank)["model"]["trainable"] for rank in ("1", "4")]
     assert trainable[1] == 4 * trainable[0]

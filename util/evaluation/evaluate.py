@@ -1,7 +1,7 @@
-"""Logits → accuracies of every group of classes, in both readings, from one sweep over the images.
+"""Logits → accuracies of every group of classes, without and with margin, from one sweep over the images.
 
-Plain accuracy is what a user of the model sees: the largest cosine wins. Margin accuracy is the published reading: the
-true class must still win after its margin has been taken off, for which the head needs the label.
+Without margin the largest cosine wins. With margin, as published, the true class must still win after its margin has been
+taken off, for which the head needs the label.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,15 +13,13 @@ from torch import Tensor
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from util.evaluation.metrics import h_mean, top1
+from util.evaluation.metrics import MARGINS, h_mean, top1
 from util.runtime.hardware import Hardware
-
-READINGS = ("", "margin_")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of N images: true and predicted class (N,), and whether each reading counts it, bool (N,)."""
+    """What a model says of N images: true and predicted class (N,), and whether that is right, bool (N,)."""
 
     labels: Tensor
     predicted: Tensor
@@ -34,10 +32,8 @@ class Predictions:
 
     def accuracies(self, classes: Iterable[int]) -> dict[str, float | None]:
         """{"acc": %, "margin_acc": %} over the images of `classes`; None where there are no such images."""
-        return {
-            "acc": top1(self.correct, self.among(classes)),
-            "margin_acc": top1(self.margin_correct, self.among(classes)),
-        }
+        chosen = self.among(classes)
+        return {"acc": top1(self.correct, chosen), "margin_acc": top1(self.margin_correct, chosen)}
 
 
 @torch.inference_mode()
@@ -68,21 +64,15 @@ def map_images(
     return torch.cat(chunks)
 
 
-def embed_images(
-    model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None
-) -> Tensor:
+def embed_images(model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None) -> Tensor:
     """Embeddings float32 (N, dim) of the images (of those at `indices`), in evaluation mode, on the device."""
     return map_images(model, model.embed, image_set, hardware, indices)
 
 
-@torch.inference_mode()
-def predict(
-    model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None
-) -> Predictions:
+def predict(model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None) -> Predictions:
     """Recognise every image (those at `indices`)."""
-    embeddings = embed_images(model, image_set, hardware, indices)
     labels = image_set.labels if indices is None else image_set.labels[indices.to(image_set.labels.device)]
-    return predictions_of(model, embeddings, labels)
+    return predictions_of(model, embed_images(model, image_set, hardware, indices), labels)
 
 
 @torch.inference_mode()
@@ -91,28 +81,24 @@ def predictions_of(model: Recognizer, embeddings: Tensor, labels: Tensor) -> Pre
     logits = model.head(embeddings)
     predicted = logits.argmax(dim=1)
     margin_predicted = model.head.add_margin(logits, labels).argmax(dim=1)
-    return Predictions(
-        labels.cpu(), predicted.cpu(), (predicted == labels).cpu(), (margin_predicted == labels).cpu()
-    )
+    return Predictions(labels.cpu(), predicted.cpu(), (predicted == labels).cpu(), (margin_predicted == labels).cpu())
 
 
 def accuracies_before(pretrained: Predictions, task: ForgettingTask) -> dict[str, float | None]:
     """The pre-trained model on this task's classes: the paper's "Pre-train" row."""
-    result = {}
-    for reading in READINGS:
-        result[f"{reading}acc_remain"] = pretrained.accuracies(task.remain)[f"{reading}acc"]
-        result[f"{reading}acc_forget"] = pretrained.accuracies(task.forget)[f"{reading}acc"]
-    return result
+    return _accuracies(pretrained, {"remain": task.remain, "forget": task.forget})
 
 
 def accuracies_after(now: Predictions, task: ForgettingTask, before: dict) -> dict[str, float | None]:
     """All accuracies after a task, and H against the pre-trained model's accuracies `before`."""
     groups = {"remain": task.remain, "forget": task.forget, "old": task.old, "missing": task.missing}
-    result = {}
-    for reading in READINGS:
-        for group, classes in groups.items():
-            result[f"{reading}acc_{group}"] = now.accuracies(classes)[f"{reading}acc"]
-        result[f"{reading}h_mean"] = h_mean(
-            result[f"{reading}acc_remain"], result[f"{reading}acc_forget"], before[f"{reading}acc_forget"]
-        )
-    return result
+    after = _accuracies(now, groups)
+    for margin in MARGINS:
+        forget = f"{margin}acc_forget"
+        after[f"{margin}h_mean"] = h_mean(after[f"{margin}acc_remain"], after[forget], before[forget])
+    return after
+
+
+def _accuracies(predictions: Predictions, groups: dict[str, Iterable[int]]) -> dict[str, float | None]:
+    found = {group: predictions.accuracies(classes) for group, classes in groups.items()}
+    return {f"{margin}acc_{group}": found[group][f"{margin}acc"] for margin in MARGINS for group in groups}

@@ -1,6 +1,34 @@
-"""The metrics of continual forgetting as pure functions; all accuracies in percent."""
+"""The metrics of continual forgetting; all in percent."""
+
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class Metric(NamedTuple):
+    title: str
+    description: str
+    more_is_better: bool
+    colour: str
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title} {'↑' if self.more_is_better else '↓'}"
+
+
+# By their keys in results.json, in the papers' order and with their titles.
+METRICS = {
+    "h_mean": Metric("H", "harmonic mean of Acc_r and the drop of Acc_f", True, "black"),
+    "acc_remain": Metric("Acc_r", "remaining classes", True, "tab:blue"),
+    "acc_forget": Metric("Acc_f", "classes forgotten in this task", False, "tab:red"),
+    "acc_old": Metric("Acc_o", "classes forgotten earlier", False, "tab:orange"),
+    "acc_missing": Metric("Acc_m", "remaining classes without training images", True, "tab:green"),
+}
+# Each is measured in two ways, told apart by the prefix of the key.
+MARGINS = {
+    "": "without margin: what a user of the model sees",
+    "margin_": "with margin, as published: the true class must win by it",
+}
 
 
 def top1(correct: Tensor, chosen: Tensor) -> float | None:

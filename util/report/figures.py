@@ -1,4 +1,4 @@
-"""Figures of a run and of a sweep, drawn from their results."""
+"""Figures of runs, drawn from their results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,130 +9,112 @@ matplotlib.use("Agg")  # no display on the machines that train
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
-from util.report.tables import Comparison
+from util.evaluation.metrics import MARGINS, METRICS
+from util.report.tables import PRETRAINED, Comparison
 from util.runtime.files import atomic_write
-
-ACCURACIES = {
-    "acc_remain": ("Acc_r, remaining", "tab:blue"),
-    "acc_forget": ("Acc_f, forgotten now", "tab:red"),
-    "acc_old": ("Acc_o, forgotten earlier", "tab:orange"),
-    "acc_missing": ("Acc_m, without images", "tab:green"),
-}
 
 MARKERS = "osD^v<>PX*hdp"
 OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson"}
 
 
 def run_figure(results: dict) -> Figure:
-    """Accuracies over the tasks (plain: solid, margin: dotted; dashes: the pre-trained model), and the group norms."""
-    has_groups = any(task["groups"] for task in results["tasks"])
-    figure, axes = plt.subplots(1, 2 if has_groups else 1, figsize=(12 if has_groups else 7, 4.5), squeeze=False)
-    _accuracies(axes[0, 0], results)
-    if has_groups:
-        _group_norms(axes[0, 1], results)
-    dataset = results["dataset"]
-    figure.suptitle(f"{results['method']} on {dataset['name']} ({dataset['classes']} classes), seed {results['seed']}")
-    figure.tight_layout()
+    """Accuracies over the tasks, without and with margin, and the norms of the groups."""
+    tasks, method = results["tasks"], results["method"]
+    grouped = [task for task in tasks if task["groups"]]
+    figure, panels = plt.subplots(1, 3 if grouped else 2, figsize=(16 if grouped else 11, 5), layout="constrained")
+    comparison = Comparison([results], [method])
+    ticks = [f"task {task['task']}\n{task['setting']}" for task in tasks]
+    for panel, margin in zip(panels, MARGINS, strict=False):
+        numbers = comparison.numbers(margin)
+        after, before = (numbers.loc[row].unstack().loc[comparison.settings] for row in (method, PRETRAINED))
+        _accuracies(panel, margin, ticks, after, before)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9)
+    if grouped:
+        _group_norms(panels[2], grouped)
+    figure.suptitle(f"{method} on {comparison.title}")
     return figure
 
 
-def _accuracies(axes: plt.Axes, results: dict) -> None:
-    tasks = results["tasks"]
-    positions = range(len(tasks))
-    for key, (label, color) in ACCURACIES.items():
-        for reading, style in (("", "-o"), ("margin_", ":s")):
-            values = [task["after"][reading + key] for task in tasks]
-            known = [(x, y) for x, y in zip(positions, values, strict=True) if y is not None]
-            if known:
-                name = label if not reading else None
-                axes.plot(*zip(*known, strict=True), style, color=color, label=name, markersize=5, clip_on=False)
-    for key in ("acc_remain", "acc_forget"):
-        values = [task["before"][key] for task in tasks]
-        if None not in values:
-            axes.plot(positions, values, "--", color=ACCURACIES[key][1], alpha=0.4)
-    axes.set_xticks(positions, [f"task {task['task']}\n{task['setting']}" for task in tasks])
-    axes.set_ylim(0, 101)
-    axes.set_ylabel("accuracy (%)")
-    axes.set_title("solid: plain · dotted: margin · dashed: pre-trained", fontsize=9)
-    axes.legend(loc="center left", fontsize=8)
+def sweep_figure(comparison: Comparison) -> Figure:
+    """Accuracies after the last task over the values of a sweep, without and with margin."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    last = comparison.settings[-1]
+    for panel, margin in zip(panels, MARGINS, strict=True):
+        numbers = comparison.numbers(margin)[last]
+        before = numbers.loc[[PRETRAINED] * len(comparison.labels)]
+        _accuracies(panel, margin, comparison.labels, numbers.loc[comparison.labels], before)
+        panel.set_xlabel(comparison.sweep)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    method = comparison.about["method"][comparison.labels[0]]
+    figure.suptitle(f"{method} on {comparison.title}, {last}")
+    return figure
+
+
+def _accuracies(axes: plt.Axes, margin: str, ticks: Sequence[str], after: pd.DataFrame, before: pd.DataFrame) -> None:
+    """A line per metric, side by side, since many are 0 together; dashes for the pre-trained model."""
+    for number, (key, metric) in enumerate(METRICS.items()):
+        if key in after:
+            places = np.arange(len(ticks)) + 0.06 * (number - 2)
+            axes.plot(places, after[key], "o-", color=metric.colour, label=f"{metric.title}, {metric.description}")
+            axes.plot(places, before[key], "_--", color=metric.colour, alpha=0.4)
+    axes.plot([], [], "_--", color="grey", label="pre-trained")
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("%")
+    axes.set_title(MARGINS[margin], fontsize=10)
     axes.grid(alpha=0.3)
 
 
-def _group_norms(axes: plt.Axes, results: dict) -> None:
-    tasks = [task for task in results["tasks"] if task["groups"]]
-    names = list(tasks[0]["groups"]["norms"])
-    width = 0.8 / len(tasks)
-    for number, task in enumerate(tasks):
-        places = [i + (number - (len(tasks) - 1) / 2) * width for i in range(len(names))]
-        zero = task["groups"]["zero_ratio"]
-        axes.bar(places, task["groups"]["norms"].values(), width, label=f"task {task['task']}, {100 * zero:.0f}% zero")
-    axes.set_xticks(range(len(names)), names, rotation=30 if len(names) <= 12 else 90, fontsize=8)
+def _group_norms(axes: plt.Axes, tasks: Sequence[dict]) -> None:
+    norms = pd.DataFrame({f"task {t['task']}, {t['groups']['zero_ratio']:.0%} zero": t["groups"]["norms"] for t in tasks})
+    norms.plot.bar(ax=axes, width=0.8, rot=30 if len(norms) <= 12 else 90, fontsize=8, legend=False)
     axes.set_ylabel("group norm ‖θ_g‖₂")
-    axes.legend(fontsize=8)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
     axes.grid(axis="y", alpha=0.3)
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """H and Acc_r over the tasks, a line per method, plain reading; bars: the standard deviation over the runs."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5))
-    rows = [row for row in comparison.rows if not row.note and not row.published]
-    colours = plt.get_cmap("tab20").colors
-    for panel, (key, title) in zip(axes, {"h_mean": "H", "acc_remain": "Acc_r, remaining"}.items(), strict=True):
-        columns = [column for column in comparison.columns if column.key == key]
-        before = [comparison.before.mean("", column) for column in columns]
-        if None not in before:
-            panel.plot(range(len(columns)), before, "--", color="black", alpha=0.5, label="Pre-train")
-        for number, row in enumerate(rows):
-            known = [(x, row.mean("", c), row.std("", c) or 0.0) for x, c in enumerate(columns) if row.values["", c]]
-            if known:
-                x, means, stds = zip(*known, strict=True)
-                # The project's own methods stand out; markers tell apart what colours do not.
-                colour = OWN_COLOURS.get(row.method, colours[number % len(colours)])
-                width = 3.0 if row.method in OWN_COLOURS else 1.3
-                style = {"marker": MARKERS[number % len(MARKERS)], "color": colour}
-                shift = 0.3 * (number / max(1, len(rows) - 1) - 0.5)  # side by side, not on top of each other
-                places = [place + shift for place in x]
-                bars = [[min(s, m) for m, s in zip(means, stds, strict=True)]]
-                bars.append([min(s, 100 - m) for m, s in zip(means, stds, strict=True)])
-                shown = bars if row.seeds > 1 else None
-                panel.errorbar(places, means, yerr=shown, label=row.label, capsize=3, linewidth=width, **style)
-        panel.set_xticks(range(len(columns)), [f"task {column.task + 1}\n{column.setting}" for column in columns])
-        panel.set_ylabel(f"{title} (%)")
-        _stretch_towards_100(panel)
+    """H and Acc_r over the tasks, without margin, a line per method; bars: the standard deviation over the runs."""
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    means, stds = comparison.numbers(""), comparison.numbers("", "std").fillna(0)
+    tasks = np.arange(len(comparison.tasks))
+    for panel, metric in zip(panels, ("h_mean", "acc_remain"), strict=True):
+        mean, std = (table.xs(metric, axis=1, level=1) for table in (means, stds))
+        panel.plot(tasks, mean.loc[PRETRAINED], "--", color="black", alpha=0.5, label=PRETRAINED)
+        for number, label in enumerate(comparison.labels):
+            # The project's own methods stand out; markers tell apart what colours do not.
+            colour = OWN_COLOURS.get(comparison.about["method"][label])
+            shift = 0.3 * (number / max(1, len(comparison.labels) - 1) - 0.5)  # side by side, not on top of each other
+            panel.errorbar(
+                tasks + shift,
+                mean.loc[label],
+                yerr=np.minimum(std.loc[label], [mean.loc[label], 100 - mean.loc[label]]) if std.loc[label].any() else None,
+                label=label,
+                color=colour or plt.get_cmap("tab20")(number % 20),
+                linewidth=3.0 if colour else 1.3,
+                marker=MARKERS[number % len(MARKERS)],
+                capsize=3,
+                zorder=1 if colour else 2,
+            )
+        panel.set_xticks(tasks, [f"task {task['task']}\n{task['setting']}" for task in comparison.tasks])
+        panel.set_ylabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
+        _stretch_towards_100(panel, mean.stack())
         panel.grid(alpha=0.3)
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
-    figure.suptitle(f"{comparison.dataset['name']} ({comparison.dataset['classes']} classes), plain accuracy")
-    figure.tight_layout()
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.suptitle(f"{comparison.title}, {MARGINS['']}")
     return figure
 
 
-def _stretch_towards_100(axes: plt.Axes) -> None:
+def _stretch_towards_100(axes: plt.Axes, values: pd.Series) -> None:
     """A logarithmic scale of the distance to 100 (102, to be exact): good methods differ by points, bad ones by tens."""
-    low = max(0.0, axes.dataLim.y0 - 1)
+    if values.max() < 90:
+        return
     axes.set_yscale("function", functions=(lambda y: -np.log(np.maximum(102 - y, 1e-3)), lambda t: 102 - np.exp(-t)))
-    axes.set_yticks([tick for tick in (0, 20, 40, 60, 80, 90, 95, 98, 100) if tick >= low])
-    axes.set_ylim(low, 100.5)
-
-
-def sweep_figure(title: str, name: str, labels: Sequence[str], runs: Sequence[dict]) -> Figure:
-    """H, Acc_r and Acc_f of single-step runs over the settings of a sweep (plain: solid, margin: dotted)."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    curves = {"h_mean": ("H", "black"), **{key: ACCURACIES[key] for key in ("acc_remain", "acc_forget")}}
-    for key, (label, color) in curves.items():
-        for reading, style in (("", "-o"), ("margin_", ":s")):
-            values = [run["tasks"][-1]["after"][reading + key] for run in runs]
-            axes.plot(range(len(runs)), values, style, color=color, label=None if reading else label, clip_on=False)
-    axes.set_xticks(range(len(labels)), labels)
-    axes.set_xlabel(name)
-    axes.set_ylabel("%")
-    axes.set_ylim(0, 101)
-    axes.set_title(f"{title}\nsolid: plain · dotted: margin", fontsize=10)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    return figure
+    axes.set_yticks([tick for tick in (0, 20, 40, 60, 80, 90, 95, 98, 100) if tick > values.min() - 1])
+    axes.set_ylim(values.min() - 5, 100.5)
 
 
 def roc_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:

@@ -1,16 +1,19 @@
 """results.json: what a run measured, as data (schema in the README)."""
 
-import json
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+
+import pandas as pd
 
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from util.report.tables import READINGS, Comparison
+from util.evaluation.metrics import MARGINS, METRICS
 from util.runtime.errors import RunError
-from util.runtime.files import read_json, write_json, write_text
-from util.storage.folders import RunFolder
+from util.runtime.files import read_json
 
 SCHEMA = 1
+NUMBERS = ("tunable_ratio", "seconds", "value", "before", "zero_ratio")
 
 
 def new_results(
@@ -19,14 +22,11 @@ def new_results(
     """The results of a run that has not finished any task."""
     return {
         "schema": SCHEMA,
+        "finished": False,
         "method": method,
         "seed": seed,
-        "dataset": {
-            "name": train_set.name,
-            "classes": len(train_set.classes),
-            "train_images": len(train_set),
-            "test_images": len(test_set),
-        },
+        "dataset": {"name": train_set.name, "classes": len(train_set.classes)}
+        | {"train_images": len(train_set), "test_images": len(test_set)},
         "model": model,
         "pretrained": pretrained,
         "tasks": [],
@@ -49,61 +49,50 @@ def task_entry(task: ForgettingTask, before: dict, after: dict, groups: dict | N
     }
 
 
-def save_results(folder: RunFolder, results: dict, title: str) -> None:
-    """Write results.json and table.md; `title` is the method's name in the table."""
-    write_text(folder.table, Comparison([results], [title]).markdown() + "\n")
-    write_json(folder.results, results)
-
-
 def load_results(path: Path) -> dict:
-    """Read a results.json. Raises UsageError if it is missing, RunError if it is not of this schema."""
+    """Read a results.json. Raises UsageError if it is missing, RunError if it is damaged or not of this schema."""
     results = read_json(path)
     if results.get("schema") != SCHEMA:
         raise RunError(f"{path}: not a results.json of schema {SCHEMA}")
     try:
-        _check(results, SHAPE, "")
-    except ValueError as error:
-        raise RunError(f"{path}: damaged results: {error}") from None
+        _check(results)
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged results: {type(error).__name__} {error}") from None
     return results
 
 
-NUMBER, NUMBER_OR_NONE = (int, float), (int, float, type(None))
-ACCURACIES = {"acc_remain": NUMBER_OR_NONE, "acc_forget": NUMBER_OR_NONE}
-FURTHER = {"acc_old": NUMBER_OR_NONE, "acc_missing": NUMBER_OR_NONE, "h_mean": NUMBER_OR_NONE}
-# What readers of results.json rely on: types, dicts of named entries, and lists of one kind of entry.
-SHAPE = {
-    "method": str,
-    "seed": int,
-    "dataset": {"name": str, "classes": int, "train_images": int, "test_images": int},
-    "model": {"name": str, "parameters": int, "trainable": int, "tunable_ratio": NUMBER},
-    "pretrained": {"acc": NUMBER_OR_NONE, "margin_acc": NUMBER_OR_NONE},
-    "tasks": [
-        {
-            "task": int,
-            "setting": str,
-            **{f"{group}_classes": [int] for group in ("forget", "remain", "missing")},
-            "before": {reading + key: kind for reading in READINGS for key, kind in ACCURACIES.items()},
-            "after": {reading + key: kind for reading in READINGS for key, kind in (ACCURACIES | FURTHER).items()},
-            "groups": (dict, type(None)),
-            **dict.fromkeys(("train_seconds", "eval_seconds", "images_per_second", "peak_memory_mb"), NUMBER),
+def _check(results: dict) -> None:
+    """Touch what readers rely on, so that damage shows here."""
+    tasks = results["tasks"]
+    settings = [task["setting"] for task in tasks]
+    ids = [results["seed"], results["dataset"]["classes"], *(task["task"] for task in tasks)]
+    ids += [c for task in tasks for group in ("forget", "remain") for c in task[f"{group}_classes"]]
+    if not all(isinstance(name, str) for name in (results["method"], results["dataset"]["name"], *settings)):
+        raise TypeError("a name is no text")
+    if not all(type(number) is int for number in ids) or len({*settings}) < len(settings):
+        raise ValueError("a number is no number, or there twice")
+    results_frame([results], [results["method"]])
+
+
+def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:
+    """One row per run, margin, task (known by its setting) and metric: its `value`, and the pre-trained model's `before`.
+
+    `runs` are contents of results.json. `seconds` are those of all tasks; NaN in a run with fewer tasks than others.
+    """
+    most = max(len(run["tasks"]) for run in runs)
+    rows = []
+    for run, label in zip(runs, labels, strict=True):
+        whole = len(run["tasks"]) == most
+        about = {
+            "label": label,
+            "method": run["method"],
+            "seed": run["seed"],
+            "tunable_ratio": run["model"]["tunable_ratio"],
+            "seconds": sum(task["train_seconds"] for task in run["tasks"]) if whole else None,
         }
-    ],
-}
-
-
-def _check(value: object, shape: dict | list | type | tuple, where: str) -> None:
-    """Raise ValueError, saying where, unless `value` has the shape. Entries that the shape does not name are left alone."""
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where or 'it'} is no object")
-        for key, inner in shape.items():
-            if key not in value:
-                raise ValueError(f"{where}.{key} is missing".lstrip("."))
-            _check(value[key], inner, f"{where}.{key}".lstrip("."))
-    elif isinstance(shape, list):
-        if not isinstance(value, list):
-            raise ValueError(f"{where} is no list")
-        for number, inner in enumerate(value):
-            _check(inner, shape[0], f"{where}[{number}]")
-    elif not isinstance(value, shape) or isinstance(value, bool):
-        raise ValueError(f"{where} is {json.dumps(value)[:40]}")
+        for margin, task, metric in product(MARGINS, run["tasks"], METRICS):
+            values = {"value": task["after"][margin + metric], "before": task["before"].get(margin + metric)}
+            values["zero_ratio"] = task["groups"]["zero_ratio"] if task["groups"] else None
+            rows.append({**about, "margin": margin, "setting": task["setting"], "metric": metric, **values})
+    columns = ["label", "method", "seed", "margin", "setting", "metric", *NUMBERS]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))

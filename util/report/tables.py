@@ -1,286 +1,210 @@
-"""Tables as the paper lays them out: a row per method, the tasks side by side; as Markdown, CSV and LaTeX."""
+"""Tables as the papers lay them out: a row per method, the tasks side by side; as Markdown, CSV, LaTeX and text."""
 
-import csv
-import io
 import json
-import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 
+import pandas as pd
+
+from util.evaluation.metrics import MARGINS, METRICS
+from util.report.results import results_frame
 from util.runtime.errors import UsageError
+from util.runtime.files import write_text
 
-# Column titles of the paper, keys of `after` in results.json, and whether more is better.
-COLUMNS = (
-    ("H ↑", "h_mean", True),
-    ("Acc_r ↑", "acc_remain", True),
-    ("Acc_f ↓", "acc_forget", False),
-    ("Acc_o ↓", "acc_old", False),
-    ("Acc_m ↑", "acc_missing", True),
-)
-READINGS = {
-    "": "Plain accuracy (%): what a user of the model sees",
-    "margin_": "Margin accuracy (%): the published reading, the true class must win by the margin",
-}
 PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
-CELL_WIDTH = len("100.00")
+PRETRAINED = "Pre-train"
+LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--", "…": r"\dots", "β": r"$\beta$"}
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, padded so that its columns also line up in a terminal; the first column is left-aligned."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    rule = "|" + "|".join(["-" * (widths[0] + 2)] + ["-" * (w + 1) + ":" for w in widths[1:]]) + "|"
-    return "\n".join([table_line(header, widths), rule, *(table_line(row, widths) for row in rows)])
-
-
-def table_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first, *others = (str(cell) for cell in cells)
-    padded = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
-    return "| " + " | ".join(padded) + " |"
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """The first column is left-aligned, the others right."""
+    align = ["left"] + ["right"] * (len(header) - 1)
+    return pd.DataFrame(rows, columns=header).to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return _text(value, "{:.2f}")
 
 
-@dataclass(frozen=True)
-class Column:
-    """One accuracy of one task. `key` is its key in `after`, without the reading's prefix."""
-
-    task: int
-    setting: str
-    title: str
-    key: str
-    more_is_better: bool
+def _text(value: float | None, form: str) -> str:
+    return "–" if pd.isna(value) else form.format(value)
 
 
-@dataclass
-class Row:
-    """A method: by (reading, column) one value for each of its runs; `note` where there are none."""
-
-    label: str
-    method: str = ""
-    tunable: float | None = None
-    seconds: float | None = None
-    seeds: int = 1
-    values: dict[tuple[str, Column], list[float]] = field(default_factory=dict)
-    note: str = ""
-    published: bool = False
-
-    def mean(self, reading: str, column: Column) -> float | None:
-        values = self.values.get((reading, column))
-        return statistics.fmean(values) if values else None
-
-    def std(self, reading: str, column: Column) -> float | None:
-        """Sample standard deviation; None of fewer than two values."""
-        values = self.values.get((reading, column), [])
-        return statistics.stdev(values) if len(values) > 1 else None
-
-    def text(self, reading: str, column: Column) -> str:
-        std = self.std(reading, column)
-        return percent(self.mean(reading, column)) + ("" if std is None else f" ± {std:.2f}")
-
-
-class Comparison:
-    """Runs of the same tasks side by side: the pre-trained row, then a row per label; runs of one label are averaged."""
-
-    def __init__(self, runs: Sequence[dict], labels: Sequence[str] | None = None) -> None:
-        """`runs` are contents of results.json. Raises UsageError if they are not of the same data and tasks."""
-        labels = labels or [run["method"] for run in runs]
-        longest = max(runs, key=lambda run: len(run["tasks"]))
-        self.dataset = longest["dataset"]
-        self.tasks = longest["tasks"]
-        for run, label in zip(runs, labels, strict=True):
-            self._check(run, label)
-        self.columns = columns_of(self.tasks)
-        self.before = Row("Pre-train")
-        self.rows: list[Row] = []
-        for label in dict.fromkeys(labels):
-            self.rows.append(self._row(label, [run for run, name in zip(runs, labels, strict=True) if name == label]))
-        self._fill_before(runs)
-
-    def _check(self, run: dict, label: str) -> None:
-        settings = [task["setting"] for task in run["tasks"]]
-        if run["dataset"] != self.dataset or settings != [task["setting"] for task in self.tasks[: len(settings)]]:
-            ours = f"{self.dataset['name']}, {' '.join(task['setting'] for task in self.tasks)}"
-            theirs = f"{run['dataset']['name']}, {' '.join(settings)}"
-            raise UsageError(f"{label} and the others are not of the same data and tasks: {theirs} against {ours}")
-
-    def _row(self, label: str, runs: list[dict]) -> Row:
-        whole = [run for run in runs if len(run["tasks"]) == len(self.tasks)]
-        row = Row(label, runs[0]["method"], runs[0]["model"]["tunable_ratio"], seeds=len(runs))
-        if whole:
-            row.seconds = statistics.fmean(sum(task["train_seconds"] for task in run["tasks"]) for run in whole)
-        for reading in READINGS:
-            for column in self.columns:
-                values = [run["tasks"][column.task]["after"] for run in runs if column.task < len(run["tasks"])]
-                found = [value[reading + column.key] for value in values]
-                row.values[reading, column] = [value for value in found if value is not None]
-        return row
-
-    def _fill_before(self, runs: Sequence[dict]) -> None:
-        # The runs of one seed share their classes, and so their pre-trained row.
-        by_seed = {run["seed"]: run for run in sorted(runs, key=lambda run: len(run["tasks"]))}
-        for reading in READINGS:
-            for column in self.columns:
-                tasks = [run["tasks"][column.task] for run in by_seed.values() if column.task < len(run["tasks"])]
-                values = [task["before"].get(reading + column.key) for task in tasks]
-                self.before.values[reading, column] = [value for value in values if value is not None]
-
-    def add_note(self, label: str, note: str) -> None:
-        """A row without numbers, `note` saying why."""
-        self.rows.append(Row(label, note=note))
-
-    def add_published(self) -> None:
-        """After each row the published one of the same method, in the margin reading, which the papers report.
-
-        Raises UsageError if these runs are not in the setting of a published table.
-        """
-        table = published_table(self.dataset, self.tasks)
-        ratios = json.loads(PAPER_TABLES.read_text())["tunable_ratio"]
-        rows = []
-        for row in self.rows:
-            rows.append(row)
-            if row.method in table["methods"]:
-                published = Row(f"{row.label} (published)", row.method, published=True)
-                published.tunable = ratios.get(row.method, ratios["others"]) / 100
-                for column in self.columns:
-                    place = table["settings"].index(column.setting)
-                    value = table["methods"][row.method][place].get(column.key)
-                    published.values["margin_", column] = [] if value is None else [value]
-                rows.append(published)
-        self.rows = rows
-
-    def header(self) -> list[str]:
-        cells = ["Method", "Tunable"]
-        for column in self.columns:
-            cells.append(f"{column.setting} {column.title}" if column.key == "h_mean" else column.title)
-        return [*cells, "s"]
-
-    def cells(self, row: Row, reading: str, mark: Callable[[str, int], str] | None = None) -> list[str]:
-        """A row's texts; `mark` puts a sign around a text that is best (rank 1) or second best (2) in its column."""
-        tunable = "–" if row.tunable is None else f"{100 * row.tunable:.2f}%"
-        seconds = "–" if row.seconds is None else f"{row.seconds:.0f}"
-        texts = []
-        for column in self.columns:
-            unfinished = row.method and not row.published and row.seconds is None and not row.values[reading, column]
-            text = "…" if unfinished else row.text(reading, column)
-            rank = self._rank(row, reading, column)
-            texts.append(mark(text, rank) if mark and rank else text)
-        return [row.label, "failed" if row.note else tunable, *texts, seconds]
-
-    def _rank(self, row: Row, reading: str, column: Column) -> int:
-        """1 for the best of a column, ties included; 2 for the next, unless there were ties; else 0."""
-        if row is self.before or row.published:
-            return 0
-        sign = 1 if column.more_is_better else -1
-        found = {id(each): each.mean(reading, column) for each in self.rows if not each.published}
-        scores = {key: sign * round(value, 2) for key, value in found.items() if value is not None}
-        if id(row) not in scores or len(scores) < 2:
-            return 0
-        better = sum(score > scores[id(row)] for score in scores.values())
-        return better + 1 if better < 2 else 0
-
-    def markdown(self) -> str:
-        """Both readings, each as a titled table with the best in **bold** and the second best in *italics*."""
-        mark = lambda text, rank: f"{'*' * (3 - rank)}{text}{'*' * (3 - rank)}"  # noqa: E731
-        parts = []
-        for reading, title in READINGS.items():
-            rows = [row for row in [self.before, *self.rows] if reading or not row.published]
-            parts += [title, markdown_table(self.header(), [self.cells(row, reading, mark) for row in rows])]
-        notes = [f"{row.label}: {row.note}" for row in self.rows if row.note]
-        return "\n\n".join(parts + notes)
-
-    def csv(self) -> str:
-        """One line per row, reading, task and accuracy."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["row", "tunable_ratio", "runs", "seconds", "reading", "task", "setting", "metric", "mean", "std"])
-        for row in [self.before, *self.rows]:
-            for reading in READINGS:
-                for column in self.columns:
-                    mean, std = row.mean(reading, column), row.std(reading, column)
-                    if mean is not None:
-                        about = [row.label, row.tunable, row.seeds, row.seconds, reading.rstrip("_") or "plain"]
-                        place = [column.task + 1, column.setting, column.key]
-                        writer.writerow([*about, *place, round(mean, 4), "" if std is None else round(std, 4)])
-        return text.getvalue()
-
-    def latex(self) -> str:
-        """Both readings as `tabular`s for the booktabs package: the best bold, the second best underlined."""
-        return "\n\n".join(f"% {title}\n{self._tabular(reading)}" for reading, title in READINGS.items()) + "\n"
-
-    def _tabular(self, reading: str) -> str:
-        mark = lambda text, rank: f"\\{['textbf', 'underline'][rank - 1]}{{{text}}}"  # noqa: E731
-        by_task = [[c for c in self.columns if c.task == task] for task in range(len(self.tasks))]
-        spans = " & ".join(f"\\multicolumn{{{len(group)}}}{{c}}{{{group[0].setting}}}" for group in by_task)
-        titles = " & ".join(_latex_title(column.title) for column in self.columns)
-        rows = [row for row in [self.before, *self.rows] if reading or not row.published]
-        lines = [" & ".join(map(_latex, self.cells(row, reading, mark))) + r" \\" for row in rows]
-        return "\n".join(
-            [
-                f"\\begin{{tabular}}{{lr{'r' * len(self.columns)}r}}",
-                r"\toprule",
-                f" & & {spans} & \\\\",
-                f"Method & Tunable & {titles} & s \\\\",
-                r"\midrule",
-                *lines,
-                r"\bottomrule",
-                r"\end{tabular}",
-            ]
-        )
-
-
-def columns_of(tasks: Sequence[dict]) -> list[Column]:
-    """The columns of these tasks: nothing is old in the first, and seldom is a class missing."""
-    optional = {"acc_old", "acc_missing"}
-    return [
-        Column(number, task["setting"], title, key, more)
-        for number, task in enumerate(tasks)
-        for title, key, more in COLUMNS
-        if key not in optional or task["after"][key] is not None
-    ]
-
-
-def published_table(dataset: dict, tasks: Sequence[dict]) -> dict:
-    """The published table of these tasks. Raises UsageError if there is none."""
-    tables = json.loads(PAPER_TABLES.read_text())
-    first = tasks[0]
-    few = first["train_images"]["forget"] == 4 * len(first["forget_classes"])
-    table = tables["single_step" if len(tasks) == 1 else "continual_few_shot_4" if few else "continual"]
-    settings = [task["setting"] for task in tasks]
-    if dataset["name"] == "synthetic_faces" or dataset["classes"] != 100 or not set(settings) <= set(table["settings"]):
+def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) -> pd.DataFrame:
+    """The papers' rows of the methods in `frame`. Raises UsageError if there are none of these tasks."""
+    papers = json.loads(PAPER_TABLES.read_text())
+    first, settings = tasks[0], [task["setting"] for task in tasks]
+    few_shot = first["train_images"]["forget"] == 4 * len(first["forget_classes"])
+    table = papers["single_step" if len(tasks) == 1 else "continual_few_shot_4" if few_shot else "continual"]
+    if dataset["name"] == "synthetic_faces" or dataset["classes"] != 100 or not {*settings} <= {*table["settings"]}:
         raise UsageError(
             f"the published tables are of CASIA-100 in the settings {', '.join(table['settings'])}, these runs of "
             f"{dataset['name']} in {', '.join(settings)}: their numbers cannot be compared"
         )
-    return table
+    ratios, rows = papers["tunable_ratio"], []
+    for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
+        about = {"label": _published(label), "margin": "margin_"}
+        about["tunable_ratio"] = ratios.get(method, ratios["others"]) / 100
+        by_setting = dict(zip(table["settings"], table["methods"].get(method, []), strict=False))
+        for setting, metric in product(by_setting.keys() & settings, METRICS):
+            rows.append({**about, "setting": setting, "metric": metric, "value": by_setting[setting].get(metric)})
+    return pd.DataFrame(rows)
 
 
-def _latex(text: str) -> str:
-    for plain, escaped in (("%", r"\%"), ("±", r"$\pm$"), ("–", "--"), ("…", r"\dots"), ("_", r"\_"), ("*", r"$^*$")):
-        text = text.replace(plain, escaped)
-    return text
+def _published(label: str) -> str:
+    return f"{label} (published)"
 
 
-def _latex_title(title: str) -> str:
-    name, arrow = title.split()
-    base, _, index = name.partition("_")
-    direction = "uparrow" if arrow == "↑" else "downarrow"
-    symbol = base.replace("Acc", r"\mathrm{Acc}") + (f"_{index}" if index else "")
-    return f"${symbol}\\{direction}$"
+class Comparison:
+    """Runs of the same tasks side by side: the pre-trained model, then a row per label; runs of one label are averaged.
+
+    `stats` holds mean, std and count by (label, margin, setting, metric), `about` what else is known of a label.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[dict],
+        labels: Sequence[str],
+        failures: Mapping[str, str] | None = None,
+        published: bool = False,
+        sweep: str | None = None,
+    ) -> None:
+        """`runs` are contents of results.json. `failures`: further rows, without numbers, and why they have none.
+
+        `published` adds the papers' rows. `sweep` says what the labels are values of, if they are not methods.
+        Raises UsageError if the runs are not of the same data and tasks, or not of the papers'.
+        """
+        longest = max(runs, key=lambda run: len(run["tasks"]))
+        self.dataset, self.tasks = longest["dataset"], longest["tasks"]
+        self.settings = [task["setting"] for task in self.tasks]
+        for run, label in zip(runs, labels, strict=True):
+            own = [task["setting"] for task in run["tasks"]]
+            if run["dataset"] != self.dataset or own != self.settings[: len(own)]:
+                raise UsageError(
+                    f"{label} and the others are not of the same data and tasks: {run['dataset']['name']}, {' '.join(own)} "
+                    f"against {self.dataset['name']}, {' '.join(self.settings)}"
+                )
+        self.failures, self.sweep = failures or {}, sweep
+        self.labels = [*dict.fromkeys(labels)]
+        seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
+        self.title = f"{self.dataset['name']} ({self.dataset['classes']} classes), seed {seeds}"
+        frame = results_frame(runs, labels)
+        # Runs of one seed share their classes, and so the pre-trained model's accuracies.
+        cell = ["margin", "setting", "metric"]
+        pretrained = frame.drop_duplicates(["seed", *cell])[[*cell, "before"]].rename(columns={"before": "value"})
+        parts = [pretrained.assign(label=PRETRAINED), frame]
+        if published:
+            parts.append(published_frame(frame, self.dataset, self.tasks))
+        frame = pd.concat(parts)
+        self.about = frame.groupby("label").agg(
+            {"method": "first", "tunable_ratio": "first", "zero_ratio": "last", "seconds": "mean"}
+        )
+        values = frame.groupby(["label", *cell], sort=False)["value"]
+        self.stats = values.agg(["mean", "std", "count"]).dropna(subset="mean")
+        # Nothing is old in the first task, and seldom is a class missing.
+        found = {(setting, metric) for _, _, setting, metric in self.stats.index}
+        every = product(self.settings, METRICS)
+        self.columns = [column for column in every if column in found or column[1] not in ("acc_old", "acc_missing")]
+
+    def numbers(self, margin: str, statistic: str = "mean") -> pd.DataFrame:
+        """A row per label, pre-trained first; a column per (setting, metric)."""
+        rows = [PRETRAINED]
+        for label in self.labels:
+            rows += [label, _published(label)] if margin and _published(label) in self.about.index else [label]
+        table = self.stats[statistic].xs(margin, level="margin").unstack(["setting", "metric"])
+        return table.reindex(index=rows, columns=pd.MultiIndex.from_tuples(self.columns))
+
+    def _texts(self, margin: str, deviation: bool = True) -> pd.DataFrame:
+        """`numbers` as text: – where there is none, … where there is none yet."""
+        mean = self.numbers(margin)
+        texts = mean.map(percent)
+        if deviation:
+            texts += self.numbers(margin, "std").map(lambda std: "" if pd.isna(std) else f" ± {std:.2f}")
+        unfinished = [label for label in self.labels if pd.isna(self.about["seconds"][label])]
+        texts.loc[unfinished] = texts.loc[unfinished].replace("–", "…")
+        return texts
+
+    def _ranks(self, margin: str) -> pd.DataFrame:
+        """Of our runs, in each column: 1 for the best, ties included; 2 for the next, unless there were ties."""
+        sign = [1 if METRICS[metric].more_is_better else -1 for _, metric in self.columns]
+        numbers = self.numbers(margin)
+        scores = numbers.loc[self.labels].round(2) * sign
+        return scores.loc[:, scores.count() > 1].rank(ascending=False, method="min").reindex_like(numbers)
+
+    def _table(self, margin: str, mark: Mapping[int, str]) -> pd.DataFrame:
+        """All columns, under (setting, heading), as text; `mark` are the formats of the best and the second best."""
+        table, ranks = self._texts(margin), self._ranks(margin)
+        for rank, form in mark.items():
+            table = table.mask(ranks == rank, table.map(form.format))
+        table.columns = pd.MultiIndex.from_tuples((setting, METRICS[key].heading) for setting, key in self.columns)
+        about = self.about.loc[table.index]
+        table.insert(0, ("", "Tunable"), [_text(ratio, "{:.2%}") for ratio in about["tunable_ratio"]])
+        if self.sweep:
+            table[("", "zero groups")] = [_text(ratio, "{:.0%}") for ratio in about["zero_ratio"]]
+        table[("", "s")] = [_text(seconds, "{:.0f}") for seconds in about["seconds"]]
+        for label in self.failures:
+            table.loc[label] = ["failed"] + ["–"] * (table.shape[1] - 1)
+        table.insert(0, ("", self.sweep or "Method"), table.index)
+        return table
+
+    def markdown(self) -> str:
+        """Without and with margin; the best in **bold** and the second best in *italics*."""
+        parts = []
+        for margin, meaning in MARGINS.items():
+            table = self._table(margin, {1: "**{}**", 2: "*{}*"})
+            header = [f"{setting} {name}" if name == METRICS["h_mean"].heading else name for setting, name in table]
+            parts += [f"Accuracy (%) {meaning}", markdown_table(header, table.to_numpy())]
+        return "\n\n".join(parts + [f"{label}: failed: {why}" for label, why in self.failures.items()])
+
+    def csv(self) -> str:
+        """One number a line."""
+        table = self.stats.rename(columns={"count": "runs"}).reset_index().join(self.about, "label")
+        table["task"] = table["setting"].map(self.settings.index) + 1
+        table["margin"] = table["margin"].map(bool)
+        columns = ["label", "tunable_ratio", "runs", "seconds", "margin", "task", "setting", "metric", "mean", "std"]
+        return table[columns].round({"seconds": 3, "mean": 4, "std": 4}).to_csv(index=False)
+
+    def latex(self) -> str:
+        """Without and with margin, as `tabular`s for the booktabs package: the best bold, the second best underlined."""
+        parts = []
+        for margin, meaning in MARGINS.items():
+            table = self._table(margin, {})
+            ranks = self._ranks(margin).set_axis(table.columns[2 : 2 + len(self.columns)], axis=1)
+            css = ranks.reindex_like(table).map({1: "textbf: --rwrap;", 2: "underline: --rwrap;"}.get)
+            style = table.style.hide(axis="index").format(escape="latex").apply(lambda _, css=css: css, axis=None)
+            text = style.to_latex(hrules=True, multicol_align="c", column_format="l" + "r" * (table.shape[1] - 1))
+            text = re.sub(r"Acc_(\w)", r"Acc$_\1$", text)
+            for plain, tex in LATEX.items():
+                text = text.replace(plain, tex)
+            parts.append(f"% Accuracy (%) {meaning}\n{text}")
+        return "\n".join(parts)
+
+    def narrow(self, margin: str = "", width: int = 0) -> list[str]:
+        """Lines for a terminal: H of each task, the other accuracies after the last; labels padded to `width`."""
+        heads = {(setting, "h_mean"): f"H {setting}" for setting in self.settings}
+        last = [metric for setting, metric in self.columns if setting == self.settings[-1] and metric != "h_mean"]
+        heads |= {(self.settings[-1], metric): METRICS[metric].heading for metric in last}
+        table = self._texts(margin, deviation=False)[[*heads]].set_axis([*heads.values()], axis=1)
+        table["s"] = [_text(seconds, "{:.0f}") for seconds in self.about["seconds"].loc[table.index]]
+        width = max(width, *map(len, [*table.index, *self.failures]))
+        table = table.rename(index=lambda label: label.ljust(width)).rename_axis(index=None, columns=self.sweep or "Method")
+        failures = [f"{label.ljust(width)} failed: {why}" for label, why in self.failures.items()]
+        title = f"Accuracy (%) {MARGINS[margin]}; Acc after the last task"
+        return [title, *table.to_string(col_space=6).splitlines(), *failures]
+
+    def write(self, folder: Path) -> None:
+        """table.md, table.csv, table.tex and figure.png."""
+        # matplotlib takes a second to import: only once there is something to draw.
+        from util.report.figures import comparison_figure, save_figure, sweep_figure
+
+        write_text(folder / "table.md", self.markdown() + "\n")
+        write_text(folder / "table.csv", self.csv())
+        write_text(folder / "table.tex", self.latex())
+        save_figure((sweep_figure if self.sweep else comparison_figure)(self), folder / "figure.png")
 
 
-def sweep_table(name: str, labels: Sequence[str], runs: Sequence[dict]) -> str:
-    """The last task of each run, a row per run: both readings, zero groups, trained share, seconds."""
-    titles = [title for title, *_ in COLUMNS[:3]]
-    header = [name, *titles, *(f"margin {title}" for title in titles), "zero groups", "Tunable", "s"]
-    last = [run["tasks"][-1] for run in runs]
-    before = [percent(last[0]["before"].get(f"{reading}{key}")) for reading in READINGS for _, key, _ in COLUMNS[:3]]
-    rows = [["Pre-train", *before, "–", "–", "–"]]
-    for label, run, task in zip(labels, runs, last, strict=True):
-        accuracies = [percent(task["after"][f"{reading}{key}"]) for reading in READINGS for _, key, _ in COLUMNS[:3]]
-        zero = f"{100 * task['groups']['zero_ratio']:.0f}%" if task["groups"] else "–"
-        tunable = f"{100 * run['model']['tunable_ratio']:.2f}%"
-        rows.append([label, *accuracies, zero, tunable, f"{task['train_seconds']:.0f}"])
-    return markdown_table(header, rows)
+def narrow_table(runs: Sequence[dict], labels: Sequence[str]) -> str:
+    """The accuracies without margin, to print: at most 100 columns for four tasks."""
+    return "\n".join(Comparison(runs, labels).narrow())

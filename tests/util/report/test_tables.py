@@ -1,10 +1,10 @@
-import csv
 import io
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from util.report.tables import Comparison, markdown_table, sweep_table
+from util.report.tables import Comparison, narrow_table
 from util.runtime.errors import UsageError
 
 KEYS = ("h_mean", "acc_remain", "acc_forget", "acc_old", "acc_missing")
@@ -31,11 +31,6 @@ def cells(table: str) -> list[list[str]]:
     """The first table's cells, without the rule under the header."""
     lines = [line for line in table.split("\n\n")[1].splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])]
-
-
-def test_columns_line_up_as_text():
-    table = markdown_table(["name", "x"], [["a", "1"], ["longer", "1000"]])
-    assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_the_papers_layout():
@@ -71,26 +66,26 @@ def test_runs_of_one_label_become_mean_and_sample_deviation():
     comparison = Comparison(runs, ["GS-LoRA"] * 3)
     _, _, row = cells(comparison.markdown())
     assert row[2] == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
-    lines = list(csv.DictReader(io.StringIO(comparison.csv())))
-    (line,) = (x for x in lines if (x["row"], x["reading"], x["metric"]) == ("GS-LoRA", "plain", "h_mean"))
-    assert float(line["mean"]) == pytest.approx(np.mean(values), abs=1e-4)
-    assert float(line["std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-4)
-    assert (line["runs"], line["task"], line["setting"]) == ("3", "1", "9-1")
+    table = pd.read_csv(io.StringIO(comparison.csv()))
+    (line,) = table.query("label == 'GS-LoRA' and not margin and metric == 'h_mean'").to_dict("records")
+    assert line["mean"] == pytest.approx(np.mean(values), abs=1e-4)
+    assert line["std"] == pytest.approx(np.std(values, ddof=1), abs=1e-4)
+    assert (line["runs"], line["task"], line["setting"]) == (3, 1, "9-1")
 
 
 def test_a_failed_method_keeps_its_row_and_says_why():
-    comparison = Comparison([single(70.0)], ["GS-LoRA"])
-    comparison.add_note("EWC*", "failed: the loss is not finite")
+    comparison = Comparison([single(70.0)], ["GS-LoRA"], failures={"EWC*": "the loss is not finite"})
     text = comparison.markdown()
     assert cells(text)[-1][:3] == ["EWC*", "failed", "–"]
     assert "EWC*: failed: the loss is not finite" in text
+    assert comparison.narrow()[-1] == "EWC*      failed: the loss is not finite"
 
 
 def test_latex_escapes_and_marks():
     text = Comparison([single(70.0), single(80.5, method="ewc")], ["GS_LoRA", "EWC*"]).latex()
     assert r"\multicolumn{3}{c}{9-1}" in text
     assert r"GS\_LoRA & 1.28\% & \underline{70.00} & \textbf{80.00}" in text
-    assert r"EWC$^*$ & 1.28\% & \textbf{80.50}" in text
+    assert r"EWC* & 1.28\% & \textbf{80.50}" in text
     assert text.count(r"\begin{tabular}") == 2
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert {line.count(" & ") for line in rows if "multicolumn" not in line} == {5}
@@ -114,10 +109,8 @@ def casia(name: str = "casia100") -> dict:
 
 
 def test_published_rows_stand_beside_ours_by_the_margin_alone():
-    comparison = Comparison([casia()], ["GS-LoRA"])
-    comparison.add_published()
-    plain, margin = comparison.markdown().split("Margin accuracy")
-    assert "(published)" not in plain
+    without, margin = Comparison([casia()], ["GS-LoRA"], published=True).markdown().split("with margin")
+    assert "(published)" not in without
     (line,) = (line for line in margin.splitlines() if "GS-LoRA (published)" in line)
     row = [cell.strip() for cell in line.split("|")[1:-1]]
     # Table 2 of arXiv 2501.09705.
@@ -127,12 +120,26 @@ def test_published_rows_stand_beside_ours_by_the_margin_alone():
 @pytest.mark.parametrize("runs", [casia("synthetic_faces"), single(70.0)])
 def test_published_rows_need_their_setting(runs):
     with pytest.raises(UsageError, match="cannot be compared"):
-        Comparison([runs], ["GS-LoRA"]).add_published()
+        Comparison([runs], ["GS-LoRA"], published=True)
 
 
-def test_a_sweeps_table_has_a_row_per_run():
+def test_a_sweeps_table_has_a_row_per_value():
     runs = [run(task(1, h_mean=70.0, acc_remain=80.0, acc_forget=0.5)), run(task(1, h_mean=75.0))]
-    header, before, first, second = cells("\n\n" + sweep_table("rank", ["4", "8"], runs))
+    header, before, first, second = cells(Comparison(runs, ["4", "8"], sweep="rank").markdown())
     assert (header[0], before[0], first[0], second[0]) == ("rank", "Pre-train", "4", "8")
-    assert first[1:4] == ["70.00", "80.00", "0.50"]
-    assert first[7:] == ["50%", "1.28%", "61"]
+    assert header[-2:] == ["zero groups", "s"]
+    assert first[1:] == ["1.28%", "*70.00*", "80.00", "0.50", "50%", "61"]
+
+
+def test_the_narrow_table_fits_100_columns():
+    tasks = [task(n, h_mean=100.0, acc_remain=100.0, acc_forget=0.0, acc_old=0.0, acc_missing=50.0) for n in range(4)]
+    for number, one in enumerate(tasks):
+        one["setting"] = f"{100 - 20 * number}-20"
+    title, header, before, row = narrow_table([run(*tasks)], ["GS-LoRA++, seed 1337"]).splitlines()
+    assert "without margin" in title
+    words = "Method H 100-20 H 80-20 H 60-20 H 40-20 Acc_r ↑ Acc_f ↓ Acc_o ↓ Acc_m ↑ s"
+    assert header.split() == words.split()
+    assert before.split() == ["Pre-train", *"––––", "90.00", "90.00", "–", "–", "–"]
+    assert row.split() == ["GS-LoRA++,", "seed", "1337", *["100.00"] * 5, "0.00", "0.00", "50.00", "246"]
+    assert {len(line) for line in (header, before, row)} == {len(header)}
+    assert len(header) <= 100
