@@ -35,14 +35,14 @@ case "$SETTING" in
 paper) # arXiv 2403.11530 and 2501.09705
   MODEL=${MODEL:-face_vit_p8s8_d6}
   PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-1200} --batch-size 480 --lr 3e-4 --warmup-epochs 10"
-  FORGET="--as-published --epochs ${EPOCHS:-100} --batch-size 48 --data-ratio 0.1"
+  FORGET="--as-published ${EPOCHS:+--epochs $EPOCHS}"
   SINGLE_STEP="--alpha 1e-2 --sparsity-warmup-epochs 20 --bound 110 --beta 0.15" # of GS-LoRA
   ;;
 small) # minutes on two CPU cores
   MODEL=${MODEL:-face_vit_tiny}
-  PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS} --batch-size 48 --lr 1e-3"
+  PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS}"
   FORGET="--epochs ${EPOCHS:-5} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
-  SINGLE_STEP="--alpha 1e-2 --sparsity-warmup-epochs 2 --bound 110 --beta 0.15" # of GS-LoRA
+  SINGLE_STEP="--alpha 1e-2 --bound 110 --beta 0.15" # of GS-LoRA
   ;;
 *)
   echo "SETTING=$SETTING is unknown: paper or small" >&2

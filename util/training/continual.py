@@ -15,7 +15,7 @@ from util.evaluation.evaluate import accuracies_after, accuracies_before, predic
 from util.report.results import load_results, new_results, task_entry
 from util.report.tables import Comparison, percent
 from util.runtime.errors import RunError
-from util.runtime.files import save_tensors, write_json, write_text
+from util.runtime.files import readable, save_tensors, write_json, write_text
 from util.storage.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -81,10 +81,8 @@ class ContinualRun:
         load_weights(self.model, checkpoint.model.state_dict(), path)
         state = self.folder.method_state(done, path.parent)
         if state.exists():
-            try:
+            with readable(state):
                 self.method.load_state_dict(torch_load(state).get(self.method.name, {}))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise RunError(f"{state}: damaged: {type(error).__name__} {error}") from None
         return done
 
     def _forgotten(self, done: int) -> list[list[int]]:

@@ -22,7 +22,7 @@ from util.cli.options import plain_arguments
 from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
 from util.runtime import distributed
 from util.runtime.errors import RunError
-from util.runtime.files import read_json, sha256, write_json
+from util.runtime.files import read_json, readable, sha256, write_json
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import check_classes, load_checkpoint
 from util.storage.folders import RunFolder, utc_now
@@ -114,15 +114,10 @@ def load_record(path: Path) -> dict:
 
 
 def verify_record(path: Path, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware) -> list[Check]:
-    """Recompute what `record` says, from the files beside it and the training and test set `data`.
-
-    Raises RunError if parts of the record are missing or impossible.
-    """
+    """Recompute what `record` says, from the files beside it and the training and test set `data`."""
     folder = RunFolder(path.resolve().parent.parent)
-    try:
+    with readable(path, "damaged record"):
         return [*_files(folder, record), *_images(record, data), *_accuracies(folder, record, data[1], hardware)]
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: damaged record: {type(error).__name__} {error}") from None
 
 
 def _files(folder: RunFolder, record: dict) -> Iterator[Check]:

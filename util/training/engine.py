@@ -16,7 +16,6 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
 from util.runtime.distributed import parallel
-from util.runtime.errors import RunError
 from util.runtime.interrupt import Interrupted, Stop, stop_on_signals
 from util.training.monitor import Monitor
 from util.training.optim import Schedule, derived_seed, make_optimizer, make_scheduler, steps_of_epochs
@@ -121,20 +120,14 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state_dict` was taken. Raises RunError if the state belongs to another run."""
-        try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.method.load_state_dict(state["method"])
-            self.position = Position(**state["position"])
-            torch.set_rng_state(state["random"]["cpu"].cpu())
-            if "cuda" in state["random"] and self.hardware.device.type == "cuda":
-                torch.cuda.set_rng_state(state["random"]["cuda"].cpu(), self.hardware.device)
-        except Exception as error:  # of a damaged file anything can be wrong
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(
-                f"checkpoints/last.pth is damaged or of another run ({line}); use --overwrite to start anew"
-            ) from None
+        """Continue where `state_dict` was taken."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state_dict(state["method"])
+        self.position = Position(**state["position"])
+        torch.set_rng_state(state["random"]["cpu"])
+        if "cuda" in state["random"] and self.hardware.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"]["cuda"], self.hardware.device)
 
 
 class Loss(nn.Module):

@@ -8,7 +8,7 @@ from backbone.recognizer import Recognizer
 from util.cli.options import first_difference, number
 from util.runtime import distributed
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import read_json
+from util.runtime.files import read_json, readable
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import torch_load, torch_save
 from util.storage.folders import OutputFolder
@@ -86,13 +86,9 @@ class LastState:
             self.save(trainer)
 
     def restore(self, trainer: Trainer) -> None:
-        """Take `trainer` to where its task was when it was last saved; a task that was never saved starts anew.
-
-        Raises RunError if the file is damaged, or does not fit.
-        """
+        """Take `trainer` to where its task was when it was last saved; a task that was never saved starts anew."""
         if self.resume and self.path.exists():
-            state = torch_load(self.path)
-            if not isinstance(state, dict):
-                raise RunError(f"{self.path}: damaged: not the state of a run; use --overwrite to start anew")
-            if state.get("task") == trainer.task.number:
-                trainer.load_state_dict(state)
+            with readable(self.path, "damaged, or of another run (--overwrite starts anew)"):
+                state = torch_load(self.path)
+                if state["task"] == trainer.task.number:
+                    trainer.load_state_dict(state)
