@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def add_method_choice(parser: options.Parser) -> None:
     parser.add_argument("--method", default="gs_lora", help=f"{', '.join(METHODS)}; with --help, its options")
     parser.add_argument(
-        "--as-published", action="store_true", help="the method's published readings and values; further options still count"
+        "--as-published", action="store_true", help="the published code's values for the method; further options still count"
     )
 
 

@@ -52,8 +52,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""
-        empty = action.default is None or action.default is False or "default:" in action.help
-        return action.help if empty else super()._get_help_string(action)
+        told = action.default in (None, False, "auto", []) or "default:" in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
@@ -92,11 +92,11 @@ def add_data(parser: Parser) -> None:
 def add_hardware(parser: Parser) -> None:
     """The options of every script that runs a model."""
     group = parser.add_argument_group("hardware")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    _add_choice(group, "precision", ("bf16", "fp32"), "auto: bf16 where the hardware has it and gains by it")
-    _add_choice(group, "attention", ("fused", "plain"), "auto: fused on CUDA, plain on a CPU")
-    _add_choice(group, "cls-only-last-block", ("on", "off"), "auto: on, where the class token is the embedding")
-    _add_choice(group, "keep-memory", ("on", "off"), "do not hand freed memory back to the system; auto: on, on a CPU")
+    group.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: the first GPU, or the CPU")
+    _add_choice(group, "precision", ("bf16", "fp32"), "of autocast; auto: bf16 where the hardware gains by it")
+    _add_choice(group, "attention", ("fused", "plain"), "scaled_dot_product_attention, or written out; auto: fused on CUDA, plain on a CPU")
+    _add_choice(group, "cls-only-last-block", ("on", "off"), "compute the class token alone there; auto: where it is the embedding")
+    _add_choice(group, "keep-memory", ("on", "off"), "keep freed memory for the next step; auto: on a CPU")
     _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
 
 
@@ -106,7 +106,7 @@ def add_fast_path(parser: Parser) -> None:
     _add_choice(group, "compile", ("on", "off"), "torch.compile the blocks; auto: if the run is long enough to gain")
     _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where blocks are compiled for CUDA")
     _add_choice(group, "dropout", ("fast", "torch"), "how masks are drawn; auto: fast on a CPU, torch's on CUDA")
-    _add_choice(group, "fused-optimizer", ("on", "off"), "one kernel a step; auto: on, for the optimizers that have one")
+    _add_choice(group, "fused-optimizer", ("on", "off"), "one kernel a step; auto: where torch has one")
     group.add_argument("--deterministic", action="store_true", help="on CUDA: the same bits every time, slower; a CPU's are")
 
 
@@ -159,8 +159,9 @@ def add_method(parser: Parser, method: type[Method], as_published: bool) -> None
 
 
 def _keywords(option: Option) -> dict[str, Any]:
-    words = option.help if option.published is None else f"{option.help} (published: {option.published})"
-    keywords: dict[str, Any] = {"dest": option.dest, "help": words}
+    values = option.published if isinstance(option.published, list) else [option.published]
+    published = f" (default: %(default)s; published: {' '.join(map(str, values))})"
+    keywords: dict[str, Any] = {"dest": option.dest, "help": option.help + published * (option.published is not None)}
     if option.choices is not None:
         return keywords | {"choices": option.choices}
     many = isinstance(option.default, list)
