@@ -228,7 +228,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
         ('{"schema": 1, "seed": 1e999}', "1e999 is not finite"),
         ('{"schema": 1, "seed": ' + "9" * 10_000 + "}", "not readable as JSON"),
         ('{"schema": 1}', "method is missing"),
-        ('{"schema": 1, "method": 3}', "method is 3"),
+        ('{"schema": 1, "method": 3}', "dataset is missing"),
         ("[]", "not a JSON object"),
         ("\xff", "not a JSON|not readable"),
     ],
