@@ -56,18 +56,20 @@ def load_results(path: Path) -> dict:
         raise RunError(f"{path}: not a results.json of schema {SCHEMA}")
     try:
         _check(results)
-    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: damaged results: {type(error).__name__} {error}") from None
+    except KeyError as error:
+        raise RunError(f"{path}: damaged results: {error.args[0]} is missing") from None
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged results: {error}") from None
     return results
 
 
 def _check(results: dict) -> None:
     """Touch what readers rely on, so that damage shows here."""
-    tasks = results["tasks"]
+    names, tasks = [results["method"], results["dataset"]["name"]], results["tasks"]
     settings = [task["setting"] for task in tasks]
     ids = [results["seed"], results["dataset"]["classes"], *(task["task"] for task in tasks)]
     ids += [c for task in tasks for group in ("forget", "remain") for c in task[f"{group}_classes"]]
-    if not all(isinstance(name, str) for name in (results["method"], results["dataset"]["name"], *settings)):
+    if not all(isinstance(name, str) for name in (*names, *settings)):
         raise TypeError("a name is no text")
     if not all(type(number) is int for number in ids) or len({*settings}) < len(settings):
         raise ValueError("a number is no number, or there twice")

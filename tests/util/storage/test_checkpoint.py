@@ -176,7 +176,7 @@ def test_adapters_that_are_not_finite(tmp_path):
         ('{"schema": 1, "seed": 1e999}', "not readable as JSON"),
         ('{"schema": 1, "seed": ' + "9" * 10_000 + "}", "not readable as JSON"),
         ('{"schema": 1}', "method is missing"),
-        ('{"schema": 1, "method": 3}', "method is 3"),
+        ('{"schema": 1, "method": 3}', "dataset is missing"),
         ("[]", "not a JSON object"),
         ("\xff", "not readable as JSON"),
     ],
