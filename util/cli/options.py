@@ -94,8 +94,8 @@ def add_hardware(parser: Parser) -> None:
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: the first GPU, or the CPU")
     _add_choice(group, "precision", ("bf16", "fp32"), "of autocast; auto: bf16 where the hardware gains by it")
-    _add_choice(group, "attention", ("fused", "plain"), "scaled_dot_product_attention, or written out; auto: fused on CUDA, plain on a CPU")
-    _add_choice(group, "cls-only-last-block", ("on", "off"), "compute the class token alone there; auto: where it is the embedding")
+    _add_choice(group, "attention", ("fused", "plain"), "auto: fused on CUDA, plain (written out) on a CPU")
+    _add_choice(group, "cls-only-last-block", ("on", "off"), "for the class token; auto: on, where it is the embedding")
     _add_choice(group, "keep-memory", ("on", "off"), "keep freed memory for the next step; auto: on a CPU")
     _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
 
