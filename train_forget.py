@@ -9,7 +9,6 @@ Leaves config.json, results.json, table.md, figure.png, TensorBoard events, chec
 
 import argparse
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from backbone.published import to_published
@@ -27,7 +26,7 @@ from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.storage.checkpoint import check_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, epochs_for, make_optimizer
@@ -128,18 +127,8 @@ def make_tasks(args: argparse.Namespace, train_set: ImageSet) -> list[Forgetting
     )
 
 
-@dataclass
-class Assembly:
-    """All parts of a run, which fit together."""
-
-    checkpoint: Checkpoint
-    data: tuple[ImageSet, ImageSet]
-    tasks: list[ForgettingTask]
-    method: Method
-
-
-def assemble(args: argparse.Namespace, hardware: Hardware) -> Assembly:
-    """Raises UsageError if the parts do not fit together."""
+def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
+    """All parts of a run. Raises UsageError if they do not fit together."""
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     if checkpoint.forgotten:
         count = sum(map(len, checkpoint.forgotten))
@@ -156,39 +145,39 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> Assembly:
     tasks = make_tasks(args, data[0])
     method = METHODS[args.method](args, hardware)
     method.check_model(model)
-    return Assembly(checkpoint, data, tasks, method)
+    return ContinualRun(args, model, method, data, tasks)
 
 
-def training_flops(args: argparse.Namespace, run: Assembly) -> float:
-    """About how many FLOPs the run's training takes: a forward pass, and twice as much backward."""
+def training_flops(run: ContinualRun) -> float:
+    """About how many FLOPs the training takes: a forward pass, and twice as much backward."""
     images = 0
     for task in run.tasks:
-        epochs = epochs_for(run.method, task, args.epochs, args.min_updates)
+        epochs = epochs_for(run.method, task, run.args.epochs, run.args.min_updates)
         plans = [plan for epoch in range(epochs) for plan in run.method.passes(task, epoch, epochs)]
         images += sum(plan.steps * sum(plan.sizes.values()) for plan in plans)
-    return 3 * images * forward_flops(run.checkpoint.model)
+    return 3 * images * forward_flops(run.model)
 
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.hardware_of(args)
     run = assemble(args, hardware)
-    run.method.hardware = hardware.resolve_compile(training_flops(args, run))
+    run.method.hardware = hardware.resolve_compile(training_flops(run))
     name = f"{args.method}-{run.data[0].name}-{run.tasks[0].setting}-seed{args.seed}"
     folder = RunFolder(args.output_dir or Path("exps") / name)
     with folder.locked():
         forget(args, run, folder)
 
 
-def forget(args: argparse.Namespace, run: Assembly, folder: RunFolder) -> None:
+def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder) -> None:
     """The run, in its folder."""
-    hardware, model, (train_set, _) = run.method.hardware, run.checkpoint.model, run.data
+    hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
     identity = {"checkpoint_sha256": sha256(args.checkpoint)}
     with main_process_first():
         resume = prepare_run_dir(folder, args, hardware, needed_bytes(model, len(run.tasks)), **identity)
     write_json(folder.config, describe_run(args, hardware, train_set.images.device) | identity)
 
-    model = to_device(model, hardware)
+    to_device(model, hardware)
     sizes = [len(task.forget) for task in run.tasks]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))
     print(
@@ -196,7 +185,7 @@ def forget(args: argparse.Namespace, run: Assembly, folder: RunFolder) -> None:
         f"{model.architecture.model}, {hardware.describe()} → {folder.path}",
         flush=True,
     )
-    results = ContinualRun(args, run.method, model, run.data, run.tasks, folder, resume).run()
+    results = run.run(folder, resume)
     print(f"\n{narrow_table([results], [run.method.title])}\n\nresults, checkpoints and figure: {folder.path}")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,31 +34,23 @@ from util.training.optim import Schedule, derived_seed, epochs_for
 from util.training.resume import LastState
 
 
+@dataclass
 class ContinualRun:
-    """The model on its way through the tasks; `folder` is where everything is left."""
+    """A model on its way through tasks, with a training and a test set."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        method: Method,
-        model: Recognizer,
-        data: tuple[ImageSet, ImageSet],
-        tasks: list[ForgettingTask],
-        folder: RunFolder,
-        resume: bool = False,
-    ) -> None:
-        self.args, self.method, self.model, self.tasks, self.folder = args, method, model, tasks, folder
-        self.train_set, self.test_set = data
-        self.num_parameters = model.num_parameters()
-        self.last = LastState(folder.last, args.save_every, resume)
-        self.recorder = Recorder(args, method.hardware, data, resume)
-        self.results: dict | None = None
+    args: argparse.Namespace
+    model: Recognizer
+    method: Method
+    data: tuple[ImageSet, ImageSet]
+    tasks: list[ForgettingTask]
 
-    def run(self) -> dict:
-        """Carry out the tasks that are left, and return the content of results.json.
-
-        Raises RunError if what the run is to continue from does not belong to it, or if a loss is not finite.
-        """
+    def run(self, folder: RunFolder, resume: bool) -> dict:
+        """Carry out the tasks that are left, leave everything in `folder`, and return the content of results.json."""
+        self.folder, self.results = folder, None
+        self.train_set, self.test_set = self.data
+        self.num_parameters = self.model.num_parameters()
+        self.last = LastState(folder.last, self.args.save_every, resume)
+        self.recorder = Recorder(self.args, self.method.hardware, self.data, resume)
         self.predictions_before = predict(self.model, self.test_set, self.method.hardware)
         self.method.begin_run(self.model, self.tasks, self.train_set)
         done = 0
