@@ -50,7 +50,10 @@ class OutputFolder:
             raise UsageError(f"{self.path} is in use by {other}; wait for it, or choose another --output-dir") from None
         with lock:
             write_text(holder, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}, {utc_now()}")
-            yield
+            try:
+                yield
+            finally:
+                holder.unlink(missing_ok=True)
 
     def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
         """Make the folder, which is locked, ready for a new run of `needed` bytes, or for an interrupted one to go on."""
