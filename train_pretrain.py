@@ -35,7 +35,7 @@ from util.evaluation.evaluate import predict
 from util.runtime.distributed import main_process_first
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, load_backbone, save_checkpoint, save_published
+from util.storage.checkpoint import Checkpoint, load_backbone, save_checkpoint, torch_save
 from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
@@ -152,7 +152,7 @@ def pretrain(
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
-        save_published(folder.published, model)
+        torch_save(folder.path / "published.pth", to_published(model))
     measured = "test" if args.val_fraction is None else "held-out"
     print(
         f"{measured} accuracy {accuracies['acc']:.2f}%, with margin {accuracies['margin_acc']:.2f}%, after "

@@ -8,15 +8,12 @@ draw from torch's default generator, so a seed still decides all.
 import torch
 from torch import Tensor, nn
 
-# Positions are hashed as 32-bit integers.
-MAX_ELEMENTS = 2**31 - 1
-
 
 class FastDropout(nn.Dropout):
     """`torch.nn.Dropout` with cheaper masks on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not 0 < self.p < 1 or x.device.type != "cpu" or x.numel() > MAX_ELEMENTS:
+        if not self.training or not 0 < self.p < 1 or x.device.type != "cpu" or x.numel() >= 2**31:  # positions are int32
             return super().forward(x)
         draw = hashed_mask if torch.compiler.is_compiling() else drawn_mask
         keep, probability = draw(x.shape, self.p)

@@ -37,19 +37,10 @@ class OverlappingPatchEmbed(PatchEmbed):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         plain, stride = self.proj, self.patch_size[0]
-        self.proj = nn.Conv2d(
-            plain.in_channels,
-            plain.out_channels,
-            kernel_size=stride + stride // 2,
-            stride=stride,
-            padding=stride // 2,
-            bias=plain.bias is not None,
-            device=plain.weight.device,
-            dtype=plain.weight.dtype,
-        )
+        sizes = {"kernel_size": stride + stride // 2, "stride": stride, "padding": stride // 2}
+        self.proj = nn.Conv2d(plain.in_channels, plain.out_channels, **sizes).to(plain.weight)
 
 
-# What each model has of its own.
 MODELS = {
     "face_vit_p8s8_d6": {},  # ViT-P8S8 of the papers' main tables: 19,106,304 parameters
     "face_vit_p8s8_d12": {"depth": 12},
@@ -60,17 +51,10 @@ MODELS = {
 }
 
 
-def _cfg(image_size: int) -> dict:
-    return {
-        "input_size": (3, image_size, image_size),
-        "fixed_input_size": True,
-        "num_classes": 0,
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg(56 if name == "face_vit_tiny" else 112) for name in MODELS})
+CONFIG = {"fixed_input_size": True, "num_classes": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+default_cfgs = generate_default_cfgs(
+    {name: CONFIG | {"input_size": (3, 56, 56) if name == "face_vit_tiny" else (3, 112, 112)} for name in MODELS}
+)
 
 
 def _register(name: str, own: dict) -> None:

@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 
 class Head(nn.Module):
-    """Label-free logits s·cos_c and their cross entropy, without a margin. Subclasses say what differs.
+    """Label-free logits s·cos_c and their cross entropy, without a margin. Subclasses say what differs."""
 
-    `options` are the keyword arguments that rebuild the head: `HEADS[name](embed_dim, num_classes, **head.options)`.
-    """
-
-    def __init__(self, embed_dim: int, num_classes: int, **options: float) -> None:
+    def __init__(self, embed_dim: int, num_classes: int, scale: float = 64.0) -> None:
         super().__init__()
-        self.options = options
+        self.scale = scale
         self.weight = nn.Parameter(torch.empty(num_classes, embed_dim))
         nn.init.xavier_uniform_(self.weight)
 
@@ -34,19 +31,17 @@ class Head(nn.Module):
 
     def logits(self, embeddings: Tensor) -> Tensor:
         """Label-free logits (B, classes), in the embeddings' type."""
-        weight = self.weight.to(embeddings.dtype)
-        return self.options["scale"] * F.linear(F.normalize(embeddings), F.normalize(weight))
+        return self.scale * F.linear(F.normalize(embeddings), F.normalize(self.weight.to(embeddings.dtype)))
 
     def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Label-free logits (B, classes) → training logits, so that one forward pass gives both readings."""
         return logits
 
     def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean training loss, from **label-free** logits (B, classes)."""
+        """The batch's mean training loss, from **label-free** logits (B, classes)."""
         return F.cross_entropy(self.add_margin(logits, labels), labels)
 
     def loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """The mean training loss of embeddings (B, dim) with labels (B,)."""
         return self.loss_of_logits(self(embeddings), labels)
 
 
@@ -65,10 +60,11 @@ class CosFace(Head):
     """Training logits s·(cos_c − m·[c = y]) (arXiv 1801.09414)."""
 
     def __init__(self, embed_dim: int, num_classes: int, scale: float = 64.0, margin: float = 0.35) -> None:
-        super().__init__(embed_dim, num_classes, scale=scale, margin=margin)
+        super().__init__(embed_dim, num_classes, scale)
+        self.margin = margin
 
     def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return logits - self.options["scale"] * self.options["margin"] * _is_label(logits, labels).to(logits.dtype)
+        return logits - self.scale * self.margin * _is_label(logits, labels).to(logits.dtype)
 
 
 class ArcFace(Head):
@@ -78,39 +74,36 @@ class ArcFace(Head):
     """
 
     def __init__(self, embed_dim: int, num_classes: int, scale: float = 64.0, margin: float = 0.5) -> None:
-        super().__init__(embed_dim, num_classes, scale=scale, margin=margin)
+        super().__init__(embed_dim, num_classes, scale)
+        self.margin = margin
 
     def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
-        scale, margin = self.options["scale"], self.options["margin"]
-        cos = logits / scale
+        margin, cos = self.margin, logits / self.scale
         # (1 − cos)(1 + cos) is exact near ±1, where 1 − cos² cancels. The bound keeps the root's gradient finite at ±1
         # and passes none through: there only the term cos θ · cos m is left.
         sin = ((1 - cos) * (1 + cos)).clamp_min(1e-12).sqrt()
-        inside = cos > math.cos(math.pi - margin)
-        with_margin = torch.where(
-            inside, cos * math.cos(margin) - sin * math.sin(margin), cos - margin * math.sin(math.pi - margin)
-        )
-        return torch.where(_is_label(logits, labels), scale * with_margin, logits)
+        inside, beyond = cos * math.cos(margin) - sin * math.sin(margin), cos - margin * math.sin(math.pi - margin)
+        with_margin = torch.where(cos > math.cos(math.pi - margin), inside, beyond)
+        return torch.where(_is_label(logits, labels), self.scale * with_margin, logits)
 
 
 class SFace(Head):
     """Sigmoid-constrained hypersphere loss (arXiv 2205.12010).
 
     loss = −[r_y]·s·cos_y + Σ_{c≠y} [r_c]·s·cos_c, r_y = σ(k(θ_y − a)), r_c = σ(k(b − θ_c)), [·] without gradient: the
-    own class pulls until θ_y < a, the others push until θ_c > b. There is no margin: the training logits are the label-free
-    ones.
+    own class pulls until θ_y < a, the others push until θ_c > b. There is no margin.
     """
 
     def __init__(
         self, embed_dim: int, num_classes: int, scale: float = 64.0, k: float = 80.0, a: float = 0.80, b: float = 1.22
     ) -> None:
-        super().__init__(embed_dim, num_classes, scale=scale, k=k, a=a, b=b)
+        super().__init__(embed_dim, num_classes, scale)
+        self.k, self.a, self.b = k, a, b
 
     def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
         own = _is_label(logits, labels)
-        scale, k, a, b = (self.options[name] for name in ("scale", "k", "a", "b"))
-        theta = (logits.detach() / scale).clamp(-1, 1).acos()
-        weight = torch.where(own, -torch.sigmoid(k * (theta - a)), torch.sigmoid(k * (b - theta)))
+        theta = (logits.detach() / self.scale).clamp(-1, 1).acos()
+        weight = torch.where(own, -torch.sigmoid(self.k * (theta - self.a)), torch.sigmoid(self.k * (self.b - theta)))
         return (weight * logits).sum(dim=1).mean()
 
 

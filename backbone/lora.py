@@ -135,21 +135,14 @@ def apply_adapters(backbone: nn.Module, tensors: dict[str, Tensor], source: str 
     Raises UsageError, and changes nothing, if they do not fit.
     """
     layers = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
-    updated = {}
+    updated, nothing = {}, torch.empty(0)
     for name in sorted({key.rpartition(".")[0] for key in tensors}):
-        pair = [tensors.get(f"{name}.{matrix}") for matrix in MATRICES]
-        if name not in layers or not _fit(layers[name].weight, *pair):
+        lora_A, lora_B = (tensors.get(f"{name}.{matrix}", nothing) for matrix in MATRICES)
+        weight = layers[name].weight if name in layers else None
+        if weight is None or lora_A.shape[1:] != weight.shape[1:] or lora_B.shape != (len(weight), len(lora_A)):
             raise UsageError(f"{source} does not fit this model at {name}; use the checkpoint it was trained on")
-        weight = layers[name].weight
-        updated[name] = (weight.cpu().double() + update_of(*pair)).to(weight.dtype)
+        updated[name] = (weight.cpu().double() + update_of(lora_A, lora_B)).to(weight.dtype)
         if not updated[name].isfinite().all():
             raise UsageError(f"{source}: {name} would make weights that are not finite; the file is damaged")
     for name, values in updated.items():
         layers[name].weight.copy_(values)
-
-
-def _fit(weight: Tensor, lora_A: Tensor | None, lora_B: Tensor | None) -> bool:
-    """Whether A (r, in) and B (out, r) are there and of the layer's shape."""
-    if lora_A is None or lora_B is None or lora_A.ndim != 2 or lora_B.ndim != 2:
-        return False
-    return len(lora_A) == lora_B.shape[1] and (len(lora_B), lora_A.shape[1]) == weight.shape

@@ -1,6 +1,6 @@
 """A face recogniser: a timm backbone that embeds images, and a margin head that turns embeddings into logits."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import timm
 import torch
@@ -30,9 +30,6 @@ class Architecture:
     head: str = "cosface"
     model_options: dict = field(default_factory=dict)
     head_options: dict = field(default_factory=dict)
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 class Recognizer(nn.Module):
@@ -102,13 +99,10 @@ def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Re
     if a.head not in HEADS:
         raise UsageError(f"unknown head {a.head!r}; choose from {', '.join(HEADS)}")
     try:
-        backbone = timm.create_model(
-            a.model, pretrained=pretrained, num_classes=0, img_size=a.image_size, **a.model_options
-        )
-    except (TypeError, AssertionError, ValueError) as error:
-        raise UsageError(f"cannot build {a.model} for {a.image_size}×{a.image_size} images: {error}") from None
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"cannot build {a.model}: {str(error).splitlines()[0]}") from None
+        backbone = timm.create_model(a.model, pretrained, num_classes=0, img_size=a.image_size, **a.model_options)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot build {a.model} for {a.image_size}×{a.image_size} images: {line}") from None
     head = HEADS[a.head](backbone.num_features, a.num_classes, **a.head_options)
     return Recognizer(architecture, backbone, head)
 

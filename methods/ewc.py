@@ -4,7 +4,7 @@ import torch
 
 from backbone.recognizer import Recognizer
 from methods.base import Option
-from methods.importance import Importance, batch_importance, image_importance
+from methods.importance import Importance, mean_importance
 from methods.penalty import QuadraticPenalty
 
 
@@ -21,14 +21,11 @@ class EWC(QuadraticPenalty):
     options = [
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 0.01, "weight λ of the penalty", published=10.0),
-        Option(
-            "fisher", "image", "gradients of images, or of batch means", published="batch", choices=("image", "batch")
-        ),
+        Option("fisher", "image", "gradients of images, or batch means", published="batch", choices=("image", "batch")),
     ]
 
     def importance_of(self, model: Recognizer) -> Importance:
-        arguments = (model, model.head.loss_of_logits, torch.square, self.train_set, self.task.remain_indices, self.hardware)
-        if self.args.fisher == "image":
-            return image_importance(*arguments)
-        size = self.args.batch_size
-        return {name: size * value for name, value in batch_importance(*arguments, size).items()}
+        size = None if self.args.fisher == "image" else self.args.batch_size
+        data = (self.train_set, self.task.remain_indices, self.hardware)
+        fisher = mean_importance(model, model.head.loss_of_logits, torch.square, *data, size)
+        return {name: (size or 1) * value for name, value in fisher.items()}

@@ -29,12 +29,8 @@ class GSLoRA(Method):
         Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
         Option("grouping", "block", "what the penalty selects or drops", choices=lora.GROUPINGS),
         Option("alpha", 1e-4, "weight α of the group-sparse penalty"),
-        Option(
-            "sparsity_warmup_epochs", 2, "epochs with α = 0 at the start of each task (paper, single task: 20)", published=0
-        ),
-        Option(
-            "beta", [0.2], "weight β of the forgetting loss, for all tasks or one each", published=[0.2, 0.25, 0.25, 0.2]
-        ),
+        Option("sparsity_warmup_epochs", 2, "first epochs of each task, with α = 0 (paper, single task: 20)", published=0),
+        Option("beta", [0.2], "weight β of forgetting, for all tasks or one each", published=[0.2, 0.25, 0.25, 0.2]),
         Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
         Option(
             "negligible",
@@ -51,8 +47,7 @@ class GSLoRA(Method):
         super().begin_task(model, task, train_set, epochs)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
         self.groups = lora.adapter_groups(model.backbone, self.args.grouping)
-        self.beta = per_task(self.args.beta, task)
-        self.alpha = self.args.alpha
+        self.alpha, self.beta = self.args.alpha, per_task(self.args.beta, task)
 
     def begin_epoch(self, model: Recognizer, epoch: int) -> None:
         self.alpha = self.args.alpha if epoch >= self.args.sparsity_warmup_epochs else 0.0

@@ -30,15 +30,11 @@ class GSLoRApp(GSLoRA):
     source = "arXiv 2501.09705"
     options = [
         *GSLoRA.options,
-        Option(
-            "lambda_forget", [0.01], "weight λ_f of forgotten images' distance to prototypes, for all tasks or one each"
-        ),
+        Option("lambda_forget", [0.01], "weight λ_f of forgotten images' distance to prototypes, for all tasks or one each"),
         Option("lambda_remain", 10.0, "weight λ_r of the distance of remaining images to theirs", published=0.0),
         Option("prototype_bound", 18.0, "BND_p, the KL beyond which an image is far enough"),
         Option("ema_decay", 0.9, "decay of the moving average, per epoch", high=1),
-        Option(
-            "ema_start", 2, "epoch (from 0) that averaging starts with; a task of fewer epochs is not averaged", published=30
-        ),
+        Option("ema_start", 2, "epoch (from 0) that averaging starts with; shorter tasks have none", published=30),
     ]
 
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:

@@ -38,14 +38,8 @@ class LIRF(Method):
         Option("kd_weight", 10.0, "weight w_kd of the student's distillation"),
         Option("deposit_weight", 0.05, "weight w_dep of the deposit's losses"),
         Option("replay_weight", 5.0, "weight w_re of the replay"),
-        Option(
-            "kd_columns",
-            "classes",
-            "logits distilled: of the remaining or forgotten classes, or the columns from, or up to, the number of "
-            "forgotten classes, which in a shuffled order are others",
-            published="slices",
-            choices=("classes", "slices"),
-        ),
+        # Slices: the columns from, or up to, the number of forgotten classes, which in a shuffled order are others.
+        Option("kd_columns", "classes", "logits distilled", published="slices", choices=("classes", "slices")),
     ]
 
     def check_model(self, model: Recognizer) -> None:
@@ -55,20 +49,15 @@ class LIRF(Method):
         super().begin_task(model, task, train_set, epochs)
         self.depth = half_depth(model.backbone)
         self.teacher = Teacher(model, train_set, task.forget_indices, self.hardware)
-        maps = map_images(
-            model,
-            lambda images: self._maps_and_embeddings(model, model.backbone, images)[0],
-            train_set,
-            self.hardware,
-            task.forget_indices,
-        )
-        self.teacher_maps = maps.clone()
-        device = self.hardware.device
-        forgotten = torch.zeros(len(train_set.classes), dtype=torch.bool)
-        forgotten[list(task.forget) if self.args.kd_columns == "classes" else range(len(task.forget))] = True
-        remaining = ~forgotten
-        remaining[list(task.old)] &= self.args.kd_columns == "slices"
-        self.forgotten, self.remaining = (mask.nonzero().flatten().to(device) for mask in (forgotten, remaining))
+
+        def maps_of(images: Tensor) -> Tensor:
+            return self._maps_and_embeddings(model, model.backbone, images)[0]
+
+        self.teacher_maps = map_images(model, maps_of, train_set, self.hardware, task.forget_indices).clone()
+        columns, count = range(len(train_set.classes)), len(task.forget)
+        by_class = self.args.kd_columns == "classes"
+        forgotten, remaining = (task.forget, task.remain) if by_class else (columns[:count], columns[count:])
+        self.forgotten, self.remaining = (torch.tensor(c, device=self.hardware.device) for c in (forgotten, remaining))
         model.requires_grad_(False)
         # Part of the model while the task runs: optimised, moved to the device and saved for --resume with it.
         model.deposit = lower_half(model.backbone).requires_grad_(True)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from methods.base import Option
-from methods.importance import Importance, batch_importance, image_importance
+from methods.importance import Importance, mean_importance
 from methods.penalty import QuadraticPenalty
 
 
@@ -22,17 +22,15 @@ class MAS(QuadraticPenalty):
     options = [
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 1e-5, "weight λ of the penalty", published=0.005),
-        Option(
-            "importance", "image", "gradients of images, or of batch means", published="batch", choices=("image", "batch")
-        ),
+        Option("importance", "image", "gradients of images, or batch means", published="batch", choices=("image", "batch")),
     ]
 
     def importance_of(self, model: Recognizer) -> Importance:
         data = (torch.abs, self.train_set, self.task.remain_indices, self.hardware)
         if self.args.importance == "image":
-            return image_importance(model, lambda logits, labels: logits.square().sum(dim=1).mean(), *data)
+            return mean_importance(model, lambda logits, labels: logits.square().sum(dim=1).mean(), *data)
 
         def mean_square(logits: Tensor, labels: Tensor) -> Tensor:
             return model.head.add_margin(logits, labels).square().mean()
 
-        return batch_importance(model, mean_square, *data, self.args.batch_size)
+        return mean_importance(model, mean_square, *data, self.args.batch_size)

@@ -11,7 +11,7 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, TaskOutput
+from methods.base import Method
 from methods.importance import Importance
 from methods.relabel import wrong_labels
 from util.runtime.hardware import Hardware
@@ -28,12 +28,7 @@ class QuadraticPenalty(Method):
 
     def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
         super().__init__(args, hardware)
-        self._forget_terms()
-
-    def _forget_terms(self) -> None:
         self.importance: Importance = {}
-        self.centre: dict[str, Tensor] = {}
-        self.constant = torch.zeros(())
 
     @abstractmethod
     def importance_of(self, model: Recognizer) -> Importance:
@@ -44,9 +39,13 @@ class QuadraticPenalty(Method):
         forgotten = torch.zeros(len(train_set.classes), dtype=torch.bool)
         forgotten[list(task.forget)] = True
         self.forgotten = forgotten.to(self.hardware.device)
-        if not self.accumulates:
-            self._forget_terms()
-        self._add_term(self.importance_of(model), {name: p.detach().clone() for name, p in self._trained(model)})
+        importance = self.importance_of(model)
+        centre = {name: parameter.detach().clone() for name, parameter in self._trained(model)}
+        if self.importance and self.accumulates:
+            self._add_term(importance, centre)
+        else:
+            self.importance, self.centre = importance, centre
+            self.constant = torch.zeros((), device=self.hardware.device)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         union = torch.cat([task.forget_indices, task.remain_indices])
@@ -61,18 +60,11 @@ class QuadraticPenalty(Method):
 
     def penalty(self, model: Recognizer) -> Tensor:
         """Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²"""
-        moved = [
-            (self.importance[name] * (parameter - self.centre[name]).square()).sum()
-            for name, parameter in self._trained(model)
-        ]
+        moved = [(self.importance[n] * (p - self.centre[n]).square()).sum() for n, p in self._trained(model)]
         return torch.stack(moved).sum() + self.constant
 
     def _add_term(self, importance: Importance, centre: dict[str, Tensor]) -> None:
         """Keep one quadratic for all terms: a(x−u)² + b(x−v)² = (a+b)(x − (au+bv)/(a+b))² + ab/(a+b) (u−v)²."""
-        if not self.importance:
-            self.importance, self.centre = importance, centre
-            self.constant = torch.zeros((), device=self.hardware.device)
-            return
         for name, b in importance.items():
             a, u, v = self.importance[name], self.centre[name], centre[name]
             total = a + b
@@ -84,18 +76,14 @@ class QuadraticPenalty(Method):
     def _trained(model: Recognizer) -> list[tuple[str, Tensor]]:
         return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
-    def end_task(self, model: Recognizer) -> TaskOutput:
-        if not self.accumulates:
-            self._forget_terms()
-        return super().end_task(model)
-
     def state_dict(self) -> dict[str, Any]:
-        if not self.importance:
-            return {}
+        if not self.accumulates:
+            return {}  # begin_task finds it again
         return {"importance": self.importance, "centre": self.centre, "constant": self.constant}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            to_device = lambda tensors: {name: tensor.to(self.hardware.device) for name, tensor in tensors.items()}  # noqa: E731
-            self.importance, self.centre = to_device(state["importance"]), to_device(state["centre"])
-            self.constant = state["constant"].to(self.hardware.device)
+            device = self.hardware.device
+            self.importance = {name: tensor.to(device) for name, tensor in state["importance"].items()}
+            self.centre = {name: tensor.to(device) for name, tensor in state["centre"].items()}
+            self.constant = state["constant"].to(device)

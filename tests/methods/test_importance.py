@@ -4,7 +4,7 @@ import torch
 
 from backbone.recognizer import to_device
 from methods import importance
-from methods.importance import batch_importance, image_importance
+from methods.importance import mean_importance
 from util.runtime.hardware import Hardware
 
 INDICES = torch.tensor([3, 40, 11, 25, 0, 17, 30, 8])
@@ -51,7 +51,7 @@ def test_the_mean_over_images_is_that_of_a_plain_loop(model, make_images, cpu, m
     images = make_images()
     monkeypatch.setattr(importance, "GRADIENT_BYTES", at_once * 4 * model.num_trainable())
     assert len(INDICES) % 3
-    found = image_importance(model, squared_error, measure, images, INDICES, cpu)
+    found = mean_importance(model, squared_error, measure, images, INDICES, cpu)
     assert_equal(found, plain_loop(model, plain, images, INDICES.split(1)))
 
 
@@ -59,7 +59,7 @@ def test_the_mean_over_images_is_that_of_a_plain_loop(model, make_images, cpu, m
 @pytest.mark.parametrize("batch_size", [3, 4])
 def test_the_mean_over_batches_is_that_of_a_plain_loop(model, make_images, cpu, measure, plain, batch_size):
     images = make_images()
-    found = batch_importance(model, squared_error, measure, images, INDICES, cpu, batch_size)
+    found = mean_importance(model, squared_error, measure, images, INDICES, cpu, batch_size)
     assert_equal(found, plain_loop(model, plain, images, INDICES.split(batch_size)))
 
 
@@ -67,7 +67,7 @@ def test_chunks_have_the_size_that_fits(model, make_images, cpu, monkeypatch):
     monkeypatch.setattr(importance, "GRADIENT_BYTES", 3 * 4 * model.num_trainable())
     sizes = []
     monkeypatch.setattr(importance, "vmap", lambda f, **options: noting(sizes, torch.func.vmap(f, **options)))
-    image_importance(model, squared_error, torch.square, make_images(), INDICES, cpu)
+    mean_importance(model, squared_error, torch.square, make_images(), INDICES, cpu)
     assert sizes == [3, 3, 2]
 
 
@@ -82,8 +82,8 @@ def noting(sizes: list[int], function):
 def test_a_model_in_training_is_measured_without_dropout_and_left_in_training(make_recognizer, make_images, cpu):
     images = make_images()
     model = to_device(make_recognizer(dtype=torch.float64, pos_drop_rate=0.5, proj_drop_rate=0.5).train(), cpu)
-    found = image_importance(model, squared_error, torch.abs, images, INDICES, cpu)
-    in_batches = batch_importance(model, squared_error, torch.abs, images, INDICES, cpu, 8)
+    found = mean_importance(model, squared_error, torch.abs, images, INDICES, cpu)
+    in_batches = mean_importance(model, squared_error, torch.abs, images, INDICES, cpu, 8)
     assert model.training and model.backbone.training
     assert not any(p.grad is not None for p in model.parameters())
     assert_equal(found, plain_loop(model.eval(), np.abs, images, INDICES.split(1)))
@@ -97,7 +97,7 @@ def test_half_precision_finds_nearly_the_same(make_recognizer, make_images, cpu,
     bf16 = Hardware(torch.device("cpu"), bf16=True)
     whole, half = (
         torch.cat([value.flatten() for value in found.values()])
-        for found in (image_importance(model, squared_error, measure, images, INDICES, on) for on in (cpu, bf16))
+        for found in (mean_importance(model, squared_error, measure, images, INDICES, on) for on in (cpu, bf16))
     )
     assert half.dtype == torch.float32
     assert half.isfinite().all()

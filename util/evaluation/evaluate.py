@@ -43,23 +43,19 @@ def map_images(
     image_set: ImageSet,
     hardware: Hardware,
     indices: Tensor | None = None,
-    batch_size: int | None = None,
 ) -> Tensor:
     """`function` of the images (of those at `indices`), uint8 (B, 3, H, W) → (B, …), in float32 on the device.
 
     `model` is in evaluation mode meanwhile.
     """
+    indices = torch.arange(len(image_set)) if indices is None else indices
     was_training = model.training
     model.eval()
-    count = len(image_set) if indices is None else len(indices)
     chunks = []
-    batch_size = batch_size or hardware.eval_batch
-    for start in range(0, count, batch_size):
-        rows = slice(start, start + batch_size)
-        images = image_set.images[rows if indices is None else indices[rows].to(image_set.images.device)]
+    for rows in indices.to(image_set.images.device).split(hardware.eval_batch):
         # Large batches, the last of another shape: there is little to gain from compiling for them.
         with hardware.autocast(), hardware.eager():
-            chunks.append(function(images.to(hardware.device, non_blocking=True)).float())
+            chunks.append(function(image_set.images[rows].to(hardware.device, non_blocking=True)).float())
     model.train(was_training)
     return torch.cat(chunks)
 

@@ -1,7 +1,7 @@
 """Checkpoints: what a trained recogniser is on disk. Loading never runs code from the file."""
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import timm
@@ -9,8 +9,8 @@ import torch
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from backbone.lora import apply_adapters
-from backbone.published import from_published, is_published, to_published
-from backbone.recognizer import Architecture, Recognizer, build_recognizer
+from backbone.published import from_published, is_published
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, misfits
 from data.image_set import ImageSet
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import atomic_write, check_finite, readable
@@ -36,26 +36,15 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    torch_save(
-        path,
-        {
-            "format": FORMAT,
-            "architecture": checkpoint.model.architecture.as_dict(),
-            "classes": list(checkpoint.classes),
-            "forgotten": checkpoint.forgotten,
-            "info": checkpoint.info,
-            "model": _cpu_state(checkpoint.model),
-        },
-    )
-
-
-def save_published(path: Path, model: Recognizer) -> None:
-    """Write the bare state dict of the published layout. Raises UsageError if that cannot hold the model."""
-    torch_save(path, to_published(model))
-
-
-def _cpu_state(module: torch.nn.Module) -> dict:
-    return {key: tensor.detach().cpu() for key, tensor in module.state_dict().items()}
+    data = {
+        "format": FORMAT,
+        "architecture": asdict(checkpoint.model.architecture),
+        "classes": list(checkpoint.classes),
+        "forgotten": checkpoint.forgotten,
+        "info": checkpoint.info,
+        "model": {key: tensor.detach().cpu() for key, tensor in checkpoint.model.state_dict().items()},
+    }
+    torch_save(path, data)
 
 
 def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
@@ -70,9 +59,7 @@ def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
             return _load_own(path, data, head)
         if isinstance(data, dict) and is_published(data):
             return _load_published(path, data, head)
-    raise UsageError(
-        f"{path} is no checkpoint of a face recogniser: it has neither this project's format nor the published layout"
-    )
+    raise UsageError(f"{path} is no checkpoint of a face recogniser, neither this project's nor a published one")
 
 
 def _load_own(path: Path, data: dict, head: str | None) -> Checkpoint:
@@ -81,7 +68,7 @@ def _load_own(path: Path, data: dict, head: str | None) -> Checkpoint:
     if architecture.model_options.get("depth", 1) > len(state):
         raise ValueError("fewer tensors than blocks")
     with torch.device("meta"):  # takes no memory: the shapes are compared first
-        check_fits(build_recognizer(architecture), state, path)
+        _check_fits(build_recognizer(architecture), state, path)
     if head is not None and head != architecture.head:
         raise UsageError(f"{path} was trained with --head {architecture.head}, not {head}; leave --head out")
 
@@ -127,30 +114,14 @@ def _check_sizes(state: dict, path: Path) -> None:
 
 def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
     """Load a state dict that must fit exactly and be finite. Nothing is loaded where it is not."""
-    check_fits(model, state, path)
+    _check_fits(model, state, path)
     check_finite(state, path)
     model.load_state_dict(state)
 
 
-def check_fits(model: torch.nn.Module, state: dict, path: Path) -> None:
-    """Raise UsageError naming the tensors of `state` that `model` has not, lacks, or has in another shape."""
-    expected, found = ({key: _shape(value) for key, value in s.items()} for s in (model.state_dict(), state))
-    problems = [
-        f"{key} has shape {found[key]}, not {shape}" if key in found else f"{key} is missing"
-        for key, shape in expected.items()
-        if found.get(key) != shape
-    ]
-    problems += [f"{key} is unexpected" for key in found if key not in expected]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UsageError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}")
-
-
-def _shape(value: object) -> str:
-    """Of a floating-point tensor; else with its type."""
-    if not torch.is_tensor(value):
-        return f"none (a {type(value).__name__})"
-    return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" of {value.dtype}")
+def _check_fits(model: torch.nn.Module, state: dict, path: Path) -> None:
+    if problems := misfits(state, model.state_dict()):
+        raise UsageError(f"{path} does not fit the model: {problems}")
 
 
 def load_backbone(model: Recognizer, path: Path) -> None:
@@ -186,10 +157,11 @@ def torch_load(path: Path):
 
 def check_classes(checkpoint: Checkpoint, image_set: ImageSet, path: Path) -> None:
     """Raise UsageError unless the checkpoint was trained on exactly the classes of `image_set`."""
-    known = checkpoint.model.architecture.num_classes
-    if known != len(image_set.classes):
-        found = f"the data set {image_set.name} has {len(image_set.classes)}"
-        raise UsageError(f"{path} knows {known} classes, {found}: use the data it was trained on")
+    known, found = checkpoint.model.architecture.num_classes, len(image_set.classes)
+    if known != found:
+        raise UsageError(
+            f"{path} knows {known} classes, the data set {image_set.name} has {found}: use the data it was trained on"
+        )
     if checkpoint.classes and checkpoint.classes != image_set.classes:
         ours, theirs = next(p for p in zip(checkpoint.classes, image_set.classes, strict=True) if p[0] != p[1])
         raise UsageError(f"{path} was trained on other classes than {image_set.name}: {ours!r} there, {theirs!r} here")

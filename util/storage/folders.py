@@ -83,10 +83,6 @@ class PretrainFolder(OutputFolder):
     results_name = "checkpoint.pth"
     outputs = (*OutputFolder.outputs, "checkpoint.pth", "published.pth")
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.published = path / "published.pth"
-
 
 # What a task leaves, by kind: <kind>/task_<number><suffix>.
 TASK_FILES = {
@@ -104,11 +100,6 @@ class RunFolder(OutputFolder):
     results_name = "results.json"
     outputs = (*OutputFolder.outputs, "results.json", "table.md", "figure.png", *TASK_FILES)
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.table = path / "table.md"
-        self.figure = path / "figure.png"
-
     @property
     def finished(self) -> bool:
         return self.results.exists() and read_json(self.results).get("finished") is True
@@ -118,12 +109,6 @@ class RunFolder(OutputFolder):
 
     def checkpoint(self, task: int) -> Path:
         return self.task_file("checkpoints", task)
-
-    def published(self, task: int) -> Path:
-        return self.task_file("published", task)
-
-    def record(self, task: int) -> Path:
-        return self.task_file("deletions", task)
 
     def method_state(self, task: int, checkpoints: Path | None = None) -> Path:
         """What a method carries from this task to the next, beside the task's checkpoint."""

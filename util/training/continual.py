@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from backbone.published import to_published
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
@@ -22,7 +23,6 @@ from util.storage.checkpoint import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
-    save_published,
     torch_load,
     torch_save,
 )
@@ -155,10 +155,10 @@ class ContinualRun:
         checkpoint = Checkpoint(self.model, self.train_set.classes, self._forgotten(task.number), info)
         save_checkpoint(self.folder.checkpoint(task.number), checkpoint)
         if self.args.published_layout:
-            save_published(self.folder.published(task.number), self.model)
+            torch_save(self.folder.task_file("published", task.number), to_published(self.model))
         self.recorder.write(self.folder, task, self.model, entry)
         self.results["tasks"].append(entry)
-        write_text(self.folder.table, Comparison([self.results], [self.method.title]).markdown() + "\n")
+        write_text(self.folder.path / "table.md", Comparison([self.results], [self.method.title]).markdown() + "\n")
         write_json(self.folder.results, self.results)
 
     def _finish(self, writer: SummaryWriter) -> None:
@@ -168,6 +168,6 @@ class ContinualRun:
         figure = run_figure(self.results)
         if writer is not None:
             writer.add_figure("run", figure, close=False)
-        save_figure(figure, self.folder.figure)
+        save_figure(figure, self.folder.path / "figure.png")
         self.results["finished"] = True
         write_json(self.folder.results, self.results)

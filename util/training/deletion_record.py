@@ -69,7 +69,7 @@ class Recorder:
         if distributed.rank():
             return  # the first process alone has written the files that are hashed here
         classes = self.train_set.classes
-        earlier = folder.record(task.number - 1)
+        earlier = folder.task_file("deletions", task.number - 1)
         record = {
             "schema": SCHEMA,
             "task": task.number,
@@ -101,7 +101,7 @@ class Recorder:
             **code_and_packages(),
             "previous_record": sha256(earlier) if earlier.exists() else None,
         }
-        write_json(folder.record(task.number), record)
+        write_json(folder.task_file("deletions", task.number), record)
 
 
 def load_record(path: Path) -> dict:
@@ -129,7 +129,7 @@ def _files(folder: RunFolder, record: dict) -> Iterator[Check]:
     if record["previous_record"] is None:
         yield "record before it", None, "it names none"
     else:
-        yield _compare("record before it", folder.record(number - 1), record["previous_record"], sha256)
+        yield _compare("record before it", folder.task_file("deletions", number - 1), record["previous_record"], sha256)
     yield _compare("file of the model after", after, model["after_file"], sha256)
     yield _compare("weights before", before, model["before"], lambda file: weights_sha256(load_checkpoint(file).model))
     yield _compare("weights after", after, model["after"], lambda file: weights_sha256(load_checkpoint(file).model))

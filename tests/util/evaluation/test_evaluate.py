@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from tests.conftest import drawn_tasks
-from util.evaluation.evaluate import accuracies_after, accuracies_before, embed_images, map_images, predict
+from util.evaluation.evaluate import accuracies_after, accuracies_before, embed_images, predict
 from util.evaluation.metrics import h_mean
+from util.runtime.hardware import Hardware
 
 
 @pytest.fixture
@@ -37,11 +38,12 @@ def test_class_group_accuracies_against_a_loop_over_images(make_recognizer, imag
         assert found["margin_acc"] < found["acc"]
 
 
-def test_embeddings_are_those_of_evaluation_mode_in_any_chunking(model, images, cpu):
+def test_embeddings_are_those_of_evaluation_mode_in_any_chunking(model, images, cpu, monkeypatch):
     model.train()
     once = embed_images(model, images, cpu)
     assert model.training, "the mode is put back"
-    torch.testing.assert_close(map_images(model, model.embed, images, cpu, batch_size=7), once)
+    monkeypatch.setattr(Hardware, "eval_batch", 7)
+    torch.testing.assert_close(embed_images(model, images, cpu), once)
     chosen = torch.tensor([4, 11, 29])
     torch.testing.assert_close(embed_images(model, images, cpu, chosen), once[chosen])
     model.eval()

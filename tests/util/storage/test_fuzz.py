@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from backbone import lora
+from backbone.published import to_published
 from scripts import table
 from test import settings_of
 from tests.conftest import coloured_images, drawn_tasks, small_recognizer
@@ -20,7 +21,7 @@ from tests.mutants import MUTANTS, damaged
 from util.report.results import load_results, new_results, task_entry
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, save_tensors
-from util.storage.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, save_published
+from util.storage.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, torch_save
 from util.training.deletion_record import load_record
 
 ODD = [None, True, -1, 0, 1 << 70, 1e308, float("nan"), "", "x" * 5000, [], {}, [[]], {"a": {}}, b"\xff", [None] * 50]
@@ -117,7 +118,7 @@ def test_checkpoints(published, tmp_path):
     model = small_recognizer(embed_dim=64, num_heads=1, depth=1)
     path = tmp_path / "c.pth"
     if published:
-        save_published(path, model)
+        torch_save(path, to_published(model))
     else:
         save_checkpoint(path, Checkpoint(model, tuple("abcdef"), [[1], [3, 4]], {"acc": 1.0}))
 
