@@ -11,7 +11,7 @@ from util.runtime.errors import UsageError
 
 
 def half_depth(backbone: nn.Module) -> int:
-    """Blocks of the lower half. Raises UsageError for a backbone without at least two blocks."""
+    """Blocks of the lower half."""
     blocks = getattr(backbone, "blocks", ())
     if len(blocks) < 2 or not hasattr(backbone, "forward_intermediates"):
         raise UsageError(f"{type(backbone).__name__} cannot be halved: a plain timm ViT of at least two blocks can")
@@ -29,7 +29,7 @@ def lower_half(backbone: nn.Module) -> nn.Module:
 
 
 def replace_lower_half(backbone: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Load the state dict of a lower half. Raises UsageError, and changes nothing, if it does not fit exactly."""
+    """Load the state dict of a lower half, which must fit exactly."""
     if problems := misfits(tensors, lower_half(backbone).state_dict()):
         raise UsageError(f"{source} is no lower half of this model: {problems}; use the run's own checkpoint")
     backbone.load_state_dict(tensors, strict=False)
@@ -38,13 +38,7 @@ def replace_lower_half(backbone: nn.Module, tensors: dict[str, Tensor], source: 
 def mid_features(backbone: nn.Module, images: Tensor, depth: int) -> Tensor:
     """Images → tokens (B, tokens, dim) after the first `depth` blocks, prefix tokens first."""
     (mid,) = backbone.forward_intermediates(
-        images,
-        indices=[depth - 1],
-        norm=False,
-        stop_early=True,
-        intermediates_only=True,
-        output_fmt="NLC",
-        return_prefix_tokens=True,
+        images, [depth - 1], return_prefix_tokens=True, stop_early=True, output_fmt="NLC", intermediates_only=True
     )
     # A pair where the model has prefix tokens (class, registers), the spatial ones alone where it has none.
     return torch.cat([mid[1], mid[0]], dim=1) if isinstance(mid, tuple) else mid

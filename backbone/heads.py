@@ -1,4 +1,4 @@
-"""Margin heads: embeddings (B, dim) → logits (B, classes), with the label (training) or without it (recognition).
+"""Margin heads: embeddings (B, dim) → logits (B, classes), label-free (recognition) or with the margin (training).
 
 Notation: cos_c = ê·ŵ_c is the cosine between embedding e and class weight w_c, θ_c its angle, s the scale, m the
 margin, y the label. Logits are float32 and computed outside autocast: bfloat16 resolves a cosine near 1 to 1/256, which
@@ -21,16 +21,14 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_classes, embed_dim))
         nn.init.xavier_uniform_(self.weight)
 
-    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> Tensor:
-        """embeddings (B, dim) → logits (B, classes): with `labels` (B,) the training logits, else label-free ones."""
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """embeddings (B, dim) → label-free logits (B, classes)."""
         with torch.autocast(embeddings.device.type, enabled=False):
             # At least float32: a float64 model stays float64, a bfloat16 copy still multiplies in float32.
             dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
-            logits = self.logits(embeddings.to(dtype))
-        return logits if labels is None else self.add_margin(logits, labels)
+            return self.logits(embeddings.to(dtype))
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        """Label-free logits (B, classes), in the embeddings' type."""
         return self.scale * F.linear(F.normalize(embeddings), F.normalize(self.weight.to(embeddings.dtype)))
 
     def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:

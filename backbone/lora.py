@@ -17,8 +17,6 @@ from util.runtime.errors import UsageError
 PLACES = {"ffn": ("mlp.fc1", "mlp.fc2"), "attention": ("attn.qkv",)}
 GROUPINGS = ("block", "module", "matrix")
 MATRICES = ("lora_A", "lora_B")
-# Inside the root of a group's norm: keeps its gradient finite where a whole group is zero.
-NORM_EPS = 1e-12
 
 
 class LoRALinear(nn.Linear):
@@ -69,7 +67,6 @@ def add_adapters(backbone: nn.Module, rank: int, place: str = "ffn") -> None:
 
 
 def adapted_layers(backbone: nn.Module) -> dict[str, LoRALinear]:
-    """The layers that carry an adapter, by name."""
     return {name: module for name, module in backbone.named_modules() if isinstance(module, LoRALinear)}
 
 
@@ -91,7 +88,7 @@ def group_of(layer: str, matrix: str, grouping: str) -> str:
 def group_norms(groups: dict[str, list[nn.Parameter]]) -> Tensor:
     """‖θ_g‖₂ of every group, (number of groups,), differentiable and with a finite gradient at zero."""
     squares = [sum(parameter.square().sum() for parameter in parameters) for parameters in groups.values()]
-    return (torch.stack(squares) + NORM_EPS).sqrt()
+    return (torch.stack(squares) + 1e-12).sqrt()
 
 
 def update_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
@@ -110,12 +107,8 @@ def relative_updates(backbone: nn.Module, grouping: str = "block") -> dict[str, 
 
 
 def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
-    """Copies of every A and B on the CPU, by the names they are saved under: `blocks.0.mlp.fc1.lora_A`, …"""
-    return {
-        f"{name}.{matrix}": getattr(layer, matrix).detach().cpu().clone()
-        for name, layer in adapted_layers(backbone).items()
-        for matrix in MATRICES
-    }
+    """Copies of every A and B on the CPU, by name: `blocks.0.mlp.fc1.lora_A`, …"""
+    return {name: tensor.cpu().clone() for name, tensor in backbone.state_dict().items() if name.endswith(MATRICES)}
 
 
 def merge_adapters(backbone: nn.Module) -> None:
@@ -130,10 +123,7 @@ def merge_adapters(backbone: nn.Module) -> None:
 
 @torch.no_grad()
 def apply_adapters(backbone: nn.Module, tensors: dict[str, Tensor], source: str | Path = "these adapters") -> None:
-    """Add the updates of saved adapters to the plain layers of `backbone`, rounding once.
-
-    Raises UsageError, and changes nothing, if they do not fit.
-    """
+    """Add the updates of saved adapters to the plain layers of `backbone`, rounding once, or none if any does not fit."""
     layers = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
     updated, nothing = {}, torch.empty(0)
     for name in sorted({key.rpartition(".")[0] for key in tensors}):

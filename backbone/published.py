@@ -2,12 +2,10 @@
 
 Only names and layouts differ, and one scale: the published attention multiplies q·k by dim^-0.5, timm's by
 head_dim^-0.5, so the query rows of `qkv` are divided by (dim / 64)^½ on the way in and multiplied by it on the way out.
-That is computed in float64 and rounded once: there and back moves a query weight by at most one unit in the last place,
-and every further round trip changes nothing. No other tensor ever changes.
+There and back moves a query weight by at most one unit in the last place, and nothing else.
 
-The adapters' scaling is 1/r, and a file is read as the published model reads it, with W apart from B A. (The published
-training loop writes its checkpoints in evaluation mode, where its LoRA library has already added B A to W, and a file
-does not say which it is.)
+A file is read as the published model reads it, with W apart from its adapters' (1/r) B A. (The published training loop
+writes its checkpoints in evaluation mode, where B A has already been added to W; a file does not say which it is.)
 """
 
 import math
@@ -45,7 +43,6 @@ NAMES = {
 
 
 def is_published(state_dict: dict) -> bool:
-    """Whether the keys are the published ones, complete or not."""
     starts = ("transformer.layers.", "patch_to_embedding.", "pos_embedding")
     return any(key.startswith(starts) for key in _without_prefix(state_dict))
 
@@ -58,7 +55,13 @@ def from_published(state_dict: dict, head: str | None = None) -> tuple[Architect
     """
     state = _without_prefix(state_dict)
     architecture = _architecture(state, head)
-    ours = _meta_state(architecture, state)
+    with torch.device("meta"):  # takes no memory, whatever sizes a file claims
+        model = build_recognizer(architecture)
+        for name, layer in layers_to_adapt(model.backbone, 1, "ffn").items():
+            lora_A = _published_name(f"backbone.{name}.lora_A")
+            if lora_A in state:
+                model.backbone.set_submodule(name, LoRALinear(layer, _shape(state, lora_A, 2)[0]))
+    ours = model.state_dict()
     if problems := misfits(state, {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}):
         raise UsageError(f"not a whole Face Transformer in the published layout: {problems}")
     converted = {key: _from_published(key, state[_published_name(key)]) for key in ours}
@@ -71,12 +74,11 @@ def to_published(model: Recognizer) -> State:
     ours = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     state = {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}
     try:
-        architecture, _, _ = from_published(state, model.architecture.head)
+        from_published(state, model.architecture.head)
     except UsageError as error:
         raise UsageError(f"the published layout cannot hold this model: {error}") from None
-    num_heads = model.backbone.blocks[0].attn.num_heads
-    if num_heads != architecture.model_options["num_heads"]:
-        width = model.backbone.num_features // num_heads
+    width = model.backbone.num_features // model.backbone.blocks[0].attn.num_heads
+    if width != HEAD_DIM:
         raise UsageError(f"the published layout has attention heads {HEAD_DIM} wide, this model {width}")
     return state
 
@@ -121,17 +123,6 @@ def _shape(state: dict, key: str, ndim: int) -> torch.Size:
     return tensor.shape
 
 
-def _meta_state(architecture: Architecture, state: dict) -> State:
-    """Our names and shapes, adapters included where `state` has them. Takes no memory, whatever sizes a file claims."""
-    with torch.device("meta"):
-        model = build_recognizer(architecture)
-        for name, layer in layers_to_adapt(model.backbone, 1, "ffn").items():
-            lora_A = _published_name(f"backbone.{name}.lora_A")
-            if lora_A in state:
-                model.backbone.set_submodule(name, LoRALinear(layer, _shape(state, lora_A, 2)[0]))
-    return model.state_dict()
-
-
 def _from_published(name: str, tensor: Tensor) -> Tensor:
     if name.endswith("patch_embed.proj.weight"):
         side = PATCH_SIDES[tensor.shape[1]]
@@ -150,8 +141,7 @@ def _to_published(name: str, tensor: Tensor) -> Tensor:
 
 def _scale_queries(qkv: Tensor, inverse: bool = False) -> Tensor:
     """Multiply (`inverse`: divide) the first third of the rows by (dim / 64)^½, rounding once."""
-    rows, dim = len(qkv) // 3, qkv.shape[1]
-    factor = math.sqrt(dim / HEAD_DIM)
-    scaled = qkv.clone()
-    scaled[:rows] = qkv[:rows].double() / factor if inverse else qkv[:rows].double() * factor
-    return scaled
+    queries, others = qkv.tensor_split([len(qkv) // 3])
+    factor = math.sqrt(qkv.shape[1] / HEAD_DIM)
+    scaled = queries.double() / factor if inverse else queries.double() * factor
+    return torch.cat([scaled.to(qkv.dtype), others])

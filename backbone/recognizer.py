@@ -33,13 +33,11 @@ class Architecture:
 
 
 class Recognizer(nn.Module):
-    """backbone(images) → embedding (B, dim); head(embedding, labels) → logits (B, classes)."""
+    """backbone(images) → embeddings (B, dim); head(embeddings) → label-free logits (B, classes)."""
 
     def __init__(self, architecture: Architecture, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.architecture = architecture
-        self.backbone = backbone
-        self.head = head
+        self.architecture, self.backbone, self.head = architecture, backbone, head
         config = backbone.pretrained_cfg
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
@@ -54,9 +52,8 @@ class Recognizer(nn.Module):
         (embeddings,) = sharded(lambda part: (self.backbone(self.normalize(part)),), images)
         return embeddings
 
-    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, classes): with `labels` (B,) the training logits, without them the label-free ones."""
-        return self.head(self.embed(images), labels)
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.embed(images))
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -14,32 +14,29 @@ from util.runtime.hardware import Hardware
 
 
 class Teacher:
-    """Outputs of θ₀, the model as it enters the task, on fixed training images.
+    """Outputs of θ₀, the model as it enters the task, on the training images at `indices`.
 
     θ₀ is in evaluation mode and the images are not augmented, so its outputs are constants of the task: computed here,
-    once, and looked up by the images' positions in the training set.
+    once, and looked up by the images' positions in the training set, (B,).
     """
 
     def __init__(self, model: Recognizer, train_set: ImageSet, indices: Tensor, hardware: Hardware) -> None:
         # Tensors made in inference mode cannot take part in a loss: hence the copies.
-        embeddings = embed_images(model, train_set, hardware, indices).clone()
+        self._embeddings = embed_images(model, train_set, hardware, indices).clone()
         with torch.no_grad():
-            logits = model.head(embeddings)
-        self._embeddings, self._logits = embeddings, logits
+            self._logits = model.head(self._embeddings)
         rows = torch.full((len(train_set),), -1)
         rows[indices.cpu()] = torch.arange(len(indices))
         self._rows = rows.to(hardware.device)
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Positions in the training set (B,) → places among the images that the teacher has seen (B,)."""
+        """Where the images are among those that the teacher has seen, (B,)."""
         return self._rows[indices]
 
     def embeddings(self, indices: Tensor) -> Tensor:
-        """Positions in the training set (B,) → embeddings (B, dim)."""
         return self._embeddings[self.rows(indices)]
 
     def logits(self, indices: Tensor) -> Tensor:
-        """Positions in the training set (B,) → label-free logits (B, classes)."""
         return self._logits[self.rows(indices)]
 
 

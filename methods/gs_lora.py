@@ -32,12 +32,8 @@ class GSLoRA(Method):
         Option("sparsity_warmup_epochs", 2, "first epochs of each task, with α = 0 (paper, single task: 20)", published=0),
         Option("beta", [0.2], "weight β of forgetting, for all tasks or one each", published=[0.2, 0.25, 0.25, 0.2]),
         Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
-        Option(
-            "negligible",
-            1e-2,
-            "at the task's end a group is set to zero if its update is below this share of the weights' norm and "
-            "dropping it changes no prediction on the task's training images",
-        ),
+        # Dropped: set to zero at the task's end, unless that changes a prediction on the task's training images.
+        Option("negligible", 1e-2, "a group is dropped if its update is below this share of its weights' norm"),
     ]
 
     def check_model(self, model: Recognizer) -> None:

@@ -1,6 +1,5 @@
 """What L2, EWC and MAS share: relabelling and replay in one stream, and a quadratic penalty on moving away from θ₀."""
 
-import argparse
 from abc import abstractmethod
 from typing import Any
 
@@ -14,7 +13,6 @@ from data.tasks import ForgettingTask
 from methods.base import Method
 from methods.importance import Importance
 from methods.relabel import wrong_labels
-from util.runtime.hardware import Hardware
 
 
 class QuadraticPenalty(Method):
@@ -25,10 +23,7 @@ class QuadraticPenalty(Method):
     """
 
     accumulates = True
-
-    def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
-        super().__init__(args, hardware)
-        self.importance: Importance = {}
+    importance: Importance | None = None
 
     @abstractmethod
     def importance_of(self, model: Recognizer) -> Importance:
@@ -36,12 +31,10 @@ class QuadraticPenalty(Method):
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
-        forgotten = torch.zeros(len(train_set.classes), dtype=torch.bool)
-        forgotten[list(task.forget)] = True
-        self.forgotten = forgotten.to(self.hardware.device)
+        self.forgotten = torch.tensor(task.forget, device=self.hardware.device)
         importance = self.importance_of(model)
         centre = {name: parameter.detach().clone() for name, parameter in self._trained(model)}
-        if self.importance and self.accumulates:
+        if self.importance is not None and self.accumulates:
             self._add_term(importance, centre)
         else:
             self.importance, self.centre = importance, centre
@@ -52,8 +45,8 @@ class QuadraticPenalty(Method):
         return [Pass({"all": union}, self.args.batch_size)]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
-        wrong = wrong_labels(batch.labels, len(self.forgotten))
-        labels = torch.where(self.forgotten[batch.labels], wrong, batch.labels)
+        wrong = wrong_labels(batch.labels, len(self.train_set.classes))
+        labels = torch.where(torch.isin(batch.labels, self.forgotten), wrong, batch.labels)
         relabelled = model.head.loss(model.embed(batch.images), labels)
         penalty = self.penalty(model)
         return {"total": relabelled + self.args.lambda_ * penalty, "relabelled": relabelled, "penalty": penalty}

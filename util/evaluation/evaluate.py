@@ -44,9 +44,9 @@ def map_images(
     hardware: Hardware,
     indices: Tensor | None = None,
 ) -> Tensor:
-    """`function` of the images (of those at `indices`), uint8 (B, 3, H, W) → (B, …), in float32 on the device.
+    """`function` of the images (of those at `indices`), uint8 (B, 3, H, W) → (B, …), with `model` in evaluation mode.
 
-    `model` is in evaluation mode meanwhile.
+    The result is float32, on the device.
     """
     indices = torch.arange(len(image_set)) if indices is None else indices
     was_training = model.training
@@ -66,7 +66,6 @@ def embed_images(model: Recognizer, image_set: ImageSet, hardware: Hardware, ind
 
 
 def predict(model: Recognizer, image_set: ImageSet, hardware: Hardware, indices: Tensor | None = None) -> Predictions:
-    """Recognise every image (those at `indices`)."""
     labels = image_set.labels if indices is None else image_set.labels[indices.to(image_set.labels.device)]
     return predictions_of(model, embed_images(model, image_set, hardware, indices), labels)
 
@@ -82,19 +81,18 @@ def predictions_of(model: Recognizer, embeddings: Tensor, labels: Tensor) -> Pre
 
 def accuracies_before(pretrained: Predictions, task: ForgettingTask) -> dict[str, float | None]:
     """The pre-trained model on this task's classes: the paper's "Pre-train" row."""
-    return _accuracies(pretrained, {"remain": task.remain, "forget": task.forget})
+    return _accuracies(pretrained, task, ("remain", "forget"))
 
 
 def accuracies_after(now: Predictions, task: ForgettingTask, before: dict) -> dict[str, float | None]:
     """All accuracies after a task, and H against the pre-trained model's accuracies `before`."""
-    groups = {"remain": task.remain, "forget": task.forget, "old": task.old, "missing": task.missing}
-    after = _accuracies(now, groups)
+    after = _accuracies(now, task, ("remain", "forget", "old", "missing"))
     for margin in MARGINS:
         forget = f"{margin}acc_forget"
         after[f"{margin}h_mean"] = h_mean(after[f"{margin}acc_remain"], after[forget], before[forget])
     return after
 
 
-def _accuracies(predictions: Predictions, groups: dict[str, Iterable[int]]) -> dict[str, float | None]:
-    found = {group: predictions.accuracies(classes) for group, classes in groups.items()}
+def _accuracies(predictions: Predictions, task: ForgettingTask, groups: Iterable[str]) -> dict[str, float | None]:
+    found = {group: predictions.accuracies(getattr(task, group)) for group in groups}
     return {f"{margin}acc_{group}": found[group][f"{margin}acc"] for margin in MARGINS for group in groups}

@@ -49,10 +49,5 @@ def verify(embeddings: Tensor, labels: Tensor, count: int, seed: int) -> dict | 
         f"tar_at_far_{rate:g}": 100 * float(tar[far <= rate].max()) if len(impostor) * rate >= 1 else None
         for rate in FALSE_ACCEPT_RATES
     }
-    return {
-        "auc": 100 * float(auc(far, tar)),
-        **rates,
-        "genuine_pairs": len(genuine),
-        "impostor_pairs": len(impostor),
-        "curve": (far, tar),
-    }
+    counts = {"genuine_pairs": len(genuine), "impostor_pairs": len(impostor)}
+    return {"auc": 100 * float(auc(far, tar)), **rates, **counts, "curve": (far, tar)}

@@ -134,11 +134,8 @@ def load_backbone(model: Recognizer, path: Path) -> None:
         _check_sizes(state, path)
         ours = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
         plain = {key: value for key, value in (ours or state).items() if not key.startswith(("head.", "head_dist."))}
-        try:
-            fitted = checkpoint_filter_fn(plain, model.backbone)
-        except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-            raise UsageError(f"{path} does not fit the model: {str(error).splitlines()[0]}") from None
-        load_weights(model.backbone, fitted, path)
+    with readable(path, "does not fit the model"):
+        load_weights(model.backbone, checkpoint_filter_fn(plain, model.backbone), path)
 
 
 def torch_save(path: Path, data: dict) -> None:

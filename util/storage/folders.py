@@ -60,14 +60,10 @@ class OutputFolder:
         if distributed.rank():
             return
         if (self.results.exists() or self.last.exists()) and not (overwrite or resume):
-            raise UsageError(
-                f"{self.path} holds a finished or interrupted run; use --resume to continue it, --overwrite to replace it"
-            )
+            raise UsageError(f"{self.path} holds a run; use --resume to continue it, --overwrite to replace it")
         free = shutil.disk_usage(self.path).free
         if free < needed:
-            raise UsageError(
-                f"--output-dir {self.path}: the run needs about {needed / 1e6:.0f} MB there, {free / 1e6:.0f} MB are free"
-            )
+            raise UsageError(f"{self.path}: the run needs about {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
         # Nobody else writes here: these are of processes that were killed.
         for temporary in self.path.rglob(f".*{TEMPORARY_SUFFIX}"):
             temporary.unlink(missing_ok=True)
@@ -116,5 +112,4 @@ class RunFolder(OutputFolder):
 
 
 def utc_now() -> str:
-    """The time in ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
