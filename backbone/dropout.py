@@ -53,10 +53,6 @@ def hashed_mask(shape: torch.Size, p: float) -> tuple[Tensor, float]:
 def hash_32(x: Tensor) -> Tensor:
     """A permutation of the 32-bit integers that mixes all bits; products wrap. int32 → int32, elementwise."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
-        x = (x ^ _shift_right(x, shift)) * factor
-    return x ^ _shift_right(x, 16)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """A logical shift: torch's `>>` fills up with the sign."""
-    return (x >> bits) & (2 ** (32 - bits) - 1)
+        # Masked, since torch's `>>` fills up with the sign.
+        x = (x ^ ((x >> shift) & (2 ** (32 - shift) - 1))) * factor
+    return x ^ ((x >> 16) & 0xFFFF)

@@ -41,6 +41,7 @@ class OverlappingPatchEmbed(PatchEmbed):
         self.proj = nn.Conv2d(plain.in_channels, plain.out_channels, **sizes).to(plain.weight)
 
 
+# What each has of its own.
 MODELS = {
     "face_vit_p8s8_d6": {},  # ViT-P8S8 of the papers' main tables: 19,106,304 parameters
     "face_vit_p8s8_d12": {"depth": 12},
@@ -49,7 +50,6 @@ MODELS = {
     # For CPUs and small sets, 56×56 pixels.
     "face_vit_tiny": {"embed_dim": 128, "depth": 4, "num_heads": 4, "pos_drop_rate": 0.0, "proj_drop_rate": 0.0},
 }
-
 
 CONFIG = {"fixed_input_size": True, "num_classes": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 default_cfgs = generate_default_cfgs(

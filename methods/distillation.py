@@ -25,19 +25,16 @@ class Teacher:
         self._embeddings = embed_images(model, train_set, hardware, indices).clone()
         with torch.no_grad():
             self._logits = model.head(self._embeddings)
+        # Position in the training set → row of the outputs.
         rows = torch.full((len(train_set),), -1)
         rows[indices.cpu()] = torch.arange(len(indices))
-        self._rows = rows.to(hardware.device)
-
-    def rows(self, indices: Tensor) -> Tensor:
-        """Where the images are among those that the teacher has seen, (B,)."""
-        return self._rows[indices]
+        self.rows = rows.to(hardware.device)
 
     def embeddings(self, indices: Tensor) -> Tensor:
-        return self._embeddings[self.rows(indices)]
+        return self._embeddings[self.rows[indices]]
 
     def logits(self, indices: Tensor) -> Tensor:
-        return self._logits[self.rows(indices)]
+        return self._logits[self.rows[indices]]
 
 
 class RelabelAndMatch(Method):

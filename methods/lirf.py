@@ -74,7 +74,7 @@ class LIRF(Method):
         wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
         forget = model.head.loss_of_logits(logits["forget"], wrong)
         kd = self._distillation(teacher, logits["forget"], self.remaining)
-        attention = (batch.split(maps)["forget"] - self.teacher_maps[self.teacher.rows(indices)]).square().mean()
+        attention = (batch.split(maps)["forget"] - self.teacher_maps[self.teacher.rows[indices]]).square().mean()
         replay = model.head.loss_of_logits(logits["remain"], labels["remain"])
 
         _, kept = self._maps_and_embeddings(model, model.deposit, batch.split(batch.images)["forget"])
@@ -92,7 +92,8 @@ class LIRF(Method):
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
             mid = mid_features(lower, model.normalize(part), self.depth)
-            return attention_map(mid), upper_half(model.backbone, mid, self.depth)
+            maps = F.normalize(mid.float().square().mean(dim=2))  # arXiv 1612.03928, equation 2
+            return maps, upper_half(model.backbone, mid, self.depth)
 
         return sharded(of, images)
 
@@ -103,8 +104,3 @@ class LIRF(Method):
         deposit = {name: tensor.detach().cpu().clone() for name, tensor in model.deposit.state_dict().items()}
         del model.deposit
         return TaskOutput({"deposits": deposit})
-
-
-def attention_map(tokens: Tensor) -> Tensor:
-    """Tokens (B, tokens, dim) → where the activations are: (B, tokens), unit length (arXiv 1612.03928, equation 2)."""
-    return F.normalize(tokens.float().square().mean(dim=2))

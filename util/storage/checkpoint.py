@@ -156,9 +156,7 @@ def check_classes(checkpoint: Checkpoint, image_set: ImageSet, path: Path) -> No
     """Raise UsageError unless the checkpoint was trained on exactly the classes of `image_set`."""
     known, found = checkpoint.model.architecture.num_classes, len(image_set.classes)
     if known != found:
-        raise UsageError(
-            f"{path} knows {known} classes, the data set {image_set.name} has {found}: use the data it was trained on"
-        )
+        raise UsageError(f"{path} knows {known} classes, the data set {image_set.name} has {found}: use its training data")
     if checkpoint.classes and checkpoint.classes != image_set.classes:
         ours, theirs = next(p for p in zip(checkpoint.classes, image_set.classes, strict=True) if p[0] != p[1])
         raise UsageError(f"{path} was trained on other classes than {image_set.name}: {ours!r} there, {theirs!r} here")
