@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on the machines that train
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from util.evaluation.metrics import MARGINS, METRICS
@@ -22,25 +19,24 @@ OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson"}
 
 def run_figure(results: dict) -> Figure:
     """Accuracies over the tasks, without and with margin, and the norms of the groups."""
-    tasks, method = results["tasks"], results["method"]
-    grouped = [task for task in tasks if task["groups"]]
-    figure, panels = plt.subplots(1, 3 if grouped else 2, figsize=(16 if grouped else 11, 5), layout="constrained")
-    comparison = Comparison([results], [method])
-    ticks = [f"task {task['task']}\n{task['setting']}" for task in tasks]
+    comparison = Comparison([results])
+    grouped = [task for task in comparison.tasks if task["groups"]]
+    figure = Figure(figsize=(16 if grouped else 11, 5), layout="constrained")
+    panels = figure.subplots(1, 3 if grouped else 2)
     for panel, margin in zip(panels, MARGINS, strict=False):
-        numbers = comparison.numbers(margin)
-        after, before = (numbers.loc[row].unstack().loc[comparison.settings] for row in (method, PRETRAINED))
-        _accuracies(panel, margin, ticks, after, before)
+        before, after = (row.unstack().loc[comparison.settings] for _, row in comparison.numbers(margin).iterrows())
+        _accuracies(panel, margin, _task_names(comparison), after, before)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9)
     if grouped:
         _group_norms(panels[2], grouped)
-    figure.suptitle(f"{method} on {comparison.title}")
+    figure.suptitle(f"{results['method']} on {comparison.title}")
     return figure
 
 
 def sweep_figure(comparison: Comparison) -> Figure:
     """Accuracies after the last task over the values of a sweep, without and with margin."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, 2)
     last = comparison.settings[-1]
     for panel, margin in zip(panels, MARGINS, strict=True):
         numbers = comparison.numbers(margin)[last]
@@ -53,7 +49,11 @@ def sweep_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def _accuracies(axes: plt.Axes, margin: str, ticks: Sequence[str], after: pd.DataFrame, before: pd.DataFrame) -> None:
+def _task_names(comparison: Comparison) -> list[str]:
+    return [f"task {task['task']}\n{task['setting']}" for task in comparison.tasks]
+
+
+def _accuracies(axes: Axes, margin: str, ticks: Sequence[str], after: pd.DataFrame, before: pd.DataFrame) -> None:
     """A line per metric, side by side, since many are 0 together; dashes for the pre-trained model."""
     for number, (key, metric) in enumerate(METRICS.items()):
         if key in after:
@@ -62,13 +62,12 @@ def _accuracies(axes: plt.Axes, margin: str, ticks: Sequence[str], after: pd.Dat
             axes.plot(places, before[key], "_--", color=metric.colour, alpha=0.4)
     axes.plot([], [], "_--", color="grey", label="pre-trained")
     axes.set_xticks(range(len(ticks)), ticks)
-    axes.set_ylim(-3, 103)
-    axes.set_ylabel("%")
+    axes.set(ylim=(-3, 103), ylabel="%")
     axes.set_title(MARGINS[margin], fontsize=10)
     axes.grid(alpha=0.3)
 
 
-def _group_norms(axes: plt.Axes, tasks: Sequence[dict]) -> None:
+def _group_norms(axes: Axes, tasks: Sequence[dict]) -> None:
     norms = pd.DataFrame({f"task {t['task']}, {t['groups']['zero_ratio']:.0%} zero": t["groups"]["norms"] for t in tasks})
     norms.plot.bar(ax=axes, width=0.8, rot=30 if len(norms) <= 12 else 90, fontsize=8, legend=False)
     axes.set_ylabel("group norm ‖θ_g‖₂")
@@ -78,11 +77,11 @@ def _group_norms(axes: plt.Axes, tasks: Sequence[dict]) -> None:
 
 def comparison_figure(comparison: Comparison) -> Figure:
     """H and Acc_r over the tasks, without margin, a line per method; bars: the standard deviation over the runs."""
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    means, stds = comparison.numbers(""), comparison.numbers("", "std").fillna(0)
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2)
     tasks = np.arange(len(comparison.tasks))
     for panel, metric in zip(panels, ("h_mean", "acc_remain"), strict=True):
-        mean, std = (table.xs(metric, axis=1, level=1) for table in (means, stds))
+        mean, std = (comparison.numbers("", what).xs(metric, axis=1, level=1) for what in ("mean", "std"))
         panel.plot(tasks, mean.loc[PRETRAINED], "--", color="black", alpha=0.5, label=PRETRAINED)
         for number, label in enumerate(comparison.labels):
             # The project's own methods stand out; markers tell apart what colours do not.
@@ -91,15 +90,15 @@ def comparison_figure(comparison: Comparison) -> Figure:
             panel.errorbar(
                 tasks + shift,
                 mean.loc[label],
-                yerr=np.minimum(std.loc[label], [mean.loc[label], 100 - mean.loc[label]]) if std.loc[label].any() else None,
+                yerr=std.loc[label],  # NaN, which is not drawn, where there is one run
                 label=label,
-                color=colour or plt.get_cmap("tab20")(number % 20),
+                color=colour or colormaps["tab20"](number % 20),
                 linewidth=3.0 if colour else 1.3,
                 marker=MARKERS[number % len(MARKERS)],
                 capsize=3,
                 zorder=1 if colour else 2,
             )
-        panel.set_xticks(tasks, [f"task {task['task']}\n{task['setting']}" for task in comparison.tasks])
+        panel.set_xticks(tasks, _task_names(comparison))
         panel.set_ylabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
         _stretch_towards_100(panel, mean.stack())
         panel.grid(alpha=0.3)
@@ -108,7 +107,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def _stretch_towards_100(axes: plt.Axes, values: pd.Series) -> None:
+def _stretch_towards_100(axes: Axes, values: pd.Series) -> None:
     """A logarithmic scale of the distance to 100 (102, to be exact): good methods differ by points, bad ones by tens."""
     if values.max() < 90:
         return
@@ -119,22 +118,18 @@ def _stretch_towards_100(axes: plt.Axes, values: pd.Series) -> None:
 
 def roc_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """True accept rate over false accept rate, a curve per group of classes: (false, true) rates in [0, 1]."""
-    figure, axes = plt.subplots(figsize=(6, 5))
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
     for name, (far, tar) in curves.items():
         axes.plot(far, tar, drawstyle="steps-post", label=name)
     axes.set_xscale("symlog", linthresh=1e-4)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.01)
-    axes.set_xlabel("false accept rate")
-    axes.set_ylabel("true accept rate")
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false accept rate", ylabel="true accept rate")
     axes.set_title("face verification on pairs of test images")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)

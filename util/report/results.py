@@ -8,9 +8,10 @@ import pandas as pd
 
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
+from methods import METHODS
 from util.evaluation.metrics import MARGINS, METRICS
 from util.runtime.errors import RunError
-from util.runtime.files import read_json
+from util.runtime.files import read_json, readable
 
 SCHEMA = 1
 NUMBERS = ("tunable_ratio", "seconds", "value", "before", "zero_ratio")
@@ -20,17 +21,10 @@ def new_results(
     method: str, seed: int, train_set: ImageSet, test_set: ImageSet, model: dict, pretrained: dict[str, float | None]
 ) -> dict:
     """The results of a run that has not finished any task."""
-    return {
-        "schema": SCHEMA,
-        "finished": False,
-        "method": method,
-        "seed": seed,
-        "dataset": {"name": train_set.name, "classes": len(train_set.classes)}
-        | {"train_images": len(train_set), "test_images": len(test_set)},
-        "model": model,
-        "pretrained": pretrained,
-        "tasks": [],
-    }
+    dataset = {"name": train_set.name, "classes": len(train_set.classes)}
+    dataset |= {"train_images": len(train_set), "test_images": len(test_set)}
+    run = {"schema": SCHEMA, "finished": False, "method": method, "seed": seed}
+    return {**run, "dataset": dataset, "model": model, "pretrained": pretrained, "tasks": []}
 
 
 def task_entry(task: ForgettingTask, before: dict, after: dict, groups: dict | None, costs: dict[str, float]) -> dict:
@@ -54,24 +48,15 @@ def load_results(path: Path) -> dict:
     results = read_json(path)
     if results.get("schema") != SCHEMA:
         raise RunError(f"{path}: not a results.json of schema {SCHEMA}")
-    try:
-        _check(results)
-    except (IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: damaged results: {type(error).__name__} {error}") from None
+    with readable(path, "damaged results"):  # touch what readers rely on
+        tasks = results["tasks"]
+        names = [METHODS[results["method"]].title, results["dataset"]["name"], *(task["setting"] for task in tasks)]
+        numbers = [results["seed"], results["dataset"]["classes"], *(task["task"] for task in tasks)]
+        numbers += [c for task in tasks for c in task["forget_classes"] + task["remain_classes"]]
+        if {*map(type, names)} != {str} or {*map(type, numbers)} != {int} or len({*names[2:]}) < len(tasks):
+            raise ValueError("a name or a number is none, or there twice")
+        results_frame([results], names[:1])
     return results
-
-
-def _check(results: dict) -> None:
-    """Touch what readers rely on, so that damage shows here."""
-    tasks = results["tasks"]
-    settings = [task["setting"] for task in tasks]
-    ids = [results["seed"], results["dataset"]["classes"], *(task["task"] for task in tasks)]
-    ids += [c for task in tasks for group in ("forget", "remain") for c in task[f"{group}_classes"]]
-    if not all(isinstance(name, str) for name in (results["method"], results["dataset"]["name"], *settings)):
-        raise TypeError("a name is no text")
-    if not all(type(number) is int for number in ids) or len({*settings}) < len(settings):
-        raise ValueError("a number is no number, or there twice")
-    results_frame([results], [results["method"]])
 
 
 def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:

@@ -2,12 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
+from methods import METHODS
 from util.evaluation.metrics import MARGINS, METRICS
 from util.report.results import results_frame
 from util.runtime.errors import UsageError
@@ -15,13 +16,8 @@ from util.runtime.files import write_text
 
 PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
 PRETRAINED = "Pre-train"
+PUBLISHED = " (published)"  # after the label of the papers' row beside ours
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--", "…": r"\dots", "β": r"$\beta$"}
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The first column is left-aligned, the others right."""
-    align = ["left"] + ["right"] * (len(header) - 1)
-    return pd.DataFrame(rows, columns=header).to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
 def percent(value: float | None) -> str:
@@ -45,16 +41,12 @@ def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) -
         )
     ratios, rows = papers["tunable_ratio"], []
     for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
-        about = {"label": _published(label), "margin": "margin_"}
+        about = {"label": label + PUBLISHED, "margin": "margin_"}
         about["tunable_ratio"] = ratios.get(method, ratios["others"]) / 100
         by_setting = dict(zip(table["settings"], table["methods"].get(method, []), strict=False))
         for setting, metric in product(by_setting.keys() & settings, METRICS):
             rows.append({**about, "setting": setting, "metric": metric, "value": by_setting[setting].get(metric)})
     return pd.DataFrame(rows)
-
-
-def _published(label: str) -> str:
-    return f"{label} (published)"
 
 
 class Comparison:
@@ -66,16 +58,18 @@ class Comparison:
     def __init__(
         self,
         runs: Sequence[dict],
-        labels: Sequence[str],
+        labels: Sequence[str] | None = None,
         failures: Mapping[str, str] | None = None,
         published: bool = False,
         sweep: str | None = None,
     ) -> None:
-        """`runs` are contents of results.json. `failures`: further rows, without numbers, and why they have none.
+        """`runs` are contents of results.json, `labels` by default their methods' titles.
 
-        `published` adds the papers' rows. `sweep` says what the labels are values of, if they are not methods.
+        `failures`: further rows, without numbers, and why they have none. `published` adds the papers' rows. `sweep` says
+        what the labels are values of, if they are not methods.
         Raises UsageError if the runs are not of the same data and tasks, or not of the papers'.
         """
+        labels = labels or [METHODS[run["method"]].title for run in runs]
         longest = max(runs, key=lambda run: len(run["tasks"]))
         self.dataset, self.tasks = longest["dataset"], longest["tasks"]
         self.settings = [task["setting"] for task in self.tasks]
@@ -112,7 +106,7 @@ class Comparison:
         """A row per label, pre-trained first; a column per (setting, metric)."""
         rows = [PRETRAINED]
         for label in self.labels:
-            rows += [label, _published(label)] if margin and _published(label) in self.about.index else [label]
+            rows += [label, label + PUBLISHED] if margin and label + PUBLISHED in self.about.index else [label]
         table = self.stats[statistic].xs(margin, level="margin").unstack(["setting", "metric"])
         return table.reindex(index=rows, columns=pd.MultiIndex.from_tuples(self.columns))
 
@@ -155,7 +149,9 @@ class Comparison:
         for margin, meaning in MARGINS.items():
             table = self._table(margin, {1: "**{}**", 2: "*{}*"})
             header = [f"{setting} {name}" if name == METRICS["h_mean"].heading else name for setting, name in table]
-            parts += [f"Accuracy (%) {meaning}", markdown_table(header, table.to_numpy())]
+            align = ["left"] + ["right"] * (len(header) - 1)
+            text = table.set_axis(header, axis=1).to_markdown(index=False, disable_numparse=True, colalign=align)
+            parts += [f"Accuracy (%) {meaning}", text]
         return "\n\n".join(parts + [f"{label}: failed: {why}" for label, why in self.failures.items()])
 
     def csv(self) -> str:
@@ -170,10 +166,8 @@ class Comparison:
         """Without and with margin, as `tabular`s for the booktabs package: the best bold, the second best underlined."""
         parts = []
         for margin, meaning in MARGINS.items():
-            table = self._table(margin, {})
-            ranks = self._ranks(margin).set_axis(table.columns[2 : 2 + len(self.columns)], axis=1)
-            css = ranks.reindex_like(table).map({1: "textbf: --rwrap;", 2: "underline: --rwrap;"}.get)
-            style = table.style.hide(axis="index").format(escape="latex").apply(lambda _, css=css: css, axis=None)
+            table = self._table(margin, {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"})
+            style = table.style.hide(axis="index").format(escape="latex", subset=[c for c in table if not c[0]])
             text = style.to_latex(hrules=True, multicol_align="c", column_format="l" + "r" * (table.shape[1] - 1))
             text = re.sub(r"Acc_(\w)", r"Acc$_\1$", text)
             for plain, tex in LATEX.items():
@@ -203,8 +197,3 @@ class Comparison:
         write_text(folder / "table.csv", self.csv())
         write_text(folder / "table.tex", self.latex())
         save_figure((sweep_figure if self.sweep else comparison_figure)(self), folder / "figure.png")
-
-
-def narrow_table(runs: Sequence[dict], labels: Sequence[str]) -> str:
-    """The accuracies without margin, to print: at most 100 columns for four tasks."""
-    return "\n".join(Comparison(runs, labels).narrow())
