@@ -42,16 +42,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument(
-        "--verify-record", type=Path, metavar="FILE", help="recompute a run's deletions/task_<t>.json, and say if it is true"
-    )
+    subject.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
     subject.add_argument("--checkpoint", type=Path, metavar="FILE", help="ours or published layout")
-    parser.add_argument(
-        "--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="adapter files to add, in the order of tasks"
-    )
-    parser.add_argument(
-        "--deposit", type=Path, metavar="FILE", help="LIRF's deposit, in place of the checkpoint's lower half"
-    )
+    parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="to add, in the order of tasks")
+    parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
     parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
     options.add_data(parser)
     group = parser.add_argument_group("groups of classes")
@@ -59,10 +53,8 @@ def build_parser() -> options.Parser:
     named.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
     named.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
     group.add_argument("--task", type=int, help="task of --results (default: the checkpoint's own, or the last)")
-    group = parser.add_argument_group("verification")
-    group.add_argument(
-        "--pairs", type=options.number(int, 0), default=20000, help="genuine and impostor pairs to draw, each; 0: none"
-    )
+    group = parser.add_argument_group("verification, of genuine and impostor pairs of images")
+    group.add_argument("--pairs", type=options.number(int, 0), default=20000, help="to draw, of each kind; 0: none")
     group.add_argument("--seed", type=int, default=0, help="seed of the pairs")
     options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: exps/test-<folder>-<checkpoint>")
@@ -117,8 +109,7 @@ def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, test_set: Ima
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     if args.verify_record is not None:
-        confirm(args)
-        return
+        return confirm(args)
     hardware = options.hardware_of(args)
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     for path in args.adapters:

@@ -32,7 +32,6 @@ import torch
 from PIL import Image
 from torch.utils.benchmark import Measurement, Timer
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import train_forget
@@ -164,18 +163,11 @@ def measure(args: argparse.Namespace, *works: Work) -> list[float]:
 
 def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
     bench = Bench(args, hardware, args.model[0], args.batch_size, max(args.batch_size, hardware.eval_batch // IDENTITIES))
-    size = 8192 if args.device == "cuda" else 2048
-    a = torch.randn(size, size, device=hardware.device, dtype=torch.bfloat16 if hardware.bf16 else torch.float32)
-    rate = 2 * size**3 / measure(args, Work(lambda: a @ a, 0))[0]
     rows = []
     for name in ("gs_lora", "der_pp", "ewc", "pretrain", "evaluation"):
-        fast, plain = bench.evaluations() if name == "evaluation" else (bench.fast(name), bench.plain(name))
-        with FlopCounterMode(display=False) as counter, hardware.eager():
-            fast.run()
-        seconds, plain_seconds = measure(args, fast, plain)
-        speed, plain_speed = fast.images / seconds, plain.images / plain_seconds
-        row = {"work": name, "fast : plain": speed / plain_speed, "images/s fast": speed, "images/s plain": plain_speed}
-        rows.append(row | {"% of matmul rate": 100 * counter.get_total_flops() / seconds / rate})
+        works = bench.evaluations() if name == "evaluation" else (bench.fast(name), bench.plain(name))
+        fast, plain = (work.images / seconds for work, seconds in zip(works, measure(args, *works), strict=True))
+        rows.append({"work": name, "fast : plain": fast / plain, "images/s fast": fast, "images/s plain": plain})
     return show(rows)
 
 
@@ -189,11 +181,9 @@ def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
     if args.keep:
         works["without freed memory kept"] = works["gs_lora"]._replace(keep_memory=False)
     works |= {"der_pp": bench.fast("der_pp"), f"without {TEACHER}": bench.fast("der_pp", TEACHER)}
-    rows, whole = [], 0.0
-    for work, seconds in zip(works, measure(args, *works.values()), strict=True):
-        whole = seconds if work in METHODS else whole
-        rows.append({"work": work, "ms": 1000 * seconds, "times as long": seconds / whole})
-    return show(rows)
+    table = pd.DataFrame({"work": [*works], "ms": [1000 * seconds for seconds in measure(args, *works.values())]})
+    table["times as long"] = table["ms"] / table["ms"].where(table["work"].isin(METHODS)).ffill()
+    return show(table.to_dict("records"))
 
 
 def growth(args: argparse.Namespace, hardware: Hardware) -> dict:
@@ -208,7 +198,8 @@ def growth(args: argparse.Namespace, hardware: Hardware) -> dict:
         return row | {"s": seconds, "MB": hardware.peak_memory_mb() - before}
 
     rows = [cost(args.model[0], steps) for steps in (1, 1, 8)][1:]  # compiling loads much into memory, once
-    few, many, *_, large = show(rows + [cost(model, 8) for model in args.model[1:]])
+    rows = show(rows + [cost(model, 8) for model in args.model[1:]])
+    few, many, *_, large = rows
     exponents = {}
     for x, less, more in (("images", few, many), ("GFLOPs/image", many, large)):
         exponents[x] = {y: math.log(more[y] / less[y]) / math.log(more[x] / less[x]) for y in ("s", "MB")}
@@ -263,7 +254,7 @@ MODES = {"steps": steps, "ablation": ablation, "growth": growth, "targets": targ
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", nargs="?", choices=MODES, default="steps", help="what to measure")
-    parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help="timm models; growth takes all (two at least)")
+    parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help="timm models; growth takes two or more")
     parser.add_argument("--batch-size", type=options.number(int, 1), default=48, help="images of each stream in a step")
     parser.add_argument("--min-run-time", type=float, default=1.0, help="seconds that are timed in each of three turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")

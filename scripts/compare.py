@@ -61,12 +61,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[st
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
     parser.add_argument(
-        "--options",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "STRING"),
-        help='options for one method alone, as: --options ewc "--lr 1e-3 --lambda 1"',
+        "--options", nargs=2, action="append", default=[], metavar=("NAME", "STRING"), help='for one method: ewc "--lr 1e-3"'
     )
     parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
     parser.add_argument(
@@ -102,10 +97,7 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
             saved = config.get("arguments", {}) | {"checkpoint": config.get("checkpoint_sha256")}
             parsed.checkpoint = checkpoint_sha256  # wherever it lies now
             if other := options.first_difference(saved, parsed, FREE_ON_RESUME):
-                raise UsageError(
-                    f"{folder.path} holds a run with other options: {other}; use --overwrite to replace it, or another "
-                    f"output folder"
-                )
+                raise UsageError(f"{folder.path} holds a run with other options: {other}; use --overwrite or another folder")
             job.finished = folder.finished
         job.arguments.append("--resume" if resume and folder.last.exists() else "--overwrite")
         jobs.append(job)

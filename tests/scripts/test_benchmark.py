@@ -33,7 +33,6 @@ def test_steps_on_both_paths(measure):
     assert [row["work"] for row in rows] == ["gs_lora", "der_pp", "ewc", "pretrain", "evaluation"]
     for row in rows:
         assert row["fast : plain"] == pytest.approx(row["images/s fast"] / row["images/s plain"])
-        assert row["% of matmul rate"] > 0
     assert max(map(len, out.splitlines()[4:])) <= 100
 
 

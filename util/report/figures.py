@@ -17,54 +17,42 @@ MARKERS = "osD^v<>PX*hdp"
 OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson"}
 
 
-def run_figure(results: dict) -> Figure:
-    """Accuracies over the tasks, without and with margin, and the norms of the groups."""
-    comparison = Comparison([results])
-    grouped = [task for task in comparison.tasks if task["groups"]]
+def run_figure(comparison: Comparison) -> Figure:
+    """Accuracies, without and with margin, over the tasks of one run, with the norms of its groups; or over a sweep.
+
+    A line per metric, side by side, since many are 0 together; dashes for the pre-trained model.
+    """
+    sweep, last = comparison.sweep, comparison.settings[-1]
+    grouped = [] if sweep else [task for task in comparison.tasks if task["groups"]]
     figure = Figure(figsize=(16 if grouped else 11, 5), layout="constrained")
     panels = figure.subplots(1, 3 if grouped else 2)
-    for panel, margin in zip(panels, MARGINS, strict=False):
-        before, after = (row.unstack().loc[comparison.settings] for _, row in comparison.numbers(margin).iterrows())
-        _accuracies(panel, margin, _task_names(comparison), after, before)
+    ticks = comparison.labels if sweep else _task_names(comparison)
+    for panel, (margin, meaning) in zip(panels, MARGINS.items(), strict=False):
+        numbers = comparison.numbers(margin)
+        if sweep:
+            before, after = (numbers[last].loc[rows] for rows in ([PRETRAINED] * len(ticks), ticks))
+        else:
+            before, after = (row.unstack().loc[comparison.settings] for _, row in numbers.iterrows())
+        for number, (key, metric) in enumerate(METRICS.items()):
+            if key in after:
+                places = np.arange(len(ticks)) + 0.06 * (number - 2)
+                panel.plot(places, after[key], "o-", color=metric.colour, label=f"{metric.title}, {metric.description}")
+                panel.plot(places, before[key], "_--", color=metric.colour, alpha=0.4)
+        panel.plot([], [], "_--", color="grey", label="pre-trained")
+        panel.set_xticks(range(len(ticks)), ticks)
+        panel.set(ylim=(-3, 103), ylabel="%", xlabel=sweep)
+        panel.set_title(meaning, fontsize=10)
+        panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9)
     if grouped:
         _group_norms(panels[2], grouped)
-    figure.suptitle(f"{results['method']} on {comparison.title}")
-    return figure
-
-
-def sweep_figure(comparison: Comparison) -> Figure:
-    """Accuracies after the last task over the values of a sweep, without and with margin."""
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    last = comparison.settings[-1]
-    for panel, margin in zip(panels, MARGINS, strict=True):
-        numbers = comparison.numbers(margin)[last]
-        before = numbers.loc[[PRETRAINED] * len(comparison.labels)]
-        _accuracies(panel, margin, comparison.labels, numbers.loc[comparison.labels], before)
-        panel.set_xlabel(comparison.sweep)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     method = comparison.about["method"][comparison.labels[0]]
-    figure.suptitle(f"{method} on {comparison.title}, {last}")
+    figure.suptitle(f"{method} on {comparison.title}" + (f", {last}" if sweep else ""))
     return figure
 
 
 def _task_names(comparison: Comparison) -> list[str]:
     return [f"task {task['task']}\n{task['setting']}" for task in comparison.tasks]
-
-
-def _accuracies(axes: Axes, margin: str, ticks: Sequence[str], after: pd.DataFrame, before: pd.DataFrame) -> None:
-    """A line per metric, side by side, since many are 0 together; dashes for the pre-trained model."""
-    for number, (key, metric) in enumerate(METRICS.items()):
-        if key in after:
-            places = np.arange(len(ticks)) + 0.06 * (number - 2)
-            axes.plot(places, after[key], "o-", color=metric.colour, label=f"{metric.title}, {metric.description}")
-            axes.plot(places, before[key], "_--", color=metric.colour, alpha=0.4)
-    axes.plot([], [], "_--", color="grey", label="pre-trained")
-    axes.set_xticks(range(len(ticks)), ticks)
-    axes.set(ylim=(-3, 103), ylabel="%")
-    axes.set_title(MARGINS[margin], fontsize=10)
-    axes.grid(alpha=0.3)
 
 
 def _group_norms(axes: Axes, tasks: Sequence[dict]) -> None:

@@ -29,18 +29,10 @@ def new_results(
 
 def task_entry(task: ForgettingTask, before: dict, after: dict, groups: dict | None, costs: dict[str, float]) -> dict:
     """One element of `tasks`; `costs` holds train_seconds, eval_seconds, images_per_second and peak_memory_mb."""
-    return {
-        "task": task.number,
-        "setting": task.setting,
-        "forget_classes": list(task.forget),
-        "remain_classes": list(task.remain),
-        "missing_classes": list(task.missing),
-        "train_images": {"forget": len(task.forget_indices), "remain": len(task.remain_indices)},
-        "before": before,
-        "after": after,
-        "groups": groups,
-        **costs,
-    }
+    images = {"forget": len(task.forget_indices), "remain": len(task.remain_indices)}
+    entry = {"task": task.number, "setting": task.setting}
+    entry |= {f"{group}_classes": list(getattr(task, group)) for group in ("forget", "remain", "missing")}
+    return {**entry, "train_images": images, "before": before, "after": after, "groups": groups, **costs}
 
 
 def load_results(path: Path) -> dict:

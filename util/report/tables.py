@@ -1,7 +1,6 @@
 """Tables as the papers lay them out: a row per method, the tasks side by side; as Markdown, CSV, LaTeX and text."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -18,6 +17,7 @@ PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
 PRETRAINED = "Pre-train"
 PUBLISHED = " (published)"  # after the label of the papers' row beside ours
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--", "…": r"\dots", "β": r"$\beta$"}
+LATEX |= {f"Acc_{group}": f"Acc$_{group}$" for group in "rfom"}
 
 
 def percent(value: float | None) -> str:
@@ -169,7 +169,6 @@ class Comparison:
             table = self._table(margin, {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"})
             style = table.style.hide(axis="index").format(escape="latex", subset=[c for c in table if not c[0]])
             text = style.to_latex(hrules=True, multicol_align="c", column_format="l" + "r" * (table.shape[1] - 1))
-            text = re.sub(r"Acc_(\w)", r"Acc$_\1$", text)
             for plain, tex in LATEX.items():
                 text = text.replace(plain, tex)
             parts.append(f"% Accuracy (%) {meaning}\n{text}")
@@ -191,9 +190,9 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """table.md, table.csv, table.tex and figure.png."""
         # matplotlib takes a second to import: only once there is something to draw.
-        from util.report.figures import comparison_figure, save_figure, sweep_figure
+        from util.report.figures import comparison_figure, run_figure, save_figure
 
         write_text(folder / "table.md", self.markdown() + "\n")
         write_text(folder / "table.csv", self.csv())
         write_text(folder / "table.tex", self.latex())
-        save_figure((sweep_figure if self.sweep else comparison_figure)(self), folder / "figure.png")
+        save_figure((run_figure if self.sweep else comparison_figure)(self), folder / "figure.png")
