@@ -53,26 +53,6 @@ class Job:
         return (self.folder.path / "log.txt").open("a")
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """Our own arguments, and those for train_forget.py."""
-    argv = sys.argv[1:] if argv is None else argv
-    end = argv.index("--") if "--" in argv else len(argv)
-    parser = options.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
-    parser.add_argument(
-        "--options", nargs=2, action="append", default=[], metavar=("NAME", "STRING"), help='for one method: ewc "--lr 1e-3"'
-    )
-    parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
-    parser.add_argument(
-        "--jobs-per-gpu", type=options.number(int, 1), default=1, metavar="N", help="runs side by side on each device"
-    )
-    parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
-    parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
-    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
-    return parser.parse_args(argv[:end]), argv[end + 1 :]
-
-
 def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
     """Every run in order, checked; finished and interrupted ones are recognised. Raises UsageError for wrong options."""
     seeds = [*dict.fromkeys(args.seeds)]
@@ -174,8 +154,24 @@ def print_rows(jobs: Iterable[Job], width: int) -> None:
 
 
 def main(argv: list[str] | None) -> None:
-    args, extra_args = parse_arguments(argv)
-    jobs = make_jobs(args, extra_args)
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
+    parser.add_argument(
+        "--options", nargs=2, action="append", default=[], metavar=("NAME", "STRING"), help='for one method: ewc "--lr 1e-3"'
+    )
+    parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
+    parser.add_argument(
+        "--jobs-per-gpu", type=options.number(int, 1), default=1, metavar="N", help="runs side by side on each device"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
+    parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
+    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
+    args = parser.parse_args(argv[:end])
+    jobs = make_jobs(args, argv[end + 1 :])
+
     if len(args.gpus) == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
     finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]

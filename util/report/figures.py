@@ -1,6 +1,5 @@
 """Figures of runs, drawn from their results."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ def run_figure(comparison: Comparison) -> Figure:
     grouped = [] if sweep else [task for task in comparison.tasks if task["groups"]]
     figure = Figure(figsize=(16 if grouped else 11, 5), layout="constrained")
     panels = figure.subplots(1, 3 if grouped else 2)
-    ticks = comparison.labels if sweep else _task_names(comparison)
+    ticks = comparison.labels if sweep else [f"task {t['task']}\n{t['setting']}" for t in comparison.tasks]
     for panel, (margin, meaning) in zip(panels, MARGINS.items(), strict=False):
         numbers = comparison.numbers(margin)
         if sweep:
@@ -45,22 +44,15 @@ def run_figure(comparison: Comparison) -> Figure:
         panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9)
     if grouped:
-        _group_norms(panels[2], grouped)
+        norms = {f"task {t['task']}, {t['groups']['zero_ratio']:.0%} zero": t["groups"]["norms"] for t in grouped}
+        rotation = 30 if len(grouped[0]["groups"]["norms"]) <= 12 else 90
+        pd.DataFrame(norms).plot.bar(ax=panels[2], width=0.8, rot=rotation, fontsize=8, legend=False)
+        panels[2].set_ylabel("group norm ‖θ_g‖₂")
+        panels[2].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
+        panels[2].grid(axis="y", alpha=0.3)
     method = comparison.about["method"][comparison.labels[0]]
     figure.suptitle(f"{method} on {comparison.title}" + (f", {last}" if sweep else ""))
     return figure
-
-
-def _task_names(comparison: Comparison) -> list[str]:
-    return [f"task {task['task']}\n{task['setting']}" for task in comparison.tasks]
-
-
-def _group_norms(axes: Axes, tasks: Sequence[dict]) -> None:
-    norms = pd.DataFrame({f"task {t['task']}, {t['groups']['zero_ratio']:.0%} zero": t["groups"]["norms"] for t in tasks})
-    norms.plot.bar(ax=axes, width=0.8, rot=30 if len(norms) <= 12 else 90, fontsize=8, legend=False)
-    axes.set_ylabel("group norm ‖θ_g‖₂")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
-    axes.grid(axis="y", alpha=0.3)
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
@@ -86,7 +78,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
                 capsize=3,
                 zorder=1 if colour else 2,
             )
-        panel.set_xticks(tasks, _task_names(comparison))
+        panel.set_xticks(tasks, [f"task {t['task']}\n{t['setting']}" for t in comparison.tasks])
         panel.set_ylabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
         _stretch_towards_100(panel, mean.stack())
         panel.grid(alpha=0.3)

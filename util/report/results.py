@@ -59,14 +59,8 @@ def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:
     most = max(len(run["tasks"]) for run in runs)
     rows = []
     for run, label in zip(runs, labels, strict=True):
-        whole = len(run["tasks"]) == most
-        about = {
-            "label": label,
-            "method": run["method"],
-            "seed": run["seed"],
-            "tunable_ratio": run["model"]["tunable_ratio"],
-            "seconds": sum(task["train_seconds"] for task in run["tasks"]) if whole else None,
-        }
+        about = {"label": label, "method": run["method"], "seed": run["seed"], **run["model"]}
+        about["seconds"] = sum(task["train_seconds"] for task in run["tasks"]) if len(run["tasks"]) == most else None
         for margin, task, metric in product(MARGINS, run["tasks"], METRICS):
             values = {"value": task["after"][margin + metric], "before": task["before"].get(margin + metric)}
             values["zero_ratio"] = task["groups"]["zero_ratio"] if task["groups"] else None

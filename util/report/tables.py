@@ -120,16 +120,12 @@ class Comparison:
         texts.loc[unfinished] = texts.loc[unfinished].replace("–", "…")
         return texts
 
-    def _ranks(self, margin: str) -> pd.DataFrame:
-        """Of our runs, in each column: 1 for the best, ties included; 2 for the next, unless there were ties."""
-        sign = [1 if METRICS[metric].more_is_better else -1 for _, metric in self.columns]
-        numbers = self.numbers(margin)
-        scores = numbers.loc[self.labels].round(2) * sign
-        return scores.loc[:, scores.count() > 1].rank(ascending=False, method="min").reindex_like(numbers)
-
     def _table(self, margin: str, mark: Mapping[int, str]) -> pd.DataFrame:
         """All columns, under (setting, heading), as text; `mark` are the formats of the best and the second best."""
-        table, ranks = self._texts(margin), self._ranks(margin)
+        table, sign = self._texts(margin), [1 if METRICS[metric].more_is_better else -1 for _, metric in self.columns]
+        scores = self.numbers(margin).loc[self.labels].round(2) * sign
+        # 1 for the best of our runs, ties included; 2 for the next, unless there were ties.
+        ranks = scores.loc[:, scores.count() > 1].rank(ascending=False, method="min").reindex_like(table)
         for rank, form in mark.items():
             table = table.mask(ranks == rank, table.map(form.format))
         table.columns = pd.MultiIndex.from_tuples((setting, METRICS[key].heading) for setting, key in self.columns)
