@@ -224,13 +224,17 @@ def targets(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
 
 def tables(args: argparse.Namespace, hardware: Hardware, folder: Path) -> list[float]:
     """Seconds of tables of 2, 2 and 5 epochs a task, left in `folder`. Faces are drawn before."""
-    methods, jobs, (identities, train, test) = TABLE[args.device]
-    model, cache, checkpoint = args.model[0], folder / "cache", folder / "untrained.pth"
-    faces, _ = synthetic_faces(identities, train, test, default_image_size(model), 0, hardware.device, cache)
-    save_checkpoint(checkpoint, Checkpoint(untrained(model, hardware, identities), faces.classes))
-    words = ["--checkpoint", checkpoint, "--cache-dir", cache, "--device", hardware.device]
-    words += ["--identities", identities, "--train-per-identity", train, "--test-per-identity", test]
-    words += ["--as-published", "--batch-size", args.batch_size, "--warmup-epochs", 0]
+    methods, jobs, counts = TABLE[args.device]
+    model, checkpoint = args.model[0], folder / "untrained.pth"
+    drawn = synthetic_faces(*counts, default_image_size(model), 0, hardware.device)
+    for split, faces in zip(("train", "test"), drawn, strict=True):
+        for number, (image, label) in enumerate(zip(faces.images, faces.labels, strict=True)):
+            path = folder / "faces" / split / faces.classes[label] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(image))
+    save_checkpoint(checkpoint, Checkpoint(untrained(model, hardware, len(faces.classes)), faces.classes))
+    words = ["--checkpoint", checkpoint, "--data", folder / "faces", "--cache-dir", folder / "cache"]
+    words += ["--as-published", "--batch-size", args.batch_size, "--warmup-epochs", 0, "--device", hardware.device]
     words += ["--compile", "on" if hardware.compile else "off"]
     seconds = []
     for epochs in (2, 2, 5):
