@@ -9,10 +9,9 @@ Leaves test.json, per_class.csv and roc.png in --output-dir.
 """
 
 import argparse
-import csv
-import io
-import sys
 from pathlib import Path
+
+import pandas as pd
 
 from backbone.halves import replace_lower_half
 from backbone.lora import apply_adapters
@@ -22,71 +21,53 @@ from data.image_set import ImageSet
 from data.tasks import named_classes
 from util.cli import options
 from util.cli.main import run_main
-from util.evaluation.evaluate import Predictions, embed_images, predictions_of
+from util.evaluation.evaluate import embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
 from util.report.results import load_results
-from util.report.tables import markdown_table, percent
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, write_json, write_text
 from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.training.deletion_record import load_record, verify_record
 
-Groups = dict[str, list[int]]
-
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
-    chooser = options.Parser(add_help=False)
-    add_record_option(chooser)
-    record = chooser.parse_known_args(argv)[0].verify_record
     parser = build_parser()
-    if record is not None:
-        parser.use_defaults({"checkpoint": None} | settings_of(load_record(record)))
     args = parser.parse_args(argv)
-    if args.forget_classes is not None and args.results is not None:
-        raise UsageError("--forget-classes and --results both name the groups: give one of them")
+    if args.verify_record is not None:
+        parser.use_defaults(settings_of(load_record(args.verify_record)))
+        args = parser.parse_args(argv)
     return args
 
 
 def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    add_record_option(parser)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="ours or published layout")
-    parser.add_argument(
-        "--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="adapter files to add, in the order of tasks"
-    )
-    parser.add_argument(
-        "--deposit", type=Path, metavar="FILE", help="LIRF's deposit, in place of the checkpoint's lower half"
-    )
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
+    subject.add_argument("--checkpoint", type=Path, metavar="FILE", help="ours or published layout")
+    parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="to add, in the order of tasks")
+    parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
     parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
     options.add_data(parser)
     group = parser.add_argument_group("groups of classes")
-    group.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
-    group.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
+    named = group.add_mutually_exclusive_group()
+    named.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
+    named.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
     group.add_argument("--task", type=int, help="task of --results (default: the checkpoint's own, or the last)")
-    group = parser.add_argument_group("verification")
-    group.add_argument(
-        "--pairs", type=options.number(int, 0), default=20000, help="genuine and impostor pairs to draw, each; 0: none"
-    )
+    group = parser.add_argument_group("verification, of genuine and impostor pairs of images")
+    group.add_argument("--pairs", type=options.number(int, 0), default=20000, help="to draw, of each kind; 0: none")
     group.add_argument("--seed", type=int, default=0, help="seed of the pairs")
     options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: exps/test-<folder>-<checkpoint>")
     return parser
 
 
-def add_record_option(parser: options.Parser) -> None:
-    parser.add_argument(
-        "--verify-record", type=Path, metavar="FILE", help="recompute a run's deletions/task_<t>.json, and say if it is true"
-    )
-
-
 def settings_of(record: dict) -> dict:
     """The data and the arithmetic that a record was made with, as defaults of our options."""
     keys = ("data", "val_fraction", "identities", "train_per_identity", "test_per_identity", "data_seed")
     settings = {key: record["arguments"][key] for key in keys if key in record["arguments"]}
-    hardware = record["hardware"]
-    last_block = "on" if hardware.get("cls_only_last_block") else "off"
-    return settings | {"precision": "bf16" if hardware.get("bf16") else "fp32", "cls_only_last_block": last_block}
+    settings["precision"] = "bf16" if record["hardware"].get("bf16") else "fp32"
+    settings["cls_only_last_block"] = "on" if record["hardware"].get("cls_only_last_block") else "off"
+    return settings
 
 
 def confirm(args: argparse.Namespace) -> None:
@@ -94,65 +75,41 @@ def confirm(args: argparse.Namespace) -> None:
     record = load_record(args.verify_record)
     hardware = options.hardware_of(args)
     data = build_datasets(args, record["images"]["size"], hardware.device)
-    failed, rows = [], []
-    for what, so, details in verify_record(args.verify_record, record, data, hardware):
-        rows.append([what, "not checked" if so is None else "confirmed" if so else "NOT SO", details])
-        failed += [what] * (so is False)
-    print(markdown_table(["Record", "", "Found"], rows))
+    said = {True: "confirmed", False: "NOT SO", None: "not checked"}
+    checks = [(what, said[so], found) for what, so, found in verify_record(args.verify_record, record, data, hardware)]
+    print(pd.DataFrame(checks, columns=["Record", "", "Found"]).to_markdown(index=False, disable_numparse=True))
+    failed = [what for what, so, _ in checks if so == said[False]]
     if failed:
-        raise RunError(f"{args.verify_record}: {len(failed)} of {len(rows)} checks failed: {', '.join(failed)}")
+        raise RunError(f"{args.verify_record}: {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
     print(f"\n{args.verify_record}: confirmed")
 
 
-def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, test_set: ImageSet) -> Groups:
+def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, test_set: ImageSet) -> dict[str, list[int]]:
     """Named groups of class ids, from --forget-classes, --results, or what the checkpoint itself has forgotten."""
-    everything = range(len(test_set.classes))
+    everything = {*range(len(test_set.classes))}
     if args.forget_classes is not None:
         forget = named_classes(args.forget_classes, test_set.classes)
-        return {"forgotten": forget, "remaining": [c for c in everything if c not in forget]}
+        return {"forgotten": forget, "remaining": sorted(everything - {*forget})}
     if args.results is not None:
-        return groups_of_results(args, checkpoint, test_set)
-    if not checkpoint.forgotten:
+        tasks = {task["task"]: task for task in load_results(args.results)["tasks"]}
+        wanted = args.task or len(args.adapters) or len(checkpoint.forgotten) or len(tasks)
+        if wanted not in tasks:
+            raise UsageError(f"{args.results} has no task {wanted}: it has {', '.join(map(str, tasks)) or 'none'}")
+        forget, remain = ({*tasks[wanted][f"{group}_classes"]} for group in ("forget", "remain"))
+        if strange := (forget | remain) - everything:
+            raise UsageError(f"{args.results} is of another data set: it names class {max(strange)}")
+    elif checkpoint.forgotten:
+        forget, remain = {*checkpoint.forgotten[-1]}, everything.difference(*checkpoint.forgotten)
+    else:
         return {}
-    *earlier, latest = checkpoint.forgotten
-    old = [c for classes in earlier for c in classes]
-    return named_groups([c for c in everything if c not in {*old, *latest}], latest, old)
-
-
-def groups_of_results(args: argparse.Namespace, checkpoint: Checkpoint, test_set: ImageSet) -> Groups:
-    tasks = load_results(args.results)["tasks"]
-    wanted = args.task or len(args.adapters) or len(checkpoint.forgotten) or len(tasks)
-    chosen = next((task for task in tasks if task["task"] == wanted), None)
-    if chosen is None:
-        raise UsageError(f"{args.results} has no task {wanted}: it has {', '.join(str(t['task']) for t in tasks) or 'none'}")
-    forget, remain = chosen["forget_classes"], chosen["remain_classes"]
-    if max(*forget, *remain) >= len(test_set.classes):
-        raise UsageError(f"{args.results} is of another data set: it names class {max(*forget, *remain)}")
-    old = [c for c in range(len(test_set.classes)) if c not in {*forget, *remain}]
-    return named_groups(remain, forget, old)
-
-
-def named_groups(remain: list[int], forget: list[int], old: list[int]) -> Groups:
-    groups = {"remaining": remain, "forgotten last": forget, "forgotten earlier": old}
-    return {name: classes for name, classes in groups.items() if classes}
-
-
-def per_class_csv(predictions: Predictions, classes: tuple[str, ...], groups: Groups) -> str:
-    group_of = {c: name for name, members in groups.items() for c in members}
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "name", "group", "images", "acc", "margin_acc"])
-    for c, name in enumerate(classes):
-        accuracies = ["" if value is None else round(value, 4) for value in predictions.accuracies([c]).values()]
-        writer.writerow([c, name, group_of.get(c, ""), int((predictions.labels == c).sum()), *accuracies])
-    return text.getvalue()
+    groups = {"remaining": remain, "forgotten last": forget, "forgotten earlier": everything - remain - forget}
+    return {name: sorted(classes) for name, classes in groups.items() if classes}
 
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     if args.verify_record is not None:
-        confirm(args)
-        return
+        return confirm(args)
     hardware = options.hardware_of(args)
     checkpoint = load_checkpoint(args.checkpoint, args.head)
     for path in args.adapters:
@@ -169,32 +126,33 @@ def main(argv: list[str] | None) -> None:
     measured, rows, curves = {}, [], {}
     for name, classes in ({"all": list(range(len(test_set.classes)))} | groups).items():
         chosen = predictions.among(classes)
-        measured[name] = {"classes": classes, "images": int(chosen.sum()), **predictions.accuracies(classes)}
-        pairs = verify(embeddings[chosen.to(embeddings.device)], predictions.labels[chosen], args.pairs, args.seed)
-        if pairs is not None:
+        found = {"classes": classes, "images": int(chosen.sum()), **predictions.accuracies(classes)}
+        pairs = verify(embeddings[chosen.to(embeddings.device)], predictions.labels[chosen], args.pairs, args.seed) or {}
+        if pairs:
             curves[name] = pairs.pop("curve")
-        measured[name]["verification"] = pairs
-        rows.append(_row(name, measured[name]))
-    header = ["Group", "Classes", "Images", "Acc %", "Margin acc %", "AUC %", *(f"TAR@{r:g} %" for r in FALSE_ACCEPT_RATES)]
-    print(markdown_table(header, rows))
+        measured[name] = found | {"verification": pairs or None}
+        row = {"Group": name, "Classes": len(classes), "Images": found["images"]}
+        row |= {"Acc %": found["acc"], "Margin acc %": found["margin_acc"], "AUC %": pairs.get("auc")}
+        rows.append(row | {f"TAR@{rate:g} %": pairs.get(f"tar_at_far_{rate:g}") for rate in FALSE_ACCEPT_RATES})
+    table = pd.DataFrame(rows, dtype=object)
+    print(table.to_markdown(index=False, floatfmt=".2f", missingval="–", numalign="right"))
 
+    group_of = {c: name for name, classes in groups.items() for c in classes}
+    per_class = pd.DataFrame(
+        {"class": c, "name": name, "group": group_of.get(c), "images": int((predictions.labels == c).sum())}
+        | predictions.accuracies([c])
+        for c, name in enumerate(test_set.classes)
+    )
     output = args.output_dir or Path("exps") / f"test-{args.checkpoint.parent.name}-{args.checkpoint.stem}"
     sources = {"checkpoint": str(args.checkpoint), "adapters": [str(path) for path in args.adapters]}
     sources["deposit"] = None if args.deposit is None else str(args.deposit)
     write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
-    write_text(output / "per_class.csv", per_class_csv(predictions, test_set.classes, groups))
+    write_text(output / "per_class.csv", per_class.round(4).to_csv(index=False))
     if curves:
         from util.report.figures import roc_figure, save_figure
 
         save_figure(roc_figure(curves), output / "roc.png")
     print(f"\nper class, figures and numbers: {output}")
-
-
-def _row(name: str, values: dict) -> list[str]:
-    pairs = values["verification"] or {}
-    rates = [percent(pairs.get(key)) for key in ("auc", *(f"tar_at_far_{rate:g}" for rate in FALSE_ACCEPT_RATES))]
-    accuracies = [percent(values["acc"]), percent(values["margin_acc"])]
-    return [name, str(len(values["classes"])), str(values["images"]), *accuracies, *rates]
 
 
 if __name__ == "__main__":

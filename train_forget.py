@@ -21,7 +21,7 @@ from methods.base import Method
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
 from util.cli.main import run_main
-from util.report.tables import narrow_table
+from util.report.tables import Comparison
 from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json
@@ -186,7 +186,7 @@ def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder) -> No
         flush=True,
     )
     results = run.run(folder, resume)
-    print(f"\n{narrow_table([results], [run.method.title])}\n\nresults, checkpoints and figure: {folder.path}")
+    print("", *Comparison([results]).narrow(), "", f"results, checkpoints and figure: {folder.path}", sep="\n")
 
 
 if __name__ == "__main__":

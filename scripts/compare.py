@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_forget
 from methods import METHODS, method_class
+from util.cli import options
 from util.cli.main import run_main
-from util.cli.options import first_difference
 from util.report.results import load_results
 from util.report.tables import PRETRAINED, Comparison
 from util.runtime.errors import RunError, UsageError
@@ -40,9 +40,8 @@ from util.training.resume import FREE_ON_RESUME
 
 @dataclass
 class Job:
-    """One run: a method with a seed, and the arguments of train_forget.py. `label` names it among the others."""
+    """One run of train_forget.py; `label` names it among the others."""
 
-    method: str
     label: str
     folder: RunFolder
     arguments: list[str]
@@ -54,36 +53,11 @@ class Job:
         return (self.folder.path / "log.txt").open("a")
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    argv = sys.argv[1:] if argv is None else argv
-    own_args, extra_args = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
-    parser.add_argument(
-        "--options",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "STRING"),
-        help='options for one method alone, as: --options ewc "--lr 1e-3 --lambda 1"',
-    )
-    parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
-    parser.add_argument("--jobs-per-gpu", type=int, default=1, metavar="N", help="runs side by side on each device")
-    parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
-    parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
-    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
-    args = parser.parse_args(own_args)
-    if args.jobs_per_gpu < 1:
-        raise UsageError(f"--jobs-per-gpu {args.jobs_per_gpu} is out of range: at least 1")
-    return args, extra_args
-
-
 def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
     """Every run in order, checked; finished and interrupted ones are recognised. Raises UsageError for wrong options."""
     seeds = [*dict.fromkeys(args.seeds)]
     methods = [*METHODS] if args.methods == ["all"] else [*dict.fromkeys(args.methods)]
-    method_args = {name: shlex.split(options) for name, options in args.options}
+    method_args = {name: shlex.split(words) for name, words in args.options}
     for name in [*methods, *method_args]:
         method_class(name)
     jobs = []
@@ -91,7 +65,7 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
         folder = RunFolder(args.output_dir / f"{name}-seed{seed}")
         arguments = ["--method", name, *extra_args, *method_args.get(name, []), "--seed", str(seed)]
         label = METHODS[name].title + (f", seed {seed}" if len(seeds) > 1 else "")
-        job = Job(name, label, folder, [*arguments, "--output-dir", str(folder.path)])
+        job = Job(label, folder, [*arguments, "--output-dir", str(folder.path)])
         parsed = train_forget.parse_arguments(job.arguments)
         if not jobs:
             # What is wrong for all of them is found once, before any of them starts.
@@ -99,23 +73,15 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
             checkpoint_sha256 = sha256(parsed.checkpoint)
         resume = folder.config.exists() and not args.overwrite
         if resume:
-            check_same(folder, parsed, checkpoint_sha256)
+            config = read_json(folder.config)
+            saved = config.get("arguments", {}) | {"checkpoint": config.get("checkpoint_sha256")}
+            parsed.checkpoint = checkpoint_sha256  # wherever it lies now
+            if other := options.first_difference(saved, parsed, FREE_ON_RESUME):
+                raise UsageError(f"{folder.path} holds a run with other options: {other}; use --overwrite or another folder")
             job.finished = folder.finished
         job.arguments.append("--resume" if resume and folder.last.exists() else "--overwrite")
         jobs.append(job)
     return jobs
-
-
-def check_same(folder: RunFolder, args: argparse.Namespace, checkpoint_sha256: str) -> None:
-    """Raise UsageError if the folder holds a run with other options or of another checkpoint."""
-    config = read_json(folder.config)
-    other = first_difference(config.get("arguments", {}), args, {*FREE_ON_RESUME, "checkpoint"})
-    if config.get("checkpoint_sha256") != checkpoint_sha256:
-        other = other or f"another checkpoint than {args.checkpoint}"
-    if other:
-        raise UsageError(
-            f"{folder.path} holds a run with other options: {other}; use --overwrite to replace it, or another output folder"
-        )
 
 
 def run_here(job: Job) -> None:
@@ -188,8 +154,24 @@ def print_rows(jobs: Iterable[Job], width: int) -> None:
 
 
 def main(argv: list[str] | None) -> None:
-    args, extra_args = parse_arguments(argv)
-    jobs = make_jobs(args, extra_args)
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
+    parser.add_argument(
+        "--options", nargs=2, action="append", default=[], metavar=("NAME", "STRING"), help='for one method: ewc "--lr 1e-3"'
+    )
+    parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
+    parser.add_argument(
+        "--jobs-per-gpu", type=options.number(int, 1), default=1, metavar="N", help="runs side by side on each device"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
+    parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
+    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
+    args = parser.parse_args(argv[:end])
+    jobs = make_jobs(args, argv[end + 1 :])
+
     if len(args.gpus) == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
     finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]
@@ -198,13 +180,13 @@ def main(argv: list[str] | None) -> None:
         ended = chain(finished, run_all(waiting, (args.gpus or [""]) * args.jobs_per_gpu))
         print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 
-    done, failures = [job for job in jobs if not job.failure], {job.label: job.failure for job in jobs if job.failure}
-    if not done:
+    failures = {job.label: job.failure for job in jobs if job.failure}
+    if len(failures) == len(jobs):
         raise RunError(f"every run failed; the first: {jobs[0].failure}")
-    runs, titles = [load_results(job.folder.results) for job in done], [METHODS[job.method].title for job in done]
-    comparison = Comparison(runs, titles, failures, args.published)
+    runs = [load_results(job.folder.results) for job in jobs if not job.failure]
+    comparison = Comparison(runs, failures=failures, published=args.published)
     comparison.write(args.output_dir)
-    if args.published or len({*titles}) < len(titles):
+    if args.published or len(comparison.labels) < len(runs):
         print("", *comparison.narrow("margin_" if args.published else ""), sep="\n")
     print(f"\nthe whole table and the figure: {args.output_dir}")
     if failures:

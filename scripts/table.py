@@ -6,7 +6,6 @@ python scripts/table.py --results 4/results.json 8/results.json --labels 4 8 --s
 Leaves table.md, table.csv, table.tex and figure.png.
 """
 
-import argparse
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,14 +14,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from methods import METHODS
+from util.cli import options
 from util.cli.main import run_main
 from util.report.results import load_results
 from util.report.tables import Comparison
 from util.runtime.errors import UsageError
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: list[str] | None) -> None:
+    parser = options.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="results.json of each run")
     parser.add_argument("--labels", nargs="+", help="a name for each run; equal names are averaged; none: the methods")
     parser.add_argument("--sweep", metavar="TITLE", help="what the labels are values of: the figure is over them")
@@ -31,28 +31,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.results):
         raise UsageError(f"{len(args.labels)} labels for {len(args.results)} results: give one each")
-    return args
 
-
-def load_runs(paths: list[Path], labels: list[str] | None) -> tuple[list[dict], list[str]]:
-    """The finished tasks of each run and its label; without labels, in the order of the papers' tables."""
-    runs = [load_results(path) for path in paths]
-    for path, run in zip(paths, runs, strict=True):
+    runs = [load_results(path) for path in args.results]
+    for path, run in zip(args.results, runs, strict=True):
         if not run["tasks"]:
             raise UsageError(f"{path} has no finished task")
-    if labels is None:
+    if args.labels is None:
         (method, seed), count = Counter((run["method"], run["seed"]) for run in runs).most_common(1)[0]
         if count > 1:
             raise UsageError(f"{method} with seed {seed} is there more than once: tell the runs apart with --labels")
-        order = [*METHODS]
-        runs.sort(key=lambda run: (order.index(run["method"]) if run["method"] in order else len(order), run["seed"]))
-        labels = [METHODS[run["method"]].title if run["method"] in METHODS else run["method"] for run in runs]
-    return runs, labels
-
-
-def main(argv: list[str] | None) -> None:
-    args = parse_arguments(argv)
-    comparison = Comparison(*load_runs(args.results, args.labels), published=args.published, sweep=args.sweep)
+        runs.sort(key=lambda run: ([*METHODS].index(run["method"]), run["seed"]))  # as in the papers' tables
+    comparison = Comparison(runs, args.labels, published=args.published, sweep=args.sweep)
     comparison.write(args.output_dir)
     print(*comparison.narrow("margin_" if args.published else ""), sep="\n")
     print(f"\nthe whole table and the figure: {args.output_dir}")

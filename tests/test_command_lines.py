@@ -28,7 +28,7 @@ def run_folder(trained, colours, command, tmp_path_factory) -> Path:
         code, out, err = command("train_forget.py", *forget_options(trained, colours, folder), "--eval-every", 6)
         assert code == 0, err
         assert "task 2/2 8-2" in out
-        assert "\nGS-LoRA " in out
+        assert "\nGS-LoRA  " in out
     return folder
 
 

@@ -33,7 +33,6 @@ def test_steps_on_both_paths(measure):
     assert [row["work"] for row in rows] == ["gs_lora", "der_pp", "ewc", "pretrain", "evaluation"]
     for row in rows:
         assert row["fast : plain"] == pytest.approx(row["images/s fast"] / row["images/s plain"])
-        assert row["% of matmul rate"] > 0
     assert max(map(len, out.splitlines()[4:])) <= 100
 
 
@@ -48,9 +47,9 @@ def test_ablation_undoes_one_part_at_a_time(measure):
 
 def test_growth_has_exponents(measure):
     found, out = measure("growth", "test_vit")
-    few, _, many, _ = found["rows"]
-    assert [row["images"] for row in found["rows"]] == [8, 32, 128, 32]
-    assert found["exponents"]["images"]["s"] == pytest.approx(math.log(many["s"] / few["s"]) / math.log(16))
+    few, many, _ = found["rows"]
+    assert [row["images"] for row in found["rows"]] == [8, 64, 64]
+    assert found["exponents"]["images"]["s"] == pytest.approx(math.log(many["s"] / few["s"]) / math.log(8))
     assert "time grows as (GFLOPs/image)^" in out
 
 
@@ -58,7 +57,7 @@ def test_targets_are_set_beside_what_is_measured(measure):
     rows, out = measure("targets")
     assert [row["target"] for row in rows] == ["≤ 8 ms", "≥ 20,000 images/s", "≤ 20 minutes", "≤ 8 GB"]
     assert all(row["measured"] > 0 for row in rows)
-    assert out.count("2 methods, 4 tasks of") == 3
+    assert out.count("1 methods, 4 tasks of") == 3
 
 
 @pytest.mark.parametrize("name", ["gs_lora", "der_pp", "ewc", "pretrain"])

@@ -1,15 +1,11 @@
 """Figures of runs, drawn from their results."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display on the machines that train
-
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from util.evaluation.metrics import MARGINS, METRICS
@@ -20,69 +16,52 @@ MARKERS = "osD^v<>PX*hdp"
 OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson"}
 
 
-def run_figure(results: dict) -> Figure:
-    """Accuracies over the tasks, without and with margin, and the norms of the groups."""
-    tasks, method = results["tasks"], results["method"]
-    grouped = [task for task in tasks if task["groups"]]
-    figure, panels = plt.subplots(1, 3 if grouped else 2, figsize=(16 if grouped else 11, 5), layout="constrained")
-    comparison = Comparison([results], [method])
-    ticks = [f"task {task['task']}\n{task['setting']}" for task in tasks]
-    for panel, margin in zip(panels, MARGINS, strict=False):
+def run_figure(comparison: Comparison) -> Figure:
+    """Accuracies, without and with margin, over the tasks of one run, with the norms of its groups; or over a sweep.
+
+    A line per metric, side by side, since many are 0 together; dashes for the pre-trained model.
+    """
+    sweep, last = comparison.sweep, comparison.settings[-1]
+    grouped = [] if sweep else [task for task in comparison.tasks if task["groups"]]
+    figure = Figure(figsize=(16 if grouped else 11, 5), layout="constrained")
+    panels = figure.subplots(1, 3 if grouped else 2)
+    ticks = comparison.labels if sweep else [f"task {t['task']}\n{t['setting']}" for t in comparison.tasks]
+    for panel, (margin, meaning) in zip(panels, MARGINS.items(), strict=False):
         numbers = comparison.numbers(margin)
-        after, before = (numbers.loc[row].unstack().loc[comparison.settings] for row in (method, PRETRAINED))
-        _accuracies(panel, margin, ticks, after, before)
+        if sweep:
+            before, after = (numbers[last].loc[rows] for rows in ([PRETRAINED] * len(ticks), ticks))
+        else:
+            before, after = (row.unstack().loc[comparison.settings] for _, row in numbers.iterrows())
+        for number, (key, metric) in enumerate(METRICS.items()):
+            if key in after:
+                places = np.arange(len(ticks)) + 0.06 * (number - 2)
+                panel.plot(places, after[key], "o-", color=metric.colour, label=f"{metric.title}, {metric.description}")
+                panel.plot(places, before[key], "_--", color=metric.colour, alpha=0.4)
+        panel.plot([], [], "_--", color="grey", label="pre-trained")
+        panel.set_xticks(range(len(ticks)), ticks)
+        panel.set(ylim=(-3, 103), ylabel="%", xlabel=sweep)
+        panel.set_title(meaning, fontsize=10)
+        panel.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9)
     if grouped:
-        _group_norms(panels[2], grouped)
-    figure.suptitle(f"{method} on {comparison.title}")
-    return figure
-
-
-def sweep_figure(comparison: Comparison) -> Figure:
-    """Accuracies after the last task over the values of a sweep, without and with margin."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    last = comparison.settings[-1]
-    for panel, margin in zip(panels, MARGINS, strict=True):
-        numbers = comparison.numbers(margin)[last]
-        before = numbers.loc[[PRETRAINED] * len(comparison.labels)]
-        _accuracies(panel, margin, comparison.labels, numbers.loc[comparison.labels], before)
-        panel.set_xlabel(comparison.sweep)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        norms = {f"task {t['task']}, {t['groups']['zero_ratio']:.0%} zero": t["groups"]["norms"] for t in grouped}
+        rotation = 30 if len(grouped[0]["groups"]["norms"]) <= 12 else 90
+        pd.DataFrame(norms).plot.bar(ax=panels[2], width=0.8, rot=rotation, fontsize=8, legend=False)
+        panels[2].set_ylabel("group norm ‖θ_g‖₂")
+        panels[2].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
+        panels[2].grid(axis="y", alpha=0.3)
     method = comparison.about["method"][comparison.labels[0]]
-    figure.suptitle(f"{method} on {comparison.title}, {last}")
+    figure.suptitle(f"{method} on {comparison.title}" + (f", {last}" if sweep else ""))
     return figure
-
-
-def _accuracies(axes: plt.Axes, margin: str, ticks: Sequence[str], after: pd.DataFrame, before: pd.DataFrame) -> None:
-    """A line per metric, side by side, since many are 0 together; dashes for the pre-trained model."""
-    for number, (key, metric) in enumerate(METRICS.items()):
-        if key in after:
-            places = np.arange(len(ticks)) + 0.06 * (number - 2)
-            axes.plot(places, after[key], "o-", color=metric.colour, label=f"{metric.title}, {metric.description}")
-            axes.plot(places, before[key], "_--", color=metric.colour, alpha=0.4)
-    axes.plot([], [], "_--", color="grey", label="pre-trained")
-    axes.set_xticks(range(len(ticks)), ticks)
-    axes.set_ylim(-3, 103)
-    axes.set_ylabel("%")
-    axes.set_title(MARGINS[margin], fontsize=10)
-    axes.grid(alpha=0.3)
-
-
-def _group_norms(axes: plt.Axes, tasks: Sequence[dict]) -> None:
-    norms = pd.DataFrame({f"task {t['task']}, {t['groups']['zero_ratio']:.0%} zero": t["groups"]["norms"] for t in tasks})
-    norms.plot.bar(ax=axes, width=0.8, rot=30 if len(norms) <= 12 else 90, fontsize=8, legend=False)
-    axes.set_ylabel("group norm ‖θ_g‖₂")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=8, frameon=False)
-    axes.grid(axis="y", alpha=0.3)
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
     """H and Acc_r over the tasks, without margin, a line per method; bars: the standard deviation over the runs."""
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
-    means, stds = comparison.numbers(""), comparison.numbers("", "std").fillna(0)
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    panels = figure.subplots(1, 2)
     tasks = np.arange(len(comparison.tasks))
     for panel, metric in zip(panels, ("h_mean", "acc_remain"), strict=True):
-        mean, std = (table.xs(metric, axis=1, level=1) for table in (means, stds))
+        mean, std = (comparison.numbers("", what).xs(metric, axis=1, level=1) for what in ("mean", "std"))
         panel.plot(tasks, mean.loc[PRETRAINED], "--", color="black", alpha=0.5, label=PRETRAINED)
         for number, label in enumerate(comparison.labels):
             # The project's own methods stand out; markers tell apart what colours do not.
@@ -91,15 +70,15 @@ def comparison_figure(comparison: Comparison) -> Figure:
             panel.errorbar(
                 tasks + shift,
                 mean.loc[label],
-                yerr=np.minimum(std.loc[label], [mean.loc[label], 100 - mean.loc[label]]) if std.loc[label].any() else None,
+                yerr=std.loc[label],  # NaN, which is not drawn, where there is one run
                 label=label,
-                color=colour or plt.get_cmap("tab20")(number % 20),
+                color=colour or colormaps["tab20"](number % 20),
                 linewidth=3.0 if colour else 1.3,
                 marker=MARKERS[number % len(MARKERS)],
                 capsize=3,
                 zorder=1 if colour else 2,
             )
-        panel.set_xticks(tasks, [f"task {task['task']}\n{task['setting']}" for task in comparison.tasks])
+        panel.set_xticks(tasks, [f"task {t['task']}\n{t['setting']}" for t in comparison.tasks])
         panel.set_ylabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
         _stretch_towards_100(panel, mean.stack())
         panel.grid(alpha=0.3)
@@ -108,7 +87,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def _stretch_towards_100(axes: plt.Axes, values: pd.Series) -> None:
+def _stretch_towards_100(axes: Axes, values: pd.Series) -> None:
     """A logarithmic scale of the distance to 100 (102, to be exact): good methods differ by points, bad ones by tens."""
     if values.max() < 90:
         return
@@ -119,22 +98,18 @@ def _stretch_towards_100(axes: plt.Axes, values: pd.Series) -> None:
 
 def roc_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """True accept rate over false accept rate, a curve per group of classes: (false, true) rates in [0, 1]."""
-    figure, axes = plt.subplots(figsize=(6, 5))
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.subplots()
     for name, (far, tar) in curves.items():
         axes.plot(far, tar, drawstyle="steps-post", label=name)
     axes.set_xscale("symlog", linthresh=1e-4)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.01)
-    axes.set_xlabel("false accept rate")
-    axes.set_ylabel("true accept rate")
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false accept rate", ylabel="true accept rate")
     axes.set_title("face verification on pairs of test images")
     axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
-    figure.tight_layout()
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    plt.close(figure)

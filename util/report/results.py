@@ -8,9 +8,10 @@ import pandas as pd
 
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
+from methods import METHODS
 from util.evaluation.metrics import MARGINS, METRICS
 from util.runtime.errors import RunError
-from util.runtime.files import read_json
+from util.runtime.files import read_json, readable
 
 SCHEMA = 1
 NUMBERS = ("tunable_ratio", "seconds", "value", "before", "zero_ratio")
@@ -20,33 +21,18 @@ def new_results(
     method: str, seed: int, train_set: ImageSet, test_set: ImageSet, model: dict, pretrained: dict[str, float | None]
 ) -> dict:
     """The results of a run that has not finished any task."""
-    return {
-        "schema": SCHEMA,
-        "finished": False,
-        "method": method,
-        "seed": seed,
-        "dataset": {"name": train_set.name, "classes": len(train_set.classes)}
-        | {"train_images": len(train_set), "test_images": len(test_set)},
-        "model": model,
-        "pretrained": pretrained,
-        "tasks": [],
-    }
+    dataset = {"name": train_set.name, "classes": len(train_set.classes)}
+    dataset |= {"train_images": len(train_set), "test_images": len(test_set)}
+    run = {"schema": SCHEMA, "finished": False, "method": method, "seed": seed}
+    return {**run, "dataset": dataset, "model": model, "pretrained": pretrained, "tasks": []}
 
 
 def task_entry(task: ForgettingTask, before: dict, after: dict, groups: dict | None, costs: dict[str, float]) -> dict:
     """One element of `tasks`; `costs` holds train_seconds, eval_seconds, images_per_second and peak_memory_mb."""
-    return {
-        "task": task.number,
-        "setting": task.setting,
-        "forget_classes": list(task.forget),
-        "remain_classes": list(task.remain),
-        "missing_classes": list(task.missing),
-        "train_images": {"forget": len(task.forget_indices), "remain": len(task.remain_indices)},
-        "before": before,
-        "after": after,
-        "groups": groups,
-        **costs,
-    }
+    images = {"forget": len(task.forget_indices), "remain": len(task.remain_indices)}
+    entry = {"task": task.number, "setting": task.setting}
+    entry |= {f"{group}_classes": list(getattr(task, group)) for group in ("forget", "remain", "missing")}
+    return {**entry, "train_images": images, "before": before, "after": after, "groups": groups, **costs}
 
 
 def load_results(path: Path) -> dict:
@@ -54,26 +40,15 @@ def load_results(path: Path) -> dict:
     results = read_json(path)
     if results.get("schema") != SCHEMA:
         raise RunError(f"{path}: not a results.json of schema {SCHEMA}")
-    try:
-        _check(results)
-    except KeyError as error:
-        raise RunError(f"{path}: damaged results: {error.args[0]} is missing") from None
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: damaged results: {error}") from None
+    with readable(path, "damaged results"):  # touch what readers rely on
+        tasks = results["tasks"]
+        names = [METHODS[results["method"]].title, results["dataset"]["name"], *(task["setting"] for task in tasks)]
+        numbers = [results["seed"], results["dataset"]["classes"], *(task["task"] for task in tasks)]
+        numbers += [c for task in tasks for c in task["forget_classes"] + task["remain_classes"]]
+        if {*map(type, names)} != {str} or {*map(type, numbers)} != {int} or len({*names[2:]}) < len(tasks):
+            raise ValueError("a name or a number is none, or there twice")
+        results_frame([results], names[:1])
     return results
-
-
-def _check(results: dict) -> None:
-    """Touch what readers rely on, so that damage shows here."""
-    names, tasks = [results["method"], results["dataset"]["name"]], results["tasks"]
-    settings = [task["setting"] for task in tasks]
-    ids = [results["seed"], results["dataset"]["classes"], *(task["task"] for task in tasks)]
-    ids += [c for task in tasks for group in ("forget", "remain") for c in task[f"{group}_classes"]]
-    if not all(isinstance(name, str) for name in (*names, *settings)):
-        raise TypeError("a name is no text")
-    if not all(type(number) is int for number in ids) or len({*settings}) < len(settings):
-        raise ValueError("a number is no number, or there twice")
-    results_frame([results], [results["method"]])
 
 
 def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:
@@ -84,14 +59,8 @@ def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:
     most = max(len(run["tasks"]) for run in runs)
     rows = []
     for run, label in zip(runs, labels, strict=True):
-        whole = len(run["tasks"]) == most
-        about = {
-            "label": label,
-            "method": run["method"],
-            "seed": run["seed"],
-            "tunable_ratio": run["model"]["tunable_ratio"],
-            "seconds": sum(task["train_seconds"] for task in run["tasks"]) if whole else None,
-        }
+        about = {"label": label, "method": run["method"], "seed": run["seed"], **run["model"]}
+        about["seconds"] = sum(task["train_seconds"] for task in run["tasks"]) if len(run["tasks"]) == most else None
         for margin, task, metric in product(MARGINS, run["tasks"], METRICS):
             values = {"value": task["after"][margin + metric], "before": task["before"].get(margin + metric)}
             values["zero_ratio"] = task["groups"]["zero_ratio"] if task["groups"] else None

@@ -1,13 +1,13 @@
 """Tables as the papers lay them out: a row per method, the tasks side by side; as Markdown, CSV, LaTeX and text."""
 
 import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
+from methods import METHODS
 from util.evaluation.metrics import MARGINS, METRICS
 from util.report.results import results_frame
 from util.runtime.errors import UsageError
@@ -15,13 +15,9 @@ from util.runtime.files import write_text
 
 PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
 PRETRAINED = "Pre-train"
+PUBLISHED = " (published)"  # after the label of the papers' row beside ours
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--", "…": r"\dots", "β": r"$\beta$"}
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The first column is left-aligned, the others right."""
-    align = ["left"] + ["right"] * (len(header) - 1)
-    return pd.DataFrame(rows, columns=header).to_markdown(index=False, disable_numparse=True, colalign=align)
+LATEX |= {f"Acc_{group}": f"Acc$_{group}$" for group in "rfom"}
 
 
 def percent(value: float | None) -> str:
@@ -45,16 +41,12 @@ def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) -
         )
     ratios, rows = papers["tunable_ratio"], []
     for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
-        about = {"label": _published(label), "margin": "margin_"}
+        about = {"label": label + PUBLISHED, "margin": "margin_"}
         about["tunable_ratio"] = ratios.get(method, ratios["others"]) / 100
         by_setting = dict(zip(table["settings"], table["methods"].get(method, []), strict=False))
         for setting, metric in product(by_setting.keys() & settings, METRICS):
             rows.append({**about, "setting": setting, "metric": metric, "value": by_setting[setting].get(metric)})
     return pd.DataFrame(rows)
-
-
-def _published(label: str) -> str:
-    return f"{label} (published)"
 
 
 class Comparison:
@@ -66,16 +58,18 @@ class Comparison:
     def __init__(
         self,
         runs: Sequence[dict],
-        labels: Sequence[str],
+        labels: Sequence[str] | None = None,
         failures: Mapping[str, str] | None = None,
         published: bool = False,
         sweep: str | None = None,
     ) -> None:
-        """`runs` are contents of results.json. `failures`: further rows, without numbers, and why they have none.
+        """`runs` are contents of results.json, `labels` by default their methods' titles.
 
-        `published` adds the papers' rows. `sweep` says what the labels are values of, if they are not methods.
+        `failures`: further rows, without numbers, and why they have none. `published` adds the papers' rows. `sweep` says
+        what the labels are values of, if they are not methods.
         Raises UsageError if the runs are not of the same data and tasks, or not of the papers'.
         """
+        labels = labels or [METHODS[run["method"]].title for run in runs]
         longest = max(runs, key=lambda run: len(run["tasks"]))
         self.dataset, self.tasks = longest["dataset"], longest["tasks"]
         self.settings = [task["setting"] for task in self.tasks]
@@ -112,7 +106,7 @@ class Comparison:
         """A row per label, pre-trained first; a column per (setting, metric)."""
         rows = [PRETRAINED]
         for label in self.labels:
-            rows += [label, _published(label)] if margin and _published(label) in self.about.index else [label]
+            rows += [label, label + PUBLISHED] if margin and label + PUBLISHED in self.about.index else [label]
         table = self.stats[statistic].xs(margin, level="margin").unstack(["setting", "metric"])
         return table.reindex(index=rows, columns=pd.MultiIndex.from_tuples(self.columns))
 
@@ -126,16 +120,12 @@ class Comparison:
         texts.loc[unfinished] = texts.loc[unfinished].replace("–", "…")
         return texts
 
-    def _ranks(self, margin: str) -> pd.DataFrame:
-        """Of our runs, in each column: 1 for the best, ties included; 2 for the next, unless there were ties."""
-        sign = [1 if METRICS[metric].more_is_better else -1 for _, metric in self.columns]
-        numbers = self.numbers(margin)
-        scores = numbers.loc[self.labels].round(2) * sign
-        return scores.loc[:, scores.count() > 1].rank(ascending=False, method="min").reindex_like(numbers)
-
     def _table(self, margin: str, mark: Mapping[int, str]) -> pd.DataFrame:
         """All columns, under (setting, heading), as text; `mark` are the formats of the best and the second best."""
-        table, ranks = self._texts(margin), self._ranks(margin)
+        table, sign = self._texts(margin), [1 if METRICS[metric].more_is_better else -1 for _, metric in self.columns]
+        scores = self.numbers(margin).loc[self.labels].round(2) * sign
+        # 1 for the best of our runs, ties included; 2 for the next, unless there were ties.
+        ranks = scores.loc[:, scores.count() > 1].rank(ascending=False, method="min").reindex_like(table)
         for rank, form in mark.items():
             table = table.mask(ranks == rank, table.map(form.format))
         table.columns = pd.MultiIndex.from_tuples((setting, METRICS[key].heading) for setting, key in self.columns)
@@ -155,7 +145,9 @@ class Comparison:
         for margin, meaning in MARGINS.items():
             table = self._table(margin, {1: "**{}**", 2: "*{}*"})
             header = [f"{setting} {name}" if name == METRICS["h_mean"].heading else name for setting, name in table]
-            parts += [f"Accuracy (%) {meaning}", markdown_table(header, table.to_numpy())]
+            align = ["left"] + ["right"] * (len(header) - 1)
+            text = table.set_axis(header, axis=1).to_markdown(index=False, disable_numparse=True, colalign=align)
+            parts += [f"Accuracy (%) {meaning}", text]
         return "\n\n".join(parts + [f"{label}: failed: {why}" for label, why in self.failures.items()])
 
     def csv(self) -> str:
@@ -170,12 +162,9 @@ class Comparison:
         """Without and with margin, as `tabular`s for the booktabs package: the best bold, the second best underlined."""
         parts = []
         for margin, meaning in MARGINS.items():
-            table = self._table(margin, {})
-            ranks = self._ranks(margin).set_axis(table.columns[2 : 2 + len(self.columns)], axis=1)
-            css = ranks.reindex_like(table).map({1: "textbf: --rwrap;", 2: "underline: --rwrap;"}.get)
-            style = table.style.hide(axis="index").format(escape="latex").apply(lambda _, css=css: css, axis=None)
+            table = self._table(margin, {1: r"\textbf{{{}}}", 2: r"\underline{{{}}}"})
+            style = table.style.hide(axis="index").format(escape="latex", subset=[c for c in table if not c[0]])
             text = style.to_latex(hrules=True, multicol_align="c", column_format="l" + "r" * (table.shape[1] - 1))
-            text = re.sub(r"Acc_(\w)", r"Acc$_\1$", text)
             for plain, tex in LATEX.items():
                 text = text.replace(plain, tex)
             parts.append(f"% Accuracy (%) {meaning}\n{text}")
@@ -197,14 +186,9 @@ class Comparison:
     def write(self, folder: Path) -> None:
         """table.md, table.csv, table.tex and figure.png."""
         # matplotlib takes a second to import: only once there is something to draw.
-        from util.report.figures import comparison_figure, save_figure, sweep_figure
+        from util.report.figures import comparison_figure, run_figure, save_figure
 
         write_text(folder / "table.md", self.markdown() + "\n")
         write_text(folder / "table.csv", self.csv())
         write_text(folder / "table.tex", self.latex())
-        save_figure((sweep_figure if self.sweep else comparison_figure)(self), folder / "figure.png")
-
-
-def narrow_table(runs: Sequence[dict], labels: Sequence[str]) -> str:
-    """The accuracies without margin, to print: at most 100 columns for four tasks."""
-    return "\n".join(Comparison(runs, labels).narrow())
+        save_figure((run_figure if self.sweep else comparison_figure)(self), folder / "figure.png")

@@ -165,7 +165,7 @@ class ContinualRun:
         # matplotlib takes a second to import: not before training has begun.
         from util.report.figures import run_figure, save_figure
 
-        figure = run_figure(self.results)
+        figure = run_figure(Comparison([self.results]))
         if writer is not None:
             writer.add_figure("run", figure, close=False)
         save_figure(figure, self.folder.path / "figure.png")

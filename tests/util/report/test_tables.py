@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from util.report.tables import Comparison, narrow_table
+from util.report.tables import Comparison
 from util.runtime.errors import UsageError
 
 KEYS = ("h_mean", "acc_remain", "acc_forget", "acc_old", "acc_missing")
@@ -135,7 +135,7 @@ def test_the_narrow_table_fits_100_columns():
     tasks = [task(n, h_mean=100.0, acc_remain=100.0, acc_forget=0.0, acc_old=0.0, acc_missing=50.0) for n in range(4)]
     for number, one in enumerate(tasks):
         one["setting"] = f"{100 - 20 * number}-20"
-    title, header, before, row = narrow_table([run(*tasks)], ["GS-LoRA++, seed 1337"]).splitlines()
+    title, header, before, row = Comparison([run(*tasks)], ["GS-LoRA++, seed 1337"]).narrow()
     assert "without margin" in title
     words = "Method H 100-20 H 80-20 H 60-20 H 40-20 Acc_r ↑ Acc_f ↓ Acc_o ↓ Acc_m ↑ s"
     assert header.split() == words.split()
