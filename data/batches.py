@@ -66,17 +66,12 @@ class Batch:
 def batches(
     train_set: ImageSet, plan: Pass, generator: torch.Generator, device: torch.device, start: int = 0
 ) -> Iterator[Batch]:
-    """Yield the pass's batches from step `start` on. A set that lies on the device is gathered there; else batches
-    travel, pinned."""
-    schedule = plan.schedule(generator)[start:]
+    """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     home = train_set.images.device
-    for indices in schedule.to(home):
+    for indices in plan.schedule(generator)[start:].to(home):
         images, labels = train_set.images[indices], train_set.labels[indices]
-        if home != device:
-            images, labels, indices = (
-                t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
-                for t in (images, labels, indices)
-            )
+        if home.type != device.type:
+            images, labels, indices = (t.pin_memory().to(device, non_blocking=True) for t in (images, labels, indices))
         yield Batch(images, labels, indices, plan.sizes, plan.name)
 
 

@@ -60,8 +60,8 @@ def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> t
             file=sys.stderr,
         )
     labels = torch.tensor([label for _, label in train + test])
-    train_set, test_set = (ImageSet(root.name, images[part], labels[part], classes) for part in (slice(cut), slice(cut, None)))
-    return train_set, test_set
+    whole = ImageSet(root.name, images, labels, classes)
+    return whole.subset(slice(cut)), whole.subset(slice(cut, None))
 
 
 def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], list[tuple[str, int]]]:
