@@ -121,6 +121,7 @@ print(hardware.peak_memory_mb())
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "not writable" not in done.stderr
     images, megabytes = map(float, done.stdout.split()[-2:])
     assert images == 2 * 5 * (48 + 48)  # two epochs of five steps: 200 images of D_r
     assert megabytes < 2000
