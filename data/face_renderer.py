@@ -122,8 +122,7 @@ def _paint_eyes(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     drawing.paint(socket.mul_(face["eye_socket"]).mul_(drawing.head), face["skin_colour"] * 0.45)
     down = down + across * face["eye_tilt"]
     lid = 1 - (across / face["eye_width"]).square_()
-    height = face["eye_height"] * face["eye_open"]
-    upper, lower = -down - height * lid, down - 0.55 * face["eye_height"] * lid
+    upper, lower = -down - face["eye_height"] * face["eye_open"] * lid, down - 0.55 * face["eye_height"] * lid
     opening = drawing.cover(torch.maximum(upper, lower)) * drawing.head
     drawing.paint(opening, 0.9 - 0.1 * (1 - face["skin_colour"]))
     gaze = across - face["gaze_x"] * drawing.u.sign()
@@ -148,8 +147,7 @@ def _paint_nose(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     tip = face["eye_y"] + face["nose_length"]
     along = ((drawing.v - face["eye_y"] + 0.08) / (face["nose_length"] + 0.08)).clamp_(0, 1)
     beyond = (drawing.v - tip).clamp_(min=0) / 0.05
-    width = torch.lerp(face["nose_bridge"], face["nose_width"] * 0.75, along.square())
-    across = drawing.u / width
+    across = drawing.u / torch.lerp(face["nose_bridge"], face["nose_width"] * 0.75, along.square())
     ridge = _bump(across.square() + beyond.square()).mul_(along.sqrt_()).mul_(drawing.head)
     drawing.normal[0] = drawing.normal[0] + 1.5 * face["nose_height"] * across * ridge
     drawing.normal[1] = drawing.normal[1] + face["nose_height"] * beyond * ridge
@@ -165,9 +163,8 @@ def _paint_nose(drawing: _Drawing, face: dict[str, Tensor]) -> None:
 
 def _paint_beard(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     tip = face["eye_y"] + face["nose_length"]
-    mouth = tip + face["mouth_gap"]
     across = (drawing.u / face["face_width"]).square_()
-    jaw = drawing.cover(mouth + face["beard_low"] - face["beard_arch"] * across - drawing.v, 2.0)
+    jaw = drawing.cover(tip + face["mouth_gap"] + face["beard_low"] - face["beard_arch"] * across - drawing.v, 2.0)
     drawing.paint(jaw.mul_(drawing.head).mul_(face["beard"]), face["hair_colour"] * 0.85)
     line = drawing.v - tip - 0.6 * face["mouth_gap"] - 0.5 * across
     moustache = torch.maximum(line.abs_() - 0.032, drawing.u.abs() - 0.85 * face["mouth_width"])
@@ -184,8 +181,7 @@ def _paint_mouth(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     upper = -down - face["upper_lip"] * bulge * (0.7 + 0.3 * (along * 8).clamp_(max=1)) - gap
     lower = down - face["lower_lip"] * bulge - gap
     ends = (along.sqrt() - 1) * width
-    lips = drawing.cover(torch.maximum(torch.maximum(upper, lower), ends)) * drawing.head
-    drawing.paint(lips, face["lip_colour"])
+    drawing.paint(drawing.cover(torch.maximum(torch.maximum(upper, lower), ends)) * drawing.head, face["lip_colour"])
     inside = drawing.cover(torch.maximum(down.abs() - gap - 0.008, ends)).mul_(drawing.head).mul_(0.85)
     drawing.paint(inside, face["lip_colour"] * 0.25)
     teeth = drawing.cover(torch.maximum(down.abs() - gap * 0.6 + 0.012, ends + 0.03)).mul_(drawing.head)

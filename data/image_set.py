@@ -25,7 +25,6 @@ class ImageSet:
 
     @property
     def image_size(self) -> int:
-        """Height and width, in pixels."""
         return self.images.shape[-1]
 
     def subset(self, indices: Tensor | slice) -> "ImageSet":

@@ -122,7 +122,7 @@ def _draw(who: np.ndarray, how: np.ndarray, image_size: int, seed: int, device: 
     bank = np.random.default_rng([seed, 0, NOISE]).standard_normal((3, 2 * image_size, 2 * image_size), np.float32)
     # Every window of the bank is one image's noise: a view, copied only for the windows taken.
     windows = torch.from_numpy(bank).to(device).unfold(1, image_size, 1).unfold(2, image_size, 1)
-    chunk = max(1, CHUNK_PIXELS.get(device.type, 1 << 18) // (2 * image_size) ** 2)
+    chunk = max(1, CHUNK_PIXELS[device.type] // (2 * image_size) ** 2)
     for start in range(0, len(who), chunk):
         part = slice(start, start + chunk)
         face, corner = _parameters(torch.from_numpy(who[part]).to(device), torch.from_numpy(how[part]).to(device))
@@ -138,8 +138,7 @@ def _parameters(who: Tensor, how: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     rest = how[:, len(VARIATION) :]
     for name, (low, high) in VARIATION_COLOURS.items():
         face[name], rest = low + (high - low) * rest[:, :3, None, None], rest[:, 3:]
-    background, corner = rest[:, :-2], rest[:, -2:]
-    patches = background.reshape(-1, 3, BACKGROUND_GRID, BACKGROUND_GRID)
+    patches, corner = rest[:, :-2].reshape(-1, 3, BACKGROUND_GRID, BACKGROUND_GRID), rest[:, -2:]
     face["background"] = torch.lerp(face["backdrop_colour"], patches, face["patchiness"]).contiguous()
     for part, tones in {"skin": SKIN_TONES, "hair": HAIR_TONES, "iris": IRIS_TONES}.items():
         face[f"{part}_colour"] = palette(tones, face[f"{part}_tone"])

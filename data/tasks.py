@@ -114,8 +114,7 @@ def forgetting_tasks(
         return torch.from_numpy(np.concatenate(parts))
 
     tasks, old = [], []
-    for number, request in enumerate(requests, start=1):
-        forget = sorted(request)
+    for number, forget in enumerate(map(sorted, requests), start=1):
         remain = [c for c in range(num_classes) if c not in old and c not in forget]
         images = sample(forget, number), sample([c for c in remain if c not in missing], number)
         tasks.append(ForgettingTask(number, tuple(forget), tuple(remain), tuple(sorted(old)), missing, *images))
@@ -147,5 +146,4 @@ def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Te
 
 def _indices_by_class(labels: Tensor, num_classes: int) -> list[np.ndarray]:
     values = labels.cpu().numpy()
-    order = np.argsort(values, kind="stable")
-    return np.split(order, np.searchsorted(values[order], np.arange(1, num_classes)))
+    return np.split(np.argsort(values, kind="stable"), np.bincount(values, minlength=num_classes).cumsum()[:-1])

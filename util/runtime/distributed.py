@@ -80,10 +80,8 @@ def alone() -> Iterator[None]:
     """Inside, nothing is shared out: each process does all of what it is asked."""
     global _alone
     before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
+    yield
+    _alone = before
 
 
 def share_of(items: list) -> list:

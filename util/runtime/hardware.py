@@ -42,8 +42,7 @@ class Hardware:
         """Where it is left open, compile if that pays for `work` FLOPs of training and works here."""
         compiles = self.compile
         if compiles is None:
-            compiles = work >= WORTH_COMPILING[self.device.type] and can_compile(self.device)
-            compiles = distributed.all_processes(compiles)
+            compiles = distributed.all_processes(work >= WORTH_COMPILING[self.device.type] and can_compile(self.device))
         elif compiles and not can_compile(self.device):
             raise UsageError("torch.compile does not work here (is there a C++ compiler?); switch compiling off")
         graphs = compiles and self.device.type == "cuda" and self.cuda_graphs is not False
