@@ -1,8 +1,7 @@
 """Index tensors → batches on the device.
 
-An epoch is one or more passes; a pass runs one or more streams of training images side by side. A stream is a tensor of
-positions in the training set; every batch of a pass holds the same number of images of each of its streams, so shapes
-never change within a pass.
+An epoch is one or more passes; a pass runs one or more streams of training images side by side, each a tensor of positions
+in the training set. Every batch of a pass holds as many images of each stream, so that shapes never change within a pass.
 """
 
 from collections.abc import Iterator

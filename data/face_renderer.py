@@ -16,7 +16,6 @@ BACKGROUND_GRID = 4
 SKIN_TONES = ((0.98, 0.82, 0.72), (0.89, 0.68, 0.54), (0.70, 0.48, 0.35), (0.40, 0.26, 0.19))
 HAIR_TONES = ((0.05, 0.04, 0.05), (0.25, 0.15, 0.09), (0.52, 0.27, 0.13), (0.84, 0.68, 0.40), (0.72, 0.71, 0.70))
 IRIS_TONES = ((0.13, 0.07, 0.04), (0.36, 0.22, 0.10), (0.30, 0.42, 0.25), (0.35, 0.52, 0.68))
-NECK_SHADE = 0.7
 BLUR = (1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9)
 
 
@@ -99,7 +98,7 @@ def _paint_behind(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     drawing.paint(shoulders, face["clothes_colour"])
     neck = drawing.cover(torch.maximum(across - 0.62 * face["face_width"], drawing.y - 1.05 * face["face_height"]))
     neck *= drawing.y > 0
-    drawing.paint(neck, face["skin_colour"] * NECK_SHADE)
+    drawing.paint(neck, face["skin_colour"] * 0.7)
     beside = (drawing.x + 0.4 * face["yaw"].sin()).abs_() - face["face_width"] * 0.99
     ears = drawing.cover(_length(beside / 0.6, drawing.y - face["eye_y"] - 0.08) - face["ear_size"])
     ears = ears * drawing.cover(face["hair_length"] - 0.25)

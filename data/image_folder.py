@@ -54,11 +54,8 @@ def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> t
     shared = shared_images(paths[:cut], paths[cut:])
     if shared:
         first, twin = (path.relative_to(root) for path in min(shared.items()))
-        print(
-            f"warning: {root}: {len(shared)} of {len(test)} test images are training images as well ({first} is {twin}): "
-            "accuracies on them say nothing about new images",
-            file=sys.stderr,
-        )
+        found = f"{len(shared)} of {len(test)} test images are training images as well ({first} is {twin})"
+        print(f"warning: {root}: {found}: accuracies on them say nothing about new images", file=sys.stderr)
     labels = torch.tensor([label for _, label in train + test])
     whole = ImageSet(root.name, images, labels, classes)
     return whole.subset(slice(cut)), whole.subset(slice(cut, None))
@@ -120,10 +117,8 @@ def _decode_all(root: Path, paths: list[Path], array: np.ndarray) -> None:
         damaged = [reason for reason in bar if reason]
     if damaged:
         more = f" and {len(damaged) - DAMAGED_SHOWN} more" if len(damaged) > DAMAGED_SHOWN else ""
-        raise RunError(
-            f"{root}: {len(damaged)} of {len(paths)} images cannot be decoded: "
-            f"{', '.join(damaged[:DAMAGED_SHOWN])}{more}; replace or remove them"
-        )
+        named = f"{len(damaged)} of {len(paths)} images cannot be decoded: {', '.join(damaged[:DAMAGED_SHOWN])}{more}"
+        raise RunError(f"{root}: {named}; replace or remove them")
 
 
 def decode_image(path: Path, image_size: int) -> np.ndarray:

@@ -113,12 +113,12 @@ def forgetting_tasks(
             parts.append(np.sort(shuffled[:count]))
         return torch.from_numpy(np.concatenate(parts))
 
-    tasks, old = [], []
+    tasks, old = [], set()
     for number, forget in enumerate(map(sorted, requests), start=1):
         remain = [c for c in range(num_classes) if c not in old and c not in forget]
         images = sample(forget, number), sample([c for c in remain if c not in missing], number)
         tasks.append(ForgettingTask(number, tuple(forget), tuple(remain), tuple(sorted(old)), missing, *images))
-        old += forget
+        old.update(forget)
     return tasks
 
 

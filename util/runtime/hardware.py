@@ -19,10 +19,8 @@ from util.runtime.errors import UsageError
 # Training FLOPs from which on compiling pays for itself twice over. CPU: measured, it takes 10 to 25 seconds and then saves
 # 0.4 s per TFLOP on two cores. CUDA: an estimate, from half a minute of compiling.
 WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
-# Speed of bf16 against fp32 matrix products from which on autocast's conversions are earned back.
-WORTH_BF16 = 1.2
-# glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+WORTH_BF16 = 1.2  # speed of matrix products against fp32's, from which on autocast's conversions are earned back
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ class Hardware:
         """Compile the transformer blocks, in place and each at its first call."""
         if not self.compile:
             return
-        # All blocks share one function, compiled anew for each kind of block and shape of batch. All methods in turn take 10
-        # of these, 8 is torch's limit. (A reset between methods would compile anew what they have in common.)
+        # All blocks share one function, compiled anew for each kind of block and shape of batch: 8 times is torch's limit.
         torch._dynamo.config.recompile_limit = 64
         mode = "reduce-overhead" if self.cuda_graphs else None
         for module in model.modules():

@@ -27,7 +27,8 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
     """Inside, the first SIGINT or SIGTERM is noted; a second SIGINT interrupts at once, as it would outside.
 
-    Several processes, which would each stop at a step of its own, end at once instead, and continue from the last save.
+    In the main thread alone. Several processes would each stop at a step of their own: they end at once instead, and
+    continue from the last save.
     """
     stop = Stop()
 
