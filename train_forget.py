@@ -67,16 +67,17 @@ def build_parser(method: type[Method], as_published: bool) -> options.Parser:
     parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
     options.add_data(parser)
     group = parser.add_argument_group("forgetting protocol")
-    group.add_argument("--num-tasks", type=int, help="requests to forget, one after another, of drawn classes (default: 4)")
+    count, ratio = options.number(int, 1), options.number(float, 1e-12, 1)
+    group.add_argument("--num-tasks", type=count, help="requests to forget, in turn, of drawn classes (default: 4)")
     group.add_argument(
-        "--forget-per-task", type=int, help="classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
+        "--forget-per-task", type=count, help="classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
     )
     group.add_argument(
         "--forget-classes", metavar="LIST", help="instead of drawn ones, forget these: names or ids, separated by commas"
     )
     group.add_argument("--then", action="append", default=[], metavar="LIST", help="and these in a further task; repeatable")
-    group.add_argument("--data-ratio", type=float, default=0.1, help="share of a class's training images a method sees")
-    group.add_argument("--few-shot", type=int, metavar="N", help="exactly N images a class instead of --data-ratio")
+    group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images a method sees")
+    group.add_argument("--few-shot", type=count, metavar="N", help="exactly N images a class instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
     options.add_optimization(parser, epochs=100)
     parser.add_argument(

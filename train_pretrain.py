@@ -62,7 +62,7 @@ def build_parser() -> options.Parser:
     options.add_data(parser)
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
-    group.add_argument("--image-size", type=int, help="pixels (default: the model's own)")
+    group.add_argument("--image-size", type=options.number(int, 1), help="pixels (default: the model's own)")
     group.add_argument("--depth", type=options.number(int, 1), help="number of blocks (default: the model's own)")
     group.add_argument("--head", choices=HEADS, default="cosface", help="margin head")
     group.add_argument(

@@ -1,8 +1,7 @@
 """Index tensors → batches on the device.
 
-An epoch is one or more passes; a pass runs one or more streams of training images side by side. A stream is a tensor of
-positions in the training set; every batch of a pass holds the same number of images of each of its streams, so shapes
-never change within a pass.
+An epoch is one or more passes; a pass runs one or more streams of training images side by side, each a tensor of positions
+in the training set. Every batch of a pass holds as many images of each stream, so that shapes never change within a pass.
 """
 
 from collections.abc import Iterator
@@ -66,17 +65,12 @@ class Batch:
 def batches(
     train_set: ImageSet, plan: Pass, generator: torch.Generator, device: torch.device, start: int = 0
 ) -> Iterator[Batch]:
-    """Yield the pass's batches from step `start` on. A set that lies on the device is gathered there; else batches
-    travel, pinned."""
-    schedule = plan.schedule(generator)[start:]
+    """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     home = train_set.images.device
-    for indices in schedule.to(home):
+    for indices in plan.schedule(generator)[start:].to(home):
         images, labels = train_set.images[indices], train_set.labels[indices]
-        if home != device:
-            images, labels, indices = (
-                t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
-                for t in (images, labels, indices)
-            )
+        if home.type != device.type:
+            images, labels, indices = (t.pin_memory().to(device, non_blocking=True) for t in (images, labels, indices))
         yield Batch(images, labels, indices, plan.sizes, plan.name)
 
 

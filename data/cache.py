@@ -7,6 +7,7 @@ The folder may be deleted at any time.
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,26 +17,23 @@ from filelock import FileLock
 from torch import Tensor
 
 
-def cached_images(
-    key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], cache_dir: str | os.PathLike | None = None
-) -> Tensor:
+def cached_images(key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], cache_dir: Path) -> Tensor:
     """The uint8 tensor of `shape` that `fill` writes, from the cache where `key` is known.
 
-    key:       a file name without extension that changes whenever the content or the shape would.
-    fill:      writes the content into a uint8 array. What it raises is passed on, and nothing is kept.
-    cache_dir: default `$XDG_CACHE_HOME/continual-forgetting`, else `~/.cache/continual-forgetting`.
+    key:  a file name without extension that changes whenever the content or the shape would.
+    fill: writes the content into a uint8 array. What it raises is passed on, and nothing is kept.
 
     Writing to the tensor does not change the file; one larger than memory is read-only. Where the folder cannot be written
     to or is full, the images are held in memory, and one line on stderr says so.
     """
+    path = cache_dir / f"{key}.raw"
     try:
-        path = cache_folder(cache_dir) / f"{key}.raw"
         if not _is_whole(path, shape):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            cache_dir.mkdir(parents=True, exist_ok=True)
             with FileLock(path.with_name(f".{key}.lock")):
                 if not _is_whole(path, shape):  # nobody has built it in the meantime
                     _build(path, shape, fill)
-        return torch.from_numpy(_mapped(path, shape))
+        return _mapped(path, shape)
     except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
         print(f"warning: the image cache cannot be written, images are held in memory instead ({error})", file=sys.stderr)
     images = torch.empty(shape, dtype=torch.uint8)
@@ -43,9 +41,7 @@ def cached_images(
     return images
 
 
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    if cache_dir is not None:
-        return Path(cache_dir)
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "continual-forgetting"
 
 
@@ -67,8 +63,10 @@ def _build(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
         temporary.unlink(missing_ok=True)
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.memmap:
+def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
-        return np.memmap(path, np.uint8, "c", shape=shape)
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
     except OSError:  # larger than memory: copy-on-write would reserve all of it
-        return np.memmap(path, np.uint8, "r", shape=shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+            return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))

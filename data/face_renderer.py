@@ -5,7 +5,7 @@ face, so that features painted in (u, v) turn, foreshorten and disappear as the 
 shade it. Lengths are in half image widths, x to the right, y downwards; (0, 0) is the middle of the head.
 """
 
-from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +16,16 @@ BACKGROUND_GRID = 4
 SKIN_TONES = ((0.98, 0.82, 0.72), (0.89, 0.68, 0.54), (0.70, 0.48, 0.35), (0.40, 0.26, 0.19))
 HAIR_TONES = ((0.05, 0.04, 0.05), (0.25, 0.15, 0.09), (0.52, 0.27, 0.13), (0.84, 0.68, 0.40), (0.72, 0.71, 0.70))
 IRIS_TONES = ((0.13, 0.07, 0.04), (0.36, 0.22, 0.10), (0.30, 0.42, 0.25), (0.35, 0.52, 0.68))
-NECK_SHADE = 0.7
 BLUR = (1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9)
 
 
-@dataclass
-class _Drawing:
-    """The pixels of B faces: coordinates on the head in the image plane (x, y) and on the frontal face (u, v), the
-    normals there, what is painted so far, and how much of each pixel is head, hair behind it, other parts of the body.
-    """
+class _Drawing(SimpleNamespace):
+    """The pixels of B faces.
 
-    x: Tensor
-    y: Tensor
-    u: Tensor
-    v: Tensor
-    normal: list[Tensor]
-    canvas: Tensor
-    edge: float
-    head: Tensor = field(init=False)
-    hair: Tensor = field(init=False)
-    body: Tensor = field(init=False)
+    x, y: coordinates on the head in the image plane; u, v: on the frontal face; normal: the normals there, in three parts.
+    canvas: what is painted so far; edge: the width of an antialiased edge.
+    head, hair, body: how much of each pixel is head, hair behind it, other parts of the body.
+    """
 
     def cover(self, distance: Tensor, softness: float = 1.0) -> Tensor:
         """Signed distance (negative inside) → coverage in [0, 1], antialiased over the edge width."""
@@ -61,10 +51,9 @@ def render(face: dict[str, Tensor], image_size: int, noise: Tensor) -> Tensor:
     noise: (B, 3, image_size, image_size), standard normal.
     Returns uint8 (B, 3, image_size, image_size).
     """
-    size = image_size * SUPERSAMPLING
-    drawing = _place(face, size)
-    face_parts = (_paint_skin, _paint_eyes, _paint_brows, _paint_nose, _paint_beard, _paint_mouth, _paint_hair)
-    for paint in (_paint_behind, *face_parts, _paint_glasses, _light, _paint_occluder):
+    drawing = _place(face, image_size * SUPERSAMPLING)
+    on_head = (_paint_skin, _paint_eyes, _paint_brows, _paint_nose, _paint_beard, _paint_mouth, _paint_hair)
+    for paint in (_paint_behind, *on_head, _paint_glasses, _light, _paint_occluder):
         paint(drawing, face)
     return _develop(drawing.canvas, face, noise)
 
@@ -79,8 +68,7 @@ def _length(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _place(face: dict[str, Tensor], size: int) -> _Drawing:
-    device = face["yaw"].device
-    axis = (torch.arange(size, device=device, dtype=torch.float32) + 0.5) * (2 / size) - 1
+    axis = (torch.arange(size, device=face["yaw"].device, dtype=torch.float32) + 0.5) * (2 / size) - 1
     column, row = axis.view(1, 1, 1, -1) - face["shift_x"], axis.view(1, 1, -1, 1) - face["shift_y"]
     cos, sin = face["roll"].cos() / face["scale"], face["roll"].sin() / face["scale"]
     x, y = column * cos + row * sin, row * cos - column * sin
@@ -93,9 +81,8 @@ def _place(face: dict[str, Tensor], size: int) -> _Drawing:
     depth = (1 - squared).clamp_(min=0).sqrt_()
     u = x * face["yaw"].cos() + depth * (face["head_depth"] * face["yaw"].sin())
     v = y * face["pitch"].cos() + depth * (face["head_depth"] * face["pitch"].sin())
-    edge = 1.5 * 2 / size
     canvas = F.interpolate(face["background"], size=(size, size), mode="bilinear", align_corners=True)
-    drawing = _Drawing(x, y, u, v, [normal_x, height, depth], canvas, edge)
+    drawing = _Drawing(x=x, y=y, u=u, v=v, normal=[normal_x, height, depth], canvas=canvas, edge=1.5 * 2 / size)
     drawing.head = drawing.cover((squared.sqrt_() - 1) * 0.6)
     return drawing
 
@@ -104,18 +91,17 @@ def _paint_behind(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     """Long or short hair behind the head, clothes, neck and ears."""
     side = drawing.x / (face["face_width"] + face["hair_side"])
     top = drawing.y.clamp(max=0) / (face["face_height"] + face["hair_top"])
-    round_top = (_length(side, top) - 1) * 0.6
-    hair = drawing.cover(torch.maximum(round_top, drawing.y - face["hair_length"]), 2.0)
+    hair = drawing.cover(torch.maximum((_length(side, top) - 1) * 0.6, drawing.y - face["hair_length"]), 2.0)
     drawing.paint(hair, face["hair_colour"])
     across = drawing.x.abs()
     shoulders = drawing.cover(0.92 * face["face_height"] + 0.35 * across.square() - drawing.y)
     drawing.paint(shoulders, face["clothes_colour"])
     neck = drawing.cover(torch.maximum(across - 0.62 * face["face_width"], drawing.y - 1.05 * face["face_height"]))
     neck *= drawing.y > 0
-    drawing.paint(neck, face["skin_colour"] * NECK_SHADE)
+    drawing.paint(neck, face["skin_colour"] * 0.7)
     beside = (drawing.x + 0.4 * face["yaw"].sin()).abs_() - face["face_width"] * 0.99
-    ears = _length(beside / 0.6, drawing.y - face["eye_y"] - 0.08) - face["ear_size"]
-    ears = drawing.cover(ears) * drawing.cover(face["hair_length"] - 0.25)
+    ears = drawing.cover(_length(beside / 0.6, drawing.y - face["eye_y"] - 0.08) - face["ear_size"])
+    ears = ears * drawing.cover(face["hair_length"] - 0.25)
     drawing.paint(ears, face["skin_colour"] * 0.88)
     drawing.hair = hair * (1 - torch.maximum(shoulders, neck))
     drawing.body = torch.maximum(torch.maximum(hair, ears), torch.maximum(shoulders, neck))
@@ -135,16 +121,14 @@ def _paint_eyes(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     drawing.paint(socket.mul_(face["eye_socket"]).mul_(drawing.head), face["skin_colour"] * 0.45)
     down = down + across * face["eye_tilt"]
     lid = 1 - (across / face["eye_width"]).square_()
-    height = face["eye_height"] * face["eye_open"]
-    upper, lower = -down - height * lid, down - 0.55 * face["eye_height"] * lid
+    upper, lower = -down - face["eye_height"] * face["eye_open"] * lid, down - 0.55 * face["eye_height"] * lid
     opening = drawing.cover(torch.maximum(upper, lower)) * drawing.head
     drawing.paint(opening, 0.9 - 0.1 * (1 - face["skin_colour"]))
     gaze = across - face["gaze_x"] * drawing.u.sign()
     iris = _length(gaze, down + 0.2 * face["eye_height"] - face["gaze_y"]) - face["iris_size"]
     drawing.paint(drawing.cover(iris) * opening, face["iris_colour"])
     drawing.paint(drawing.cover(iris + 0.55 * face["iris_size"]) * opening, torch.zeros_like(face["iris_colour"]))
-    lash = upper.abs_() - face["lash"]
-    lash = torch.maximum(lash, -lid * face["eye_width"])
+    lash = torch.maximum(upper.abs_() - face["lash"], -lid * face["eye_width"])
     drawing.paint(drawing.cover(lash).mul_(drawing.head).mul_(0.85), face["hair_colour"] * 0.3)
 
 
@@ -162,8 +146,7 @@ def _paint_nose(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     tip = face["eye_y"] + face["nose_length"]
     along = ((drawing.v - face["eye_y"] + 0.08) / (face["nose_length"] + 0.08)).clamp_(0, 1)
     beyond = (drawing.v - tip).clamp_(min=0) / 0.05
-    width = torch.lerp(face["nose_bridge"], face["nose_width"] * 0.75, along.square())
-    across = drawing.u / width
+    across = drawing.u / torch.lerp(face["nose_bridge"], face["nose_width"] * 0.75, along.square())
     ridge = _bump(across.square() + beyond.square()).mul_(along.sqrt_()).mul_(drawing.head)
     drawing.normal[0] = drawing.normal[0] + 1.5 * face["nose_height"] * across * ridge
     drawing.normal[1] = drawing.normal[1] + face["nose_height"] * beyond * ridge
@@ -179,9 +162,8 @@ def _paint_nose(drawing: _Drawing, face: dict[str, Tensor]) -> None:
 
 def _paint_beard(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     tip = face["eye_y"] + face["nose_length"]
-    mouth = tip + face["mouth_gap"]
     across = (drawing.u / face["face_width"]).square_()
-    jaw = drawing.cover(mouth + face["beard_low"] - face["beard_arch"] * across - drawing.v, 2.0)
+    jaw = drawing.cover(tip + face["mouth_gap"] + face["beard_low"] - face["beard_arch"] * across - drawing.v, 2.0)
     drawing.paint(jaw.mul_(drawing.head).mul_(face["beard"]), face["hair_colour"] * 0.85)
     line = drawing.v - tip - 0.6 * face["mouth_gap"] - 0.5 * across
     moustache = torch.maximum(line.abs_() - 0.032, drawing.u.abs() - 0.85 * face["mouth_width"])
@@ -198,10 +180,8 @@ def _paint_mouth(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     upper = -down - face["upper_lip"] * bulge * (0.7 + 0.3 * (along * 8).clamp_(max=1)) - gap
     lower = down - face["lower_lip"] * bulge - gap
     ends = (along.sqrt() - 1) * width
-    lips = drawing.cover(torch.maximum(torch.maximum(upper, lower), ends)) * drawing.head
-    drawing.paint(lips, face["lip_colour"])
-    inside = torch.maximum(down.abs() - gap - 0.008, ends)
-    inside = drawing.cover(inside).mul_(drawing.head).mul_(0.85)
+    drawing.paint(drawing.cover(torch.maximum(torch.maximum(upper, lower), ends)) * drawing.head, face["lip_colour"])
+    inside = drawing.cover(torch.maximum(down.abs() - gap - 0.008, ends)).mul_(drawing.head).mul_(0.85)
     drawing.paint(inside, face["lip_colour"] * 0.25)
     teeth = drawing.cover(torch.maximum(down.abs() - gap * 0.6 + 0.012, ends + 0.03)).mul_(drawing.head)
     drawing.paint(teeth, torch.full_like(face["lip_colour"], 0.88))
@@ -237,20 +217,17 @@ def _light(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     direction = [face["light_x"], face["light_y"], (1 - face["light_x"].square() - face["light_y"].square()).sqrt()]
     cosine = sum(normal * part for normal, part in zip(drawing.normal, direction, strict=True))
     shade = cosine.clamp_(0, 1.3).mul_(face["light"]).add_(face["ambient"])
-    inside = torch.maximum(drawing.head, drawing.body)
     flat = face["ambient"] + 0.45 * face["light"]
     shade = torch.lerp(flat, shade, drawing.head)
-    shade = torch.lerp(torch.ones_like(flat), shade, inside)
+    shade = torch.lerp(torch.ones_like(flat), shade, torch.maximum(drawing.head, drawing.body))
     drawing.canvas.mul_(shade).mul_(face["cast"])
 
 
 def _paint_occluder(drawing: _Drawing, face: dict[str, Tensor]) -> None:
     cos, sin = face["occluder_angle"].cos(), face["occluder_angle"].sin()
     x, y = drawing.x - face["occluder_x"], drawing.y - face["occluder_y"]
-    distance = torch.maximum(
-        (x * cos + y * sin).abs_() - face["occluder_width"], (y * cos - x * sin).abs_() - face["occluder_height"]
-    )
-    drawing.paint(drawing.cover(distance) * face["occluder"], face["occluder_colour"])
+    along, across = (x * cos + y * sin).abs_() - face["occluder_width"], (y * cos - x * sin).abs_() - face["occluder_height"]
+    drawing.paint(drawing.cover(torch.maximum(along, across)) * face["occluder"], face["occluder_colour"])
 
 
 def _develop(canvas: Tensor, face: dict[str, Tensor], noise: Tensor) -> Tensor:

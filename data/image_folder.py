@@ -31,19 +31,14 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "ICO"
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items() if name in FORMATS)
 IMAGES_PER_JOB = 32
 DAMAGED_SHOWN = 5
-Sample = tuple[str, int]  # path and label
 
 
-def image_folder(
-    root: str | os.PathLike, image_size: int, cache_dir: str | os.PathLike | None = None
-) -> tuple[ImageSet, ImageSet]:
+def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of `root`, as square RGB images of `image_size` pixels a side.
 
     The classes are the training folders' names, sorted. Both sets share one cache file, keyed by every image's path, size
     and modification time, and by `image_size`.
     """
-    if image_size < 1:
-        raise UsageError(f"image size {image_size}: must be at least 1 pixel")
     root = Path(root).resolve()
     try:
         classes, train, test = _list_images(root)
@@ -51,28 +46,23 @@ def image_folder(
         # A broken link stands for itself: decoding names it with what else is damaged.
         stats = [path.stat(follow_symlinks=path.exists()) for path in paths]
     except OSError as error:
-        raise UsageError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+        raise UsageError(f"{root}: cannot be read as {{train,test}}/<class>/<image>: {error}") from error
     files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
     digest = hashlib.sha256(repr((VERSION, image_size, files)).encode()).hexdigest()[:32]
-    shape = (len(paths), 3, image_size, image_size)
-    images = cached_images(
-        f"{root.name}-{image_size}-{digest}", shape, lambda array: _decode_all(root, paths, array), cache_dir
-    )
-    _warn_of_shared_images(root, paths[:cut], paths[cut:])
+    key, shape = f"{root.name}-{image_size}-{digest}", (len(paths), 3, image_size, image_size)
+    images = cached_images(key, shape, lambda array: _decode_all(root, paths, array), cache_dir)
+    shared = shared_images(paths[:cut], paths[cut:])
+    if shared:
+        first, twin = (path.relative_to(root) for path in min(shared.items()))
+        found = f"{len(shared)} of {len(test)} test images are training images as well ({first} is {twin})"
+        print(f"warning: {root}: {found}: accuracies on them say nothing about new images", file=sys.stderr)
     labels = torch.tensor([label for _, label in train + test])
-    return (
-        ImageSet(root.name, images[:cut], labels[:cut], classes),
-        ImageSet(root.name, images[cut:], labels[cut:], classes),
-    )
+    whole = ImageSet(root.name, images, labels, classes)
+    return whole.subset(slice(cut)), whole.subset(slice(cut, None))
 
 
-def _list_images(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample]]:
+def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], list[tuple[str, int]]]:
     """The classes, and the training and the test images with their labels, sorted by class and name; none is opened."""
-    if not root.is_dir():
-        raise UsageError(f"{root}: no such folder of images")
-    for split in ("train", "test"):
-        if not (root / split).is_dir():
-            raise UsageError(f"{root}: has no folder {split}/; expected {{train,test}}/<class>/<image>")
     classes, tested = _folders(root / "train"), _folders(root / "test")
     if len(classes) < 2:
         raise UsageError(f"{root}/train: {len(classes)} class folders; at least 2 are needed, <class>/<image>")
@@ -83,41 +73,26 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample
     skipped = []
 
     def is_image(path: str) -> bool:
-        hidden = f"{os.sep}." in path.removeprefix(str(root))
-        if hidden or not path.lower().endswith(EXTENSIONS):
+        found = path.lower().endswith(EXTENSIONS) and f"{os.sep}." not in path.removeprefix(str(root))
+        if not found:
             skipped.append(path)
-            return False
-        return True
+        return found
 
     label_of = {name: label for label, name in enumerate(classes)}
-    train, test = (
-        make_dataset(root / split, label_of, is_valid_file=is_image, allow_empty=True) for split in ("train", "test")
-    )
-    empty, untested = ([classes[c] for c in sorted({*label_of.values()} - {c for _, c in split})] for split in (train, test))
-    if empty:
-        raise UsageError(f"{root}/train/{empty[0]}: no images ({len(empty)} such class folders)")
+    train = make_dataset(root / "train", label_of, is_valid_file=is_image)  # raises for a class without images
+    test = make_dataset(root / "test", label_of, is_valid_file=is_image, allow_empty=True)
     if not test:
         raise UsageError(f"{root}/test: no images")
     if skipped:
         print(f"{root}: skipped {len(skipped)} files that are not images, {min(skipped)} first", file=sys.stderr)
+    untested = sorted({*range(len(classes))} - {label for _, label in test})
     if untested:
-        print(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first", file=sys.stderr)
+        print(f"warning: {root}: {len(untested)} classes have no test images, {classes[untested[0]]} first", file=sys.stderr)
     return tuple(classes), train, test
 
 
 def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _warn_of_shared_images(root: Path, train: list[Path], test: list[Path]) -> None:
-    shared = shared_images(train, test)
-    if shared:
-        first, twin = (path.relative_to(root) for path in min(shared.items()))
-        print(
-            f"warning: {root}: {len(shared)} of {len(test)} test images are training images as well ({first} is {twin}): "
-            "accuracies on them say nothing about new images",
-            file=sys.stderr,
-        )
 
 
 def _decode_all(root: Path, paths: list[Path], array: np.ndarray) -> None:
@@ -130,7 +105,9 @@ def _decode_all(root: Path, paths: list[Path], array: np.ndarray) -> None:
         try:
             array[index] = decode_image(paths[index], array.shape[-1])
         except Exception as error:  # a damaged file can make PIL raise anything
-            return f"{paths[index].relative_to(root)} ({_reason(error)})"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else reason
+            return f"{paths[index].relative_to(root)} ({reason})"
 
     with ThreadPool(min(os.cpu_count() or 1, 8)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -140,13 +117,11 @@ def _decode_all(root: Path, paths: list[Path], array: np.ndarray) -> None:
         damaged = [reason for reason in bar if reason]
     if damaged:
         more = f" and {len(damaged) - DAMAGED_SHOWN} more" if len(damaged) > DAMAGED_SHOWN else ""
-        raise RunError(
-            f"{root}: {len(damaged)} of {len(paths)} images cannot be decoded: "
-            f"{', '.join(damaged[:DAMAGED_SHOWN])}{more}; replace or remove them"
-        )
+        named = f"{len(damaged)} of {len(paths)} images cannot be decoded: {', '.join(damaged[:DAMAGED_SHOWN])}{more}"
+        raise RunError(f"{root}: {named}; replace or remove them")
 
 
-def decode_image(path: str | os.PathLike, image_size: int) -> np.ndarray:
+def decode_image(path: Path, image_size: int) -> np.ndarray:
     """uint8 (3, image_size, image_size), RGB. Raises whatever PIL raises on a damaged file."""
     with Image.open(path, formats=FORMATS) as image:
         # A JPEG far too large is decoded at a fraction of its size, which may end within a pixel.
@@ -163,7 +138,6 @@ def decode_image(path: str | os.PathLike, image_size: int) -> np.ndarray:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of whatever mode PIL gives."""
     if image.mode == "F" or image.mode.startswith("I"):
         pixels, limit = np.asarray(image), 1 if image.mode == "F" else 65535
         if not (pixels.min() >= 0 and pixels.max() <= limit):  # NaN fails both
@@ -175,9 +149,3 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         opaque.paste(image, mask=image)
         return opaque
     return image.convert("RGB")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -25,13 +25,11 @@ class ImageSet:
 
     @property
     def image_size(self) -> int:
-        """Height and width, in pixels."""
         return self.images.shape[-1]
 
-    def subset(self, indices: Tensor) -> "ImageSet":
-        """The images at `indices` (N,), copied; the classes stay."""
-        indices = indices.to(self.images.device)
-        return ImageSet(self.name, self.images[indices], self.labels[indices], self.classes)
+    def subset(self, indices: Tensor | slice) -> "ImageSet":
+        """The images at `indices` (N,), copied, or of a slice, not copied; the classes stay."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def to(self, device: torch.device | str) -> "ImageSet":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

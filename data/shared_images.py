@@ -2,16 +2,15 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 
-def shared_images(train: Sequence[Path], test: Sequence[Path]) -> dict[Path, Path]:
+def shared_images(train: list[Path], test: list[Path]) -> dict[Path, Path]:
     """Test images whose files hold the same bytes as a training image's: test path → a training path.
 
     Few files are read in whole: only those with the size and the beginning of one of the other split.
     """
-    for key in (os.path.getsize, _beginning, _content):
+    for key in (os.path.getsize, _beginning, lambda path: hashlib.sha256(path.read_bytes()).digest()):
         train_keys, test_keys = ({path: key(path) for path in paths} for paths in (train, test))
         common = {*train_keys.values()} & {*test_keys.values()}
         train, test = ([path for path in keys if keys[path] in common] for keys in (train_keys, test_keys))
@@ -22,7 +21,3 @@ def shared_images(train: Sequence[Path], test: Sequence[Path]) -> dict[Path, Pat
 def _beginning(path: Path) -> int:
     with open(path, "rb") as file:
         return hash(file.read(4096))
-
-
-def _content(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()

@@ -1,7 +1,4 @@
-"""Which classes are forgotten when, and which training images a method may see for it.
-
-Everything here is a pure function of its arguments: the same on every rank, after every restart.
-"""
+"""Which classes are forgotten when, and which training images a method may see for it: the same after every restart."""
 
 import csv
 import difflib
@@ -47,23 +44,16 @@ def class_order(num_classes: int, seed: int) -> list[int]:
 
 def drawn_requests(num_classes: int, num_tasks: int, per_task: int, seed: int) -> list[list[int]]:
     """The protocol's requests: with k = `per_task`, task t keeps the classes `order[0 : C − t·k]` and forgets the next k."""
-    if num_tasks < 1 or per_task < 1:
-        raise UsageError(f"{num_tasks} tasks of {per_task} classes: both numbers must be at least 1")
-    forgotten = num_tasks * per_task
-    if forgotten >= num_classes:
-        raise UsageError(
-            f"{num_tasks} tasks of {per_task} classes forget {forgotten} of {num_classes}: at least one must remain"
-        )
+    if num_tasks * per_task >= num_classes:
+        raise UsageError(f"{num_tasks} tasks of {per_task} classes: of {num_classes}, at least one must remain")
     order = class_order(num_classes, seed)
-    kept = [num_classes - number * per_task for number in range(1, num_tasks + 1)]
-    return [order[count : count + per_task] for count in kept]
+    return [order[num_classes - number * per_task :][:per_task] for number in range(1, num_tasks + 1)]
 
 
 def named_requests(words: Sequence[str], classes: Sequence[str], earlier: Sequence[Sequence[int]]) -> list[list[int]]:
     """Requests by name, after the `earlier` ones: each of `words` lists the classes of one, read by `named_classes`."""
-    task_of = {c: number for number, request in enumerate(earlier, start=1) for c in request}
-    requests = [named_classes(word, classes) for word in words]
-    for number, request in enumerate(requests, start=len(earlier) + 1):
+    task_of, requests = {}, [named_classes(word, classes) for word in words]
+    for number, request in enumerate([*earlier, *requests], start=1):
         for c in request:
             if c in task_of:
                 raise UsageError(f"task {task_of[c]} forgets {classes[c]!r} already")
@@ -77,7 +67,7 @@ def named_classes(text: str, classes: Sequence[str]) -> list[int]:
     """Class ids from a list of names, or of numbers where no class has that name: `"yaleB05, 7"`. A name with a comma
     stands in double quotes."""
     found = []
-    for name in map(str.strip, next(csv.reader([text], skipinitialspace=True), [])):
+    for name in map(str.strip, next(csv.reader([text], skipinitialspace=True)) or [""]):
         if name in classes:
             found.append(classes.index(name))
         elif name.isdecimal() and int(name) < len(classes):
@@ -86,8 +76,6 @@ def named_classes(text: str, classes: Sequence[str]) -> list[int]:
             near = difflib.get_close_matches(name, classes, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"they are 0 to {len(classes) - 1} or {classes[0]!r}, …"
             raise UsageError(f"no class {name!r}; {hint}")
-    if not found:
-        raise UsageError("no class is named")
     return found
 
 
@@ -110,10 +98,6 @@ def forgetting_tasks(
     staying = [c for c in class_order(num_classes, seed) if c not in requested]
     if not 0 <= num_missing < len(staying):
         raise UsageError(f"{num_missing} missing classes: of the {len(staying)} that remain, at least one must lend images")
-    if not 0 < data_ratio <= 1:
-        raise UsageError(f"data ratio {data_ratio} is out of range: above 0, at most 1")
-    if few_shot is not None and few_shot < 1:
-        raise UsageError(f"{few_shot} images of every class: at least 1 is needed")
     missing = tuple(sorted(staying[:num_missing]))
     by_class = _indices_by_class(labels, num_classes)
 
@@ -122,7 +106,7 @@ def forgetting_tasks(
         parts = []
         for c in classes:
             known = len(by_class[c])
-            count = few_shot if few_shot is not None else max(1, round(data_ratio * known))
+            count = few_shot or max(1, round(data_ratio * known))
             if count > known:
                 raise UsageError(f"class {c} has {known} training images, fewer than the {count} a class asked for")
             shuffled = np.random.default_rng([seed, task, c]).permutation(by_class[c])
@@ -130,22 +114,11 @@ def forgetting_tasks(
         return torch.from_numpy(np.concatenate(parts))
 
     tasks, old = [], set()
-    for number, request in enumerate(requests, start=1):
-        forget = sorted(request)
-        remain = [c for c in range(num_classes) if c not in old and c not in request]
-        seen = [c for c in remain if c not in missing]
-        tasks.append(
-            ForgettingTask(
-                number=number,
-                forget=tuple(forget),
-                remain=tuple(remain),
-                old=tuple(sorted(old)),
-                missing=missing,
-                forget_indices=sample(forget, number),
-                remain_indices=sample(seen, number),
-            )
-        )
-        old.update(request)
+    for number, forget in enumerate(map(sorted, requests), start=1):
+        remain = [c for c in range(num_classes) if c not in old and c not in forget]
+        images = sample(forget, number), sample([c for c in remain if c not in missing], number)
+        tasks.append(ForgettingTask(number, tuple(forget), tuple(remain), tuple(sorted(old)), missing, *images))
+        old.update(forget)
     return tasks
 
 
@@ -160,8 +133,6 @@ def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Te
 
     The split depends on nothing else, so that what pre-training held out, forgetting holds out too.
     """
-    if not 0 < share < 1:
-        raise UsageError(f"validation share {share} is out of range: between 0 and 1")
     kept, held = [], []
     for label, indices in enumerate(_indices_by_class(labels, num_classes)):
         count = max(1, round(share * len(indices)))
@@ -175,5 +146,4 @@ def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Te
 
 def _indices_by_class(labels: Tensor, num_classes: int) -> list[np.ndarray]:
     values = labels.cpu().numpy()
-    order = np.argsort(values, kind="stable")
-    return np.split(order, np.searchsorted(values[order], np.arange(1, num_classes)))
+    return np.split(np.argsort(values, kind="stable"), np.bincount(values, minlength=num_classes).cumsum()[:-1])

@@ -142,7 +142,6 @@ def test_default_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "continual-forgetting"
-    assert cache_folder("here") == Path("here")
 
 
 def build(cache_dir, filling, go_on):

@@ -78,13 +78,13 @@ def add_data(parser: Parser) -> None:
         "--data", default=SYNTHETIC, metavar="DIR", help=f"folder with train/ and test/, or {SYNTHETIC} (drawn, no download)"
     )
     group.add_argument("--cache-dir", type=Path, help="where decoded images are kept (default: the user's cache folder)")
-    group.add_argument("--identities", type=int, default=100, help=f"{SYNTHETIC}: number of classes")
-    group.add_argument("--train-per-identity", type=int, default=24, help=f"{SYNTHETIC}: training images a class")
-    group.add_argument("--test-per-identity", type=int, default=6, help=f"{SYNTHETIC}: test images a class")
-    group.add_argument("--data-seed", type=int, default=0, help=f"{SYNTHETIC}: seed of the identities and their images")
+    group.add_argument("--identities", type=number(int, 2), default=100, help=f"{SYNTHETIC}: number of classes")
+    group.add_argument("--train-per-identity", type=number(int, 1), default=24, help=f"{SYNTHETIC}: training images a class")
+    group.add_argument("--test-per-identity", type=number(int, 1), default=6, help=f"{SYNTHETIC}: test images a class")
+    group.add_argument("--data-seed", type=number(int, 0), default=0, help=f"{SYNTHETIC}: seed of identities and images")
     group.add_argument(
         "--val-fraction",
-        type=number(float, 0, 1),
+        type=number(float, 1e-12, 1),
         help="hold this share of each class's training images out, and measure on it instead of the test set",
     )
 

@@ -22,7 +22,6 @@ _alone = False
 
 
 def world_size() -> int:
-    """How many processes share the work."""
     return 1 if _alone or not dist.is_initialized() else dist.get_world_size()
 
 
@@ -37,34 +36,32 @@ def start(device: str) -> str:
         return device
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if count else "cpu"
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device}: torchrun gives each process its own; use auto, cpu or cuda")
-    if device == "cuda" and local >= count:
+    if device == "cpu":
+        dist.init_process_group("gloo")
+    elif local >= count:
         raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {count} CUDA devices; start fewer")
-    if device == "cuda":
+    else:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
         dist.init_process_group("nccl", device_id=torch.device(device))
-    else:
-        dist.init_process_group("gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     return device
 
 
 def stop() -> None:
-    """Leave the others, all work done."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def all_processes(condition: bool) -> bool:
     """Whether `condition` holds in every process; all must ask."""
-    if world_size() == 1:
-        return condition
-    found = [False] * world_size()
-    dist.all_gather_object(found, condition)
+    found = [condition] * world_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, condition)
     return all(found)
 
 
@@ -83,10 +80,8 @@ def alone() -> Iterator[None]:
     """Inside, nothing is shared out: each process does all of what it is asked."""
     global _alone
     before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
+    yield
+    _alone = before
 
 
 def share_of(items: list) -> list:
@@ -137,20 +132,17 @@ def _own_randomness(device: torch.device) -> Iterator[None]:
 
     Where nothing is drawn inside, those outside are a single process's.
     """
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index])
-    before = [generator.get_state() for generator in generators]
-    for generator, state in zip(generators, before, strict=True):
-        seed = hashlib.sha256(state.numpy().tobytes() + bytes([rank() % 256, rank() // 256])).digest()
-        generator.manual_seed(int.from_bytes(seed[:7], "little"))
-    entered = [generator.get_state() for generator in generators]
-    yield
-    for generator, state, start in zip(generators, before, entered, strict=True):
-        drawn = not torch.equal(generator.get_state(), start)
-        generator.set_state(state)
-        if drawn:  # other numbers the next time: go on by one, alike in all processes
-            torch.rand((), generator=generator, device=generator.device)
+    on_gpu = [device.index] if device.type == "cuda" else []
+    generators = [torch.default_generator, *(torch.cuda.default_generators[index] for index in on_gpu)]
+    with torch.random.fork_rng(on_gpu):
+        for generator in generators:
+            seed = hashlib.sha256(generator.get_state().numpy().tobytes() + rank().to_bytes(2, "little")).digest()
+            generator.manual_seed(int.from_bytes(seed[:7], "little"))
+        entered = [generator.get_state() for generator in generators]
+        yield
+        drawn = [g for g, state in zip(generators, entered, strict=True) if not torch.equal(g.get_state(), state)]
+    for generator in drawn:  # other numbers the next time: go on by one, alike in all processes
+        torch.rand((), generator=generator, device=generator.device)
 
 
 def parallel(module: nn.Module) -> nn.Module:

@@ -29,7 +29,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     if distributed.rank():
         yield io.BytesIO()
         return
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
@@ -38,15 +37,14 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
 def readable(path: Path, complaint: str = "damaged checkpoint") -> Iterator[None]:
     """Turn what reading a missing, damaged or dangerous file raises into one line: UsageError or RunError."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise UsageError(f"no file {path}")
     try:
         yield
@@ -60,8 +58,7 @@ def readable(path: Path, complaint: str = "damaged checkpoint") -> Iterator[None
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,7 +73,7 @@ def write_json(path: Path, data: dict) -> None:
 def read_json(path: Path) -> dict:
     """Read a JSON object of finite numbers."""
     with readable(path, "not readable as JSON"):
-        data = json.loads(Path(path).read_text())
+        data = json.loads(path.read_text())
         json.dumps(data, allow_nan=False)  # raises for NaN and infinities, which Python's reader takes
     if not isinstance(data, dict):
         raise RunError(f"{path}: not a JSON object")
@@ -84,13 +81,11 @@ def read_json(path: Path) -> dict:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors and string metadata as one safetensors file, whole or not at all."""
     with atomic_write(path) as file:
         file.write(save(tensors, metadata=metadata))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file that `save_tensors` wrote."""
     with readable(path, "not a readable safetensors file"):
         tensors = load_file(path)
         check_finite(tensors, path)
@@ -98,7 +93,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise RunError for the first tensor that holds NaN or an infinity."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(f"{path}: {name} holds values that are not finite; the file is damaged, or its training diverged")

@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import functools
 import logging
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,10 +19,8 @@ from util.runtime.errors import UsageError
 # Training FLOPs from which on compiling pays for itself twice over. CPU: measured, it takes 10 to 25 seconds and then saves
 # 0.4 s per TFLOP on two cores. CUDA: an estimate, from half a minute of compiling.
 WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
-# Speed of bf16 against fp32 matrix products from which on autocast's conversions are earned back.
-WORTH_BF16 = 1.2
-# glibc's malloc.h
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+WORTH_BF16 = 1.2  # speed of matrix products against fp32's, from which on autocast's conversions are earned back
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -43,8 +40,7 @@ class Hardware:
         """Where it is left open, compile if that pays for `work` FLOPs of training and works here."""
         compiles = self.compile
         if compiles is None:
-            worth = work >= WORTH_COMPILING[self.device.type]
-            compiles = distributed.all_processes(worth and can_compile(self.device))
+            compiles = distributed.all_processes(work >= WORTH_COMPILING[self.device.type] and can_compile(self.device))
         elif compiles and not can_compile(self.device):
             raise UsageError("torch.compile does not work here (is there a C++ compiler?); switch compiling off")
         graphs = compiles and self.device.type == "cuda" and self.cuda_graphs is not False
@@ -54,10 +50,7 @@ class Hardware:
         """Compile the transformer blocks, in place and each at its first call."""
         if not self.compile:
             return
-        import torch._dynamo  # takes seconds: only where it is used
-
-        # All blocks share one function, compiled anew for each kind of block and shape of batch. All methods in turn take 10
-        # of these, 8 is torch's limit. (A reset between methods would compile anew what they have in common.)
+        # All blocks share one function, compiled anew for each kind of block and shape of batch: 8 times is torch's limit.
         torch._dynamo.config.recompile_limit = 64
         mode = "reduce-overhead" if self.cuda_graphs else None
         for module in model.modules():
@@ -94,7 +87,6 @@ class Hardware:
         return f"{self.device.type} ({name}), {', '.join(parts)}"
 
     def as_dict(self) -> dict:
-        """For config.json."""
         return asdict(self) | {"device": str(self.device)}
 
     def synchronize(self) -> None:
@@ -159,8 +151,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # torch has no public query for these two; without them autocast would emulate, slower than fp32.
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    has = any(probe() for probe in probes if probe is not None)
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return distributed.all_processes(has and bf16_speedup() > WORTH_BF16)
 
 
@@ -171,13 +162,13 @@ def bf16_speedup() -> float:
     The CPU's flags do not tell: with avx512_bf16 alone some are several times as fast, others half as fast.
     """
     matrices = [torch.ones(768, 768, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    best = [math.inf, math.inf]
+    seconds = [[], []]
     for _ in range(6):  # the first of them sets up
-        for number, matrix in enumerate(matrices):
+        for taken, matrix in zip(seconds, matrices, strict=True):
             start = time.perf_counter()
             matrix @ matrix
-            best[number] = min(best[number], time.perf_counter() - start)
-    return best[0] / best[1]
+            taken.append(time.perf_counter() - start)
+    return min(seconds[0]) / min(seconds[1])
 
 
 def can_compile(device: torch.device) -> bool:
@@ -210,8 +201,6 @@ def plain_attention(model: torch.nn.Module) -> Iterator[None]:
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False
-    try:
-        yield
-    finally:
-        for module in fused:
-            module.fused_attn = True
+    yield
+    for module in fused:
+        module.fused_attn = True

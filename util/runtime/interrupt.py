@@ -4,7 +4,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 from util.runtime import distributed
 from util.runtime.errors import RunError
@@ -28,12 +27,12 @@ class Stop:
 def stop_on_signals() -> Iterator[Stop]:
     """Inside, the first SIGINT or SIGTERM is noted; a second SIGINT interrupts at once, as it would outside.
 
-    Nothing changes outside the main thread, and where several processes share a run: each would stop at a step of its
-    own. These end at once, and continue from the last save.
+    In the main thread alone. Several processes would each stop at a step of their own: they end at once instead, and
+    continue from the last save.
     """
     stop = Stop()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, _: object) -> None:
         if stop.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.received = signal.Signals(number)
@@ -46,14 +45,14 @@ def stop_on_signals() -> Iterator[Stop]:
 def end_on_sigterm() -> contextlib.AbstractContextManager:
     """Inside, SIGTERM ends the script as SIGINT does, so that it can end what it has started. In the main thread alone."""
 
-    def end(number: int, frame: FrameType | None) -> None:
+    def end(number: int, _: object) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
     return _handled_by(end, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+def _handled_by(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -86,6 +86,7 @@ def test_a_set_larger_than_memory(tmp_path):
     """100 GB of images, in a cache file of holes: a few-shot task and its evaluation take a small part of it."""
     script = """
 import sys, torch
+from pathlib import Path
 from backbone.recognizer import Architecture, build_recognizer, to_device
 from data.cache import cached_images
 from data.image_set import ImageSet
@@ -100,7 +101,7 @@ import train_forget
 folder, shape = sys.argv[1], (100_000_000_000 // 37632, 3, 112, 112)
 with open(f"{folder}/key.raw", "wb") as file:
     file.truncate(shape[0] * 37632)
-images = cached_images("key", shape, lambda array: sys.exit("the cache was not used"), folder)
+images = cached_images("key", shape, lambda array: sys.exit("the cache was not used"), Path(folder))
 labels = torch.arange(shape[0]) % 6
 data = ImageSet("holes", images, labels, tuple("abcdef"))
 hardware = choose_hardware("cpu")
@@ -121,6 +122,7 @@ print(hardware.peak_memory_mb())
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "not writable" not in done.stderr
     images, megabytes = map(float, done.stdout.split()[-2:])
     assert images == 2 * 5 * (48 + 48)  # two epochs of five steps: 200 images of D_r
     assert megabytes < 2000
