@@ -11,6 +11,7 @@ from keyword import iskeyword
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
@@ -59,6 +60,7 @@ class Method(ABC):
     title: ClassVar[str]  # as in the paper's tables
     source: ClassVar[str] = ""
     options: ClassVar[Sequence[Option]] = ()  # the last one of a name counts
+    average: AveragedModel | None = None  # within a task, for the methods that have one
 
     def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
         self.args = args
@@ -99,11 +101,16 @@ class Method(ABC):
         return TaskOutput()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the model: within a task at every save, after it what the next task needs."""
-        return {}
+        """What a resumed run needs beyond the model: within a task at every save, after it what the next task needs.
+
+        By default the running average of the weights, if there is one.
+        """
+        return {} if self.average is None else {"average": self.average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+        if state:
+            self.average.load_state_dict(state["average"])
 
 
 def per_task(values: Sequence[float], task: ForgettingTask) -> float:

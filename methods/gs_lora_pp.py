@@ -1,7 +1,6 @@
 """GS-LoRA++: prototypes and weight averaging (Zhao et al., arXiv 2501.09705)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,10 +72,3 @@ class GSLoRApp(GSLoRA):
                 parameter.copy_(average)
         self.average = None
         return super().end_task(model)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.average is None else {"average": self.average.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.average.load_state_dict(state["average"])

@@ -1,6 +1,5 @@
 """SCRUB and SCRUB-S: scalable remembering and unlearning unbound (Kurmanji et al., NeurIPS 2023, arXiv 2302.09880)."""
 
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +97,3 @@ class SCRUBS(SCRUB):
     def end_task(self, model: Recognizer) -> TaskOutput:
         self.average = None
         return super().end_task(model)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {} if self.average is None else {"average": self.average.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.average.load_state_dict(state["average"])
