@@ -48,7 +48,7 @@ def is_published(state_dict: dict) -> bool:
 
 
 def from_published(state_dict: dict, head: str | None = None) -> tuple[Architecture, State, State]:
-    """A published state dict → the recogniser's architecture and state dict, and its adapters (for `apply_adapters`).
+    """A published state dict → the recognizer's architecture and state dict, and its adapters (for `apply_adapters`).
 
     No tensor tells which margin `head` it is; None stands for cosface, or for softmax where the head has a bias.
     Raises UsageError, naming keys, if any is missing, unexpected or of another shape.

@@ -1,4 +1,4 @@
-"""A face recogniser: a timm backbone that embeds images, and a margin head that turns embeddings into logits."""
+"""A face recognizer: a timm backbone that embeds images, and a margin head that turns embeddings into logits."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,7 @@ from util.runtime.hardware import Hardware
 
 @dataclass
 class Architecture:
-    """All that is needed to build an untrained recogniser; stored in every checkpoint.
+    """All that is needed to build an untrained recognizer; stored in every checkpoint.
 
     `model` is a timm name and `image_size` in pixels; `model_options` are keyword arguments of `timm.create_model` (depth,
     drop rates), `head_options` those of the head (scale, margin).

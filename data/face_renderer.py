@@ -231,7 +231,7 @@ def _paint_occluder(drawing: _Drawing, face: dict[str, Tensor]) -> None:
 
 
 def _develop(canvas: Tensor, face: dict[str, Tensor], noise: Tensor) -> Tensor:
-    """The camera: area average, blur, noise, quantisation. Sums of slices: faster on a CPU than pooling is."""
+    """The camera: area average, blur, noise, quantization. Sums of slices: faster on a CPU than pooling is."""
     rows = sum(canvas[..., offset::SUPERSAMPLING, :] for offset in range(SUPERSAMPLING))
     image = sum(rows[..., offset::SUPERSAMPLING] for offset in range(SUPERSAMPLING)) / SUPERSAMPLING**2
     size = image.shape[-1]

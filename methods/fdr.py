@@ -1,4 +1,4 @@
-"""FDR: function distance regularisation (Benjamin et al., ICLR 2019, arXiv 1805.08289)."""
+"""FDR: function distance regularization (Benjamin et al., ICLR 2019, arXiv 1805.08289)."""
 
 from torch import Tensor
 

@@ -59,7 +59,7 @@ class LIRF(Method):
         forgotten, remaining = (task.forget, task.remain) if by_class else (columns[:count], columns[count:])
         self.forgotten, self.remaining = (torch.tensor(c, device=self.hardware.device) for c in (forgotten, remaining))
         model.requires_grad_(False)
-        # Part of the model while the task runs: optimised, moved to the device and saved for --resume with it.
+        # Part of the model while the task runs: optimized, moved to the device and saved for --resume with it.
         model.deposit = lower_half(model.backbone).requires_grad_(True)
         for name, _ in model.deposit.named_parameters():
             model.backbone.get_parameter(name).requires_grad_(True)

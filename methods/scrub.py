@@ -45,10 +45,10 @@ class SCRUB(Method):
         self.teacher = Teacher(model, train_set, seen, self.hardware)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
-        minimise = Pass({"remain": task.remain_indices}, self.args.batch_size, "min")
+        minimize = Pass({"remain": task.remain_indices}, self.args.batch_size, "min")
         if 2 * self._place_in_round(epoch, epochs) >= epochs:
-            return [minimise]
-        return [Pass({"forget": task.forget_indices}, self.args.batch_size, "max"), minimise]
+            return [minimize]
+        return [Pass({"forget": task.forget_indices}, self.args.batch_size, "max"), minimize]
 
     def _place_in_round(self, epoch: int, epochs: int) -> int:
         """How far `epoch` is in its round: 0 at its beginning, `epochs` at its end."""

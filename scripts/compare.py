@@ -54,7 +54,7 @@ class Job:
 
 
 def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
-    """Every run in order, checked; finished and interrupted ones are recognised. Raises UsageError for wrong options."""
+    """Every run in order, checked; finished and interrupted ones are recognized. Raises UsageError for wrong options."""
     seeds = [*dict.fromkeys(args.seeds)]
     methods = [*METHODS] if args.methods == ["all"] else [*dict.fromkeys(args.methods)]
     method_args = {name: shlex.split(words) for name, words in args.options}

@@ -2,7 +2,7 @@
 #
 #   DATA        folder with train/ and test/, or synthetic_faces. Default: CASIA-100 if it lies at
 #               data/faces_webface_112x112_sub100_train_test and there is a GPU, else synthetic_faces (drawn, no download)
-#   CHECKPOINT  a pre-trained recogniser, ours or published. Default: exps/pretrain-<data>-<model>/checkpoint.pth, which
+#   CHECKPOINT  a pre-trained recognizer, ours or published. Default: exps/pretrain-<data>-<model>/checkpoint.pth, which
 #               is trained first where it does not exist
 #   OUTPUT      folder for the results. Default: one in exps, named for the script and the data
 #   SEED        class order, samples, batches; default 1337, the published one (pre-training always uses 1337)

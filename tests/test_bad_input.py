@@ -100,7 +100,7 @@ def test_checkpoints_that_do_not_fit(trained, colours, command, tmp_path):
         "shape": (lambda d: d["model"].update({"head.weight": torch.zeros(3, 3)}), 2, "has shape (3, 3), not (10, 128)"),
         "model": (lambda d: d["architecture"].update(model="no_such"), 2, "unknown model 'no_such'"),
         "incomplete": (lambda d: d.pop("classes"), 1, "damaged checkpoint"),
-        "foreign": (lambda d: d.pop("format"), 2, "is no checkpoint of a face recogniser"),
+        "foreign": (lambda d: d.pop("format"), 2, "is no checkpoint of a face recognizer"),
     }
     for name, (spoil, code, message) in broken.items():
         data = torch.load(trained, weights_only=True)

@@ -53,8 +53,8 @@ def test_training_begins_with_a_max_pass_and_ends_with_a_min_pass_alone(begin, e
 @NAMES
 def test_a_max_pass_shows_what_is_forgotten_and_a_min_pass_what_remains(begin, name):
     begun = begin(name)
-    maximise, minimise = begun.method.passes(begun.method.task, 0, begun.method.epochs)
-    (forget,), (remain,) = maximise.streams.values(), minimise.streams.values()
+    maximize, minimize = begun.method.passes(begun.method.task, 0, begun.method.epochs)
+    (forget,), (remain,) = maximize.streams.values(), minimize.streams.values()
     assert sorted(forget.tolist()) == sorted(begun.task.forget_indices.tolist())
     assert sorted(remain.tolist()) == sorted(begun.task.remain_indices.tolist())
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what a trained recogniser is on disk. Loading never runs code from the file."""
+"""Checkpoints: what a trained recognizer is on disk. Loading never runs code from the file."""
 
 import io
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ LARGEST = 1 << 24  # of the numbers in a file's architecture
 
 @dataclass
 class Checkpoint:
-    """A recogniser with what is known of it: the class names it was trained on, and the classes forgotten so far.
+    """A recognizer with what is known of it: the class names it was trained on, and the classes forgotten so far.
 
     `classes` is empty for published checkpoints, which do not name theirs. `forgotten` holds one list of class ids a
     task, in order. `info` is free: the data set, the accuracies after training.
@@ -59,7 +59,7 @@ def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
             return _load_own(path, data, head)
         if isinstance(data, dict) and is_published(data):
             return _load_published(path, data, head)
-    raise UsageError(f"{path} is no checkpoint of a face recogniser, neither this project's nor a published one")
+    raise UsageError(f"{path} is no checkpoint of a face recognizer, neither this project's nor a published one")
 
 
 def _load_own(path: Path, data: dict, head: str | None) -> Checkpoint:

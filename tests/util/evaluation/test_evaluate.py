@@ -21,7 +21,7 @@ def images(make_images):
 def test_class_group_accuracies_against_a_loop_over_images(make_recognizer, images, cpu, head):
     model = make_recognizer(head=head).eval()
     with torch.no_grad():
-        model.head.weight.copy_(model.embed(images.images[::5]))  # so that a good part of the images is recognised
+        model.head.weight.copy_(model.embed(images.images[::5]))  # so that a good part of the images is recognized
     group = [0, 2, 5]
     hits = {"acc": [], "margin_acc": []}
     for image, label in zip(images.images, images.labels, strict=True):

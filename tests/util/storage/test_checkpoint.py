@@ -110,7 +110,7 @@ WEIGHT, OPTIONS = ("model", "head.weight"), ("architecture", "model_options")
         (("forgotten",), [[0, 1, 2, 3, 4, 5]], RunError, "impossible forgotten"),
         (("forgotten",), "abc", RunError, "damaged checkpoint"),
         (("info",), 5, RunError, "damaged checkpoint"),
-        (("format",), "something else", UsageError, "no checkpoint of a face recogniser"),
+        (("format",), "something else", UsageError, "no checkpoint of a face recognizer"),
     ],
 )
 def test_impossible_contents(way, value, error, message, changed):
