@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, ours or a published one: recognition in both readings, per class and group, and verification.
+"""Evaluate a checkpoint, ours or a published one: accuracy without and with margin, per class and group, and verification.
 
 python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
