@@ -32,7 +32,7 @@ class Head(nn.Module):
         return self.scale * F.linear(F.normalize(embeddings), F.normalize(self.weight.to(embeddings.dtype)))
 
     def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Label-free logits (B, classes) → training logits, so that one forward pass serves accuracy without and with margin."""
+        """Label-free logits (B, classes) → training logits: one forward pass serves both."""
         return logits
 
     def loss_of_logits(self, logits: Tensor, labels: Tensor) -> Tensor:
