@@ -85,7 +85,7 @@ def test_what_killed_processes_leave_is_removed(trained, colours, command, tmp_p
     left.write_bytes(b"half")
     code, _, err = command("train_forget.py", *forget_options(trained, colours, tmp_path / "run"), "--epochs", 1)
     assert code == 0, err
-    assert {path.name for path in tmp_path.rglob(".*")} == {".lock", ".lock.holder"}
+    assert {path.name for path in tmp_path.rglob(".*")} == {".lock"}
 
 
 def test_a_disk_without_room_is_found_before_anything_starts(trained, colours, command, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_what_was_forgotten_before_is_known(words, message, named, trained, colo
     [
         (["--forget-classes", "c77"], "no class 'c77'; did you mean 'c7'"),
         (["--forget-classes", "10"], "no class '10'"),
-        (["--forget-classes", ""], "no class is named"),
+        (["--forget-classes", ""], "no class ''"),
         (["--forget-classes", "c1", "--then", "c2,c1"], "task 1 forgets 'c1' already"),
         (["--forget-classes", "c1,c1"], "task 1 forgets 'c1' already"),
         (["--forget-classes", "c1", "--few-shot", 13], "has 12 training images, fewer than the 13"),

@@ -118,7 +118,7 @@ def test_the_papers_setting_is_chosen_with_a_gpu_and_its_data(script, copy, tmp_
     if gpu and casia:
         assert "--model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4" in pretrain
         assert "--methods all --seeds 1337" in forget
-        assert f"--data {folder} --num-tasks 4 --as-published --epochs 100 --batch-size 48 --data-ratio 0.1" in forget
+        assert f"--data {folder} --num-tasks 4 --as-published" in forget
     else:
         assert "--data synthetic_faces --model face_vit_tiny" in pretrain
         assert "--data synthetic_faces" in forget
