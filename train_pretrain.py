@@ -16,14 +16,7 @@ import torch
 
 from backbone.heads import HEADS
 from backbone.published import to_published
-from backbone.recognizer import (
-    Architecture,
-    Recognizer,
-    build_recognizer,
-    default_image_size,
-    forward_flops,
-    to_device,
-)
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops, to_device
 from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import whole_set
@@ -118,11 +111,7 @@ def main(argv: list[str] | None) -> None:
 
 
 def pretrain(
-    args: argparse.Namespace,
-    hardware: Hardware,
-    model: Recognizer,
-    data: tuple[ImageSet, ImageSet],
-    folder: PretrainFolder,
+    args: argparse.Namespace, hardware: Hardware, model: Recognizer, data: tuple[ImageSet, ImageSet], folder: PretrainFolder
 ) -> None:
     """The run, in its folder."""
     train_set, test_set = data

@@ -16,8 +16,7 @@ from util.runtime.errors import UsageError
 
 # In the order of the paper's tables.
 METHODS: dict[str, type[Method]] = {
-    method.name: method
-    for method in (L2, EWC, MAS, LwF, DER, DERpp, FDR, SCRUB, SCRUBS, LIRF, Retrain, GSLoRA, GSLoRApp)
+    method.name: method for method in (L2, EWC, MAS, LwF, DER, DERpp, FDR, SCRUB, SCRUBS, LIRF, Retrain, GSLoRA, GSLoRApp)
 }
 
 

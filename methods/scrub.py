@@ -1,6 +1,5 @@
 """SCRUB and SCRUB-S: scalable remembering and unlearning unbound (Kurmanji et al., NeurIPS 2023, arXiv 2302.09880)."""
 
-
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn

@@ -18,14 +18,7 @@ from util.report.results import load_results, new_results, task_entry
 from util.report.tables import Comparison, percent
 from util.runtime.errors import RunError
 from util.runtime.files import readable, save_tensors, write_json, write_text
-from util.storage.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    torch_load,
-    torch_save,
-)
+from util.storage.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint, torch_load, torch_save
 from util.storage.folders import RunFolder
 from util.training.deletion_record import Recorder
 from util.training.engine import Trainer

@@ -53,9 +53,7 @@ def joint_hash(images: ImageSet) -> str:
 class Recorder:
     """Notes what a task starts from; writes its record when it is done."""
 
-    def __init__(
-        self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet], resumed: bool
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet], resumed: bool) -> None:
         self.args, self.hardware, self.resumed = args, hardware, resumed
         self.train_set, test_set = data
         self.test_hash = joint_hash(test_set)

@@ -54,9 +54,7 @@ def make_optimizer(model: nn.Module, schedule: Schedule, hardware: Hardware) -> 
     fused = {"fused": True} if hardware.fused_optimizer and schedule.opt in FUSED_OPTIMIZERS else {}
     try:
         # Handed the module, timm spares biases and norms the weight decay and leaves frozen parameters out.
-        return create_optimizer_v2(
-            model, opt=schedule.opt, lr=schedule.lr, weight_decay=schedule.weight_decay, **fused
-        )
+        return create_optimizer_v2(model, opt=schedule.opt, lr=schedule.lr, weight_decay=schedule.weight_decay, **fused)
     except ValueError as error:
         raise UsageError(f"--opt {schedule.opt}: {error}") from None
 
