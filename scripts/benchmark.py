@@ -30,7 +30,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 from PIL import Image
-from torch.utils.benchmark import Measurement, Timer
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -150,6 +149,8 @@ def make_step(trainer: Trainer, undone: Collection[str]) -> Callable[[Batch], ob
 
 def measure(args: argparse.Namespace, *works: Work) -> list[float]:
     """Median seconds of one run of each, taken in turn."""
+    from torch.utils.benchmark import Measurement, Timer  # warns of a missing GPU where `can_compile` has not silenced it
+
     for work in works * (5 if args.device == "cuda" else 1):  # CUDA graphs are replayed from the third run on
         work.run()
     found = [[] for _ in works]
