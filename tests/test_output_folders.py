@@ -186,3 +186,12 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(trained, colours, 
     words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 1]
     refused(command("train_forget.py", *words), 1, "the weights are not finite after epoch 3")
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["position"]["epoch"] == 2
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def acquire(self, *_, **__):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    with RunFolder(tmp_path / "run").locked():
+        assert (tmp_path / "run").is_dir()

@@ -80,8 +80,10 @@ def alone() -> Iterator[None]:
     """Inside, nothing is shared out: each process does all of what it is asked."""
     global _alone
     before, _alone = _alone, True
-    yield
-    _alone = before
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def share_of(items: list) -> list:

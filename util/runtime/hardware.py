@@ -151,7 +151,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     # torch has no public query for these two; without them autocast would emulate, slower than fp32.
-    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    has = any(probe() for probe in probes if probe is not None)
     return distributed.all_processes(has and bf16_speedup() > WORTH_BF16)
 
 
@@ -201,6 +202,8 @@ def plain_attention(model: torch.nn.Module) -> Iterator[None]:
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     for module in fused:
         module.fused_attn = False
-    yield
-    for module in fused:
-        module.fused_attn = True
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True

@@ -48,6 +48,8 @@ class OutputFolder:
         except Timeout:
             other = holder.read_text() if holder.exists() else "another run"
             raise UsageError(f"{self.path} is in use by {other}; wait for it, or choose another --output-dir") from None
+        except NotImplementedError:  # a file system without locks, where two runs in one folder go unnoticed
+            lock = contextlib.nullcontext()
         with lock:
             write_text(holder, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}, {utc_now()}")
             try:

@@ -151,7 +151,7 @@ class ContinualRun:
             torch_save(self.folder.task_file("published", task.number), to_published(self.model))
         self.recorder.write(self.folder, task, self.model, entry)
         self.results["tasks"].append(entry)
-        write_text(self.folder.path / "table.md", Comparison([self.results], [self.method.title]).markdown() + "\n")
+        write_text(self.folder.path / "table.md", Comparison([self.results]).markdown() + "\n")
         write_json(self.folder.results, self.results)
 
     def _finish(self, writer: SummaryWriter) -> None:

@@ -10,8 +10,9 @@ from timm.models.vision_transformer import Block
 from backbone.last_block import ClassTokenBlock
 from backbone.recognizer import to_device
 from tests.conftest import ROOT
+from util.runtime import distributed
 from util.runtime.errors import UsageError
-from util.runtime.hardware import bf16_speedup, choose_hardware
+from util.runtime.hardware import bf16_speedup, choose_hardware, plain_attention
 
 
 def test_the_choices_of_a_cpu():
@@ -120,3 +121,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64  # MB, of 5 × 64
+
+
+def test_an_exception_leaves_neither_attention_nor_processes_changed(make_recognizer):
+    model = to_device(make_recognizer(), choose_hardware("cpu", "fp32", "fused"))
+    with pytest.raises(KeyError), plain_attention(model), distributed.alone():
+        raise KeyError
+    assert all(block.attn.fused_attn for block in model.backbone.blocks)
+    assert not distributed._alone
