@@ -27,7 +27,7 @@ from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, write_json, write_text
 from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
-from util.training.deletion_record import load_record, verify_record
+from util.training.deletion_record import load_record, settings_of, verify_record
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -59,15 +59,6 @@ def build_parser() -> options.Parser:
     options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: exps/test-<folder>-<checkpoint>")
     return parser
-
-
-def settings_of(record: dict) -> dict:
-    """The data and the arithmetic that a record was made with, as defaults of our options."""
-    keys = ("data", "val_fraction", "identities", "train_per_identity", "test_per_identity", "data_seed")
-    settings = {key: record["arguments"][key] for key in keys if key in record["arguments"]}
-    settings["precision"] = "bf16" if record["hardware"].get("bf16") else "fp32"
-    settings["cls_only_last_block"] = "on" if record["hardware"].get("cls_only_last_block") else "off"
-    return settings
 
 
 def confirm(args: argparse.Namespace) -> None:

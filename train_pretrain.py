@@ -3,6 +3,7 @@
 python train_pretrain.py                                     the tiny model on drawn faces, minutes on a CPU
 python train_pretrain.py --data DIR --model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4 --warmup-epochs 10
                                                              the paper's model and schedule
+python train_pretrain.py --without-classes "ann, bob"        a model that never saw them: a reference of the audit
 python train_pretrain.py --resume                            continue an interrupted run
 Leaves checkpoint.pth, config.json, checkpoints/last.pth and TensorBoard events in --output-dir.
 """
@@ -19,13 +20,14 @@ from backbone.published import to_published
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops, to_device
 from data import build_datasets
 from data.image_set import ImageSet
-from data.tasks import whole_set
+from data.tasks import ForgettingTask, named_classes, whole_set
 from methods.pretrain import Pretrain
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
 from util.cli.main import run_main
 from util.evaluation.evaluate import predict
 from util.runtime.distributed import main_process_first
+from util.runtime.errors import UsageError
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, load_backbone, save_checkpoint, torch_save
@@ -37,6 +39,9 @@ from util.training.resume import LastState, add_resume_options, needed_bytes, pr
 
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
+# The options that a pre-trained model depends on, beside the data, the classes left out and the seed.
+RECIPE = ("model", "image_size", "depth", "head", "drop_rate", "weights", "pretrained", "epochs", "warmup_epochs")
+RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -53,6 +58,9 @@ def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add_config_option(parser)
     options.add_data(parser)
+    parser.add_argument(
+        "--without-classes", metavar="LIST", help="leave these out: names or ids, separated by commas; class ids stay"
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
     group.add_argument("--image-size", type=options.number(int, 1), help="pixels (default: the model's own)")
@@ -98,20 +106,29 @@ def main(argv: list[str] | None) -> None:
     hardware = options.hardware_of(args)
     image_size = args.image_size or default_image_size(args.model)
     train_set, test_set = build_datasets(args, image_size, hardware.device)
-    choose_epochs(args, len(train_set))
+    without = [] if args.without_classes is None else named_classes(args.without_classes, train_set.classes)
+    task = whole_set(train_set.labels.cpu(), len(train_set.classes), without)
+    if len(task.remain) < 2:
+        raise UsageError(f"--without-classes leaves {len(task.remain)} classes; at least 2 are needed")
+    choose_epochs(args, len(task.remain_indices))
     model = build_model(args, len(train_set.classes), image_size)
-    hardware = hardware.resolve_compile(3 * args.epochs * len(train_set) * forward_flops(model))
+    hardware = hardware.resolve_compile(3 * args.epochs * len(task.remain_indices) * forward_flops(model))
     to_device(model, hardware)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
     folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}")
     with folder.locked():
-        pretrain(args, hardware, model, (train_set, test_set), folder)
+        pretrain(args, hardware, model, (train_set, test_set), task, folder)
 
 
 def pretrain(
-    args: argparse.Namespace, hardware: Hardware, model: Recognizer, data: tuple[ImageSet, ImageSet], folder: PretrainFolder
+    args: argparse.Namespace,
+    hardware: Hardware,
+    model: Recognizer,
+    data: tuple[ImageSet, ImageSet],
+    task: ForgettingTask,
+    folder: PretrainFolder,
 ) -> None:
     """The run, in its folder."""
     train_set, test_set = data
@@ -120,12 +137,12 @@ def pretrain(
     write_json(folder.config, describe_run(args, hardware, train_set.images.device))
     print(
         f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
-        f"{len(train_set.classes)} classes, {len(train_set)} images of {train_set.image_size}×{train_set.image_size}, "
+        f"{len(task.remain)} classes, {len(task.remain_indices)} images of {train_set.image_size}×{train_set.image_size}, "
         f"{hardware.describe()}",
         flush=True,
     )
 
-    method, task = Pretrain(args, hardware), whole_set(train_set.labels, len(train_set.classes))
+    method = Pretrain(args, hardware)
     method.begin_task(model, task, train_set, args.epochs)
     trainer = Trainer(model, method, task, train_set, Schedule.of(args))
     last = LastState(folder.last, args.save_every, resume)
@@ -137,8 +154,11 @@ def pretrain(
     ):
         images_per_second = trainer.train(monitor, last.save, last.after_epoch)
 
-    accuracies = predict(model, test_set, hardware).accuracies(range(len(test_set.classes)))
+    method.end_task(model)
+    accuracies = predict(model, test_set, hardware).accuracies(task.remain)
+    arguments = options.plain_arguments(args)
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
+    info |= {"recipe": {key: arguments[key] for key in RECIPE}, "without_classes": list(task.old)}
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
         torch_save(folder.path / "published.pth", to_published(model))

@@ -11,6 +11,7 @@ from data.tasks import split_validation
 from util.runtime import distributed
 
 SYNTHETIC = "synthetic_faces"
+UNSEEN_DRAWN = 300, 4, 0  # identities, images of each, none for a test split
 
 
 def build_datasets(args: argparse.Namespace, image_size: int, device: torch.device) -> tuple[ImageSet, ImageSet]:
@@ -32,6 +33,17 @@ def build_datasets(args: argparse.Namespace, image_size: int, device: torch.devi
     if args.images == "device" or (args.images == "auto" and has_room(device, train_set.images.nbytes)):
         return train_set.to(device), test_set.to(device)
     return train_set, test_set
+
+
+def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device) -> ImageSet | None:
+    """People in no training set: of the folder `args.unseen`, or further ones drawn; None where there are none."""
+    cache_dir = args.cache_dir or cache_folder()
+    if args.unseen is not None:
+        return image_folder.flat_folder(args.unseen, image_size, cache_dir)
+    if args.data != SYNTHETIC:
+        return None
+    more = {"first": args.identities, "seed": args.data_seed, "device": device, "cache_dir": cache_dir}
+    return synthetic_faces.synthetic_faces(*UNSEEN_DRAWN, image_size=image_size, **more)[0]
 
 
 def has_room(device: torch.device, size: int) -> bool:

@@ -11,13 +11,15 @@ import hashlib
 import os
 import sys
 import warnings
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
@@ -40,17 +42,10 @@ def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> t
     and modification time, and by `image_size`.
     """
     root = Path(root).resolve()
-    try:
+    with _readable(root, "{train,test}/<class>/<image>"):
         classes, train, test = _list_images(root)
         paths, cut = [Path(path) for path, _ in train + test], len(train)
-        # A broken link stands for itself: decoding names it with what else is damaged.
-        stats = [path.stat(follow_symlinks=path.exists()) for path in paths]
-    except OSError as error:
-        raise UsageError(f"{root}: cannot be read as {{train,test}}/<class>/<image>: {error}") from error
-    files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
-    digest = hashlib.sha256(repr((VERSION, image_size, files)).encode()).hexdigest()[:32]
-    key, shape = f"{root.name}-{image_size}-{digest}", (len(paths), 3, image_size, image_size)
-    images = cached_images(key, shape, lambda array: _decode_all(root, paths, array), cache_dir)
+        images = _decoded(root, paths, image_size, cache_dir)
     shared = shared_images(paths[:cut], paths[cut:])
     if shared:
         first, twin = (path.relative_to(root) for path in min(shared.items()))
@@ -59,6 +54,54 @@ def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> t
     labels = torch.tensor([label for _, label in train + test])
     whole = ImageSet(root.name, images, labels, classes)
     return whole.subset(slice(cut)), whole.subset(slice(cut, None))
+
+
+def flat_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> ImageSet:
+    """The images of `root`, `<class>/<image>`, without a split; everything else as `image_folder`."""
+    root, skipped = Path(root).resolve(), []
+    with _readable(root, "<class>/<image>"):
+        classes = _folders(root)
+        if not classes:
+            raise UsageError(f"{root}: no class folders; <class>/<image> is needed")
+        found = make_dataset(root, {name: c for c, name in enumerate(classes)}, is_valid_file=_is_image(root, skipped))
+        images = _decoded(root, [Path(path) for path, _ in found], image_size, cache_dir)
+    _tell_skipped(root, skipped)
+    return ImageSet(root.name, images, torch.tensor([label for _, label in found]), tuple(classes))
+
+
+@contextmanager
+def _readable(root: Path, layout: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{root}: cannot be read as {layout}: {error}") from error
+
+
+def _decoded(root: Path, paths: list[Path], image_size: int, cache_dir: Path) -> Tensor:
+    """uint8 (N, 3, H, W), from the cache where these files are known."""
+    # A broken link stands for itself: decoding names it with what else is damaged.
+    stats = [path.stat(follow_symlinks=path.exists()) for path in paths]
+    files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
+    digest = hashlib.sha256(repr((VERSION, image_size, files)).encode()).hexdigest()[:32]
+    key, shape = f"{root.name}-{image_size}-{digest}", (len(paths), 3, image_size, image_size)
+    return cached_images(key, shape, lambda array: _decode_all(root, paths, array), cache_dir)
+
+
+def _is_image(root: Path, skipped: list[str]) -> Callable[[str], bool]:
+    """Whether a file is taken; those that are not are added to `skipped`."""
+
+    def is_image(path: str) -> bool:
+        found = path.lower().endswith(EXTENSIONS) and f"{os.sep}." not in path.removeprefix(str(root))
+        if not found:
+            skipped.append(path)
+        return found
+
+    return is_image
+
+
+def _tell_skipped(root: Path, skipped: list[str]) -> None:
+    if skipped:
+        print(f"{root}: skipped {len(skipped)} files that are not images, {min(skipped)} first", file=sys.stderr)
 
 
 def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], list[tuple[str, int]]]:
@@ -71,20 +114,13 @@ def _list_images(root: Path) -> tuple[tuple[str, ...], list[tuple[str, int]], li
         raise UsageError(f"{root}/test/{unknown[0]}: no class of that name in train/ ({len(unknown)} such class folders)")
 
     skipped = []
-
-    def is_image(path: str) -> bool:
-        found = path.lower().endswith(EXTENSIONS) and f"{os.sep}." not in path.removeprefix(str(root))
-        if not found:
-            skipped.append(path)
-        return found
-
+    is_image = _is_image(root, skipped)
     label_of = {name: label for label, name in enumerate(classes)}
     train = make_dataset(root / "train", label_of, is_valid_file=is_image)  # raises for a class without images
     test = make_dataset(root / "test", label_of, is_valid_file=is_image, allow_empty=True)
     if not test:
         raise UsageError(f"{root}/test: no images")
-    if skipped:
-        print(f"{root}: skipped {len(skipped)} files that are not images, {min(skipped)} first", file=sys.stderr)
+    _tell_skipped(root, skipped)
     untested = sorted({*range(len(classes))} - {label for _, label in test})
     if untested:
         print(f"warning: {root}: {len(untested)} classes have no test images, {classes[untested[0]]} first", file=sys.stderr)

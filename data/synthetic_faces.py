@@ -76,20 +76,22 @@ def synthetic_faces(
     seed: int = 0,
     device: torch.device | str = "cpu",
     cache_dir: Path | None = None,
+    first: int = 0,
 ) -> tuple[ImageSet, ImageSet]:
     """Draw a training and a test set with the same identities and different variations, on `device`.
 
     Image k of identity i depends on (seed, i, k, train or test) alone, not on how many are drawn; the random numbers
     are drawn on the CPU, so that every device draws the same faces up to the rounding of its arithmetic.
 
+    first: the number of the first identity, for people that another set does not have.
     cache_dir: where the faces are kept once drawn; then they are mapped from there, on the CPU.
     """
-    device, cut = torch.device(device), identities * train_per_identity
+    device, cut, people = torch.device(device), identities * train_per_identity, range(first, first + identities)
     splits = [(slice(cut), TRAIN, train_per_identity), (slice(cut, None), TEST, test_per_identity)]
 
     def uniform(stream: int, count: int, width: int) -> np.ndarray:
         """Rows for `count` images of every identity; an identity's are filled in order, the same for every count."""
-        generators = [np.random.default_rng([seed, identity, stream]) for identity in range(identities)]
+        generators = [np.random.default_rng([seed, identity, stream]) for identity in people]
         return np.concatenate([generator.random((count, width), dtype=np.float32) for generator in generators])
 
     def draw(images: Tensor) -> None:
@@ -107,13 +109,13 @@ def synthetic_faces(
         draw(images)
     else:
         # Devices differ in the rounding of their arithmetic, so each has its own file.
-        numbers = (identities, train_per_identity, test_per_identity, image_size, seed)
+        numbers = (identities, train_per_identity, test_per_identity, image_size, seed, first)
         digest = hashlib.sha256(repr((VERSION, numbers, device.type)).encode()).hexdigest()[:32]
         key = f"synthetic_faces-{image_size}-{digest}"
         images = cached_images(key, shape, lambda array: draw(torch.from_numpy(array)), cache_dir)
     who = torch.arange(identities, device=images.device)
     labels = torch.cat([who.repeat_interleave(count) for _, _, count in splits])
-    whole = ImageSet("synthetic_faces", images, labels, tuple(f"id{identity:03d}" for identity in range(identities)))
+    whole = ImageSet("synthetic_faces", images, labels, tuple(f"id{identity:03d}" for identity in people))
     return whole.subset(slice(cut)), whole.subset(slice(cut, None))
 
 

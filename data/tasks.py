@@ -122,10 +122,11 @@ def forgetting_tasks(
     return tasks
 
 
-def whole_set(labels: Tensor, num_classes: int) -> ForgettingTask:
-    """Nothing to forget, every class and image to learn: what pre-training runs on."""
-    every, none = torch.arange(len(labels)), torch.empty(0, dtype=torch.long)
-    return ForgettingTask(0, (), tuple(range(num_classes)), (), (), none, every)
+def whole_set(labels: Tensor, num_classes: int, without: Sequence[int] = ()) -> ForgettingTask:
+    """Nothing to forget, every class and image to learn, but for the classes `without` (`old`): pre-training's task."""
+    remain = tuple(c for c in range(num_classes) if c not in without)
+    none, images = torch.empty(0, dtype=torch.long), torch.isin(labels, torch.tensor(remain)).nonzero()[:, 0]
+    return ForgettingTask(0, (), remain, tuple(sorted({*without})), (), none, images)
 
 
 def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Tensor, Tensor]:

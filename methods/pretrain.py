@@ -1,16 +1,20 @@
 """Pre-training: the margin head's loss on every training image. A method like the others, so that one loop serves all."""
 
+import torch
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass, random_flip
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method
+from methods.base import Method, TaskOutput
 
 
 class Pretrain(Method):
-    """L = CE(z, y), z the training logits of randomly mirrored images; trains backbone and head."""
+    """L = CE(z, y), z the training logits of randomly mirrored images; trains backbone and head.
+
+    Classes left out of the task (`task.old`) have no part in the loss: their rows are no class to tell the others from.
+    """
 
     name = "pretrain"
     title = "Pre-train"
@@ -18,9 +22,20 @@ class Pretrain(Method):
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
         model.requires_grad_(True)
+        self.rows = torch.tensor(task.remain, device=self.hardware.device)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return [Pass({"train": task.remain_indices}, self.args.batch_size)]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
-        return {"total": model.head.loss(model.embed(random_flip(batch.images)), batch.labels)}
+        logits, labels = model(random_flip(batch.images)), batch.labels
+        if self.task.old:
+            logits, labels = logits[:, self.rows], torch.searchsorted(self.rows, labels)
+        return {"total": model.head.loss_of_logits(logits, labels)}
+
+    @torch.no_grad()
+    def end_task(self, model: Recognizer) -> TaskOutput:
+        """The rows of classes left out become zero, with a bias, where there is one, that never wins."""
+        for name, parameter in model.head.named_parameters():
+            parameter[list(self.task.old)] = 0.0 if name == "weight" else -1e4
+        return TaskOutput()

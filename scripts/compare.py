@@ -9,23 +9,19 @@ repeated, interrupted ones are continued, and one that fails does not stop the o
 import argparse
 import contextlib
 import os
-import queue
 import shlex
-import subprocess
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from itertools import chain, product
 from pathlib import Path
-from typing import TextIO
 
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_forget
 from methods import METHODS, method_class
+from scripts.jobs import Job, deal_out
 from util.cli import options
 from util.cli.main import run_main
 from util.report.results import load_results
@@ -36,21 +32,6 @@ from util.runtime.hardware import choose_hardware
 from util.runtime.interrupt import Interrupted, end_on_sigterm
 from util.storage.folders import RunFolder
 from util.training.resume import FREE_ON_RESUME
-
-
-@dataclass
-class Job:
-    """One run of train_forget.py; `label` names it among the others."""
-
-    label: str
-    folder: RunFolder
-    arguments: list[str]
-    finished: bool = False
-    failure: str = ""
-
-    def open_log(self) -> TextIO:
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        return (self.folder.path / "log.txt").open("a")
 
 
 def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
@@ -65,7 +46,7 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
         folder = RunFolder(args.output_dir / f"{name}-seed{seed}")
         arguments = ["--method", name, *extra_args, *method_args.get(name, []), "--seed", str(seed)]
         label = METHODS[name].title + (f", seed {seed}" if len(seeds) > 1 else "")
-        job = Job(label, folder, [*arguments, "--output-dir", str(folder.path)])
+        job = Job(label, folder, "train_forget.py", [*arguments, "--output-dir", str(folder.path)])
         parsed = train_forget.parse_arguments(job.arguments)
         if not jobs:
             # What is wrong for all of them is found once, before any of them starts.
@@ -100,45 +81,13 @@ def run_here(job: Job) -> None:
 
 
 def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
-    """Yield each job as it ends. With several `gpus`, each run is a process that sees one of them ("": all of them).
-
-    A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle.
-    """
-    if len(gpus) == 1:
-        for job in jobs:
-            run_here(job)
-            yield job
+    """Yield each job as it ends: in this process, or dealt out over several `gpus`."""
+    if len(gpus) > 1:
+        yield from deal_out(jobs, gpus)
         return
-    running: set[subprocess.Popen] = set()
-    free: queue.Queue[str] = queue.Queue()
-    for gpu in gpus:
-        free.put(gpu)
-
-    def run(job: Job) -> Job:
-        gpu = free.get()
-        command = [sys.executable, train_forget.__file__, *job.arguments]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-        with job.open_log() as log:
-            process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.PIPE, text=True)
-            running.add(process)
-            _, errors = process.communicate()
-            running.discard(process)
-            log.write(errors)
-        free.put(gpu)
-        if process.returncode:
-            last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            job.failure = last.removeprefix("train_forget.py: error: ")
-        return job
-
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        try:
-            for done in as_completed([pool.submit(run, job) for job in jobs]):
-                yield done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*running]:
-                process.terminate()  # it saves, and ends
-            raise
+    for job in jobs:
+        run_here(job)
+        yield job
 
 
 def print_rows(jobs: Iterable[Job], width: int) -> None:

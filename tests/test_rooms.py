@@ -12,6 +12,7 @@ ROOMS = [
     "backbone",
     "util.evaluation",
     "util.storage",
+    "util.audit",
     "methods",
     "util.report",
     "util.cli",

@@ -7,12 +7,11 @@ accuracies say what is known of that.
 """
 
 import argparse
-import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from backbone.recognizer import to_device
 from data.image_set import ImageSet
@@ -26,28 +25,10 @@ from util.runtime.files import read_json, readable, sha256, write_json
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import check_classes, load_checkpoint
 from util.storage.folders import RunFolder, utc_now
+from util.storage.hashes import image_hashes, joint_hash, weights_sha256
 
 SCHEMA = 1
 Check = tuple[str, bool | None, str]  # what, whether it is so (None: cannot be told), details
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """Of a state dict's names, dtypes, shapes and values; the same on every device and in every file format."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def image_hashes(images: ImageSet, indices: Tensor | None = None) -> list[str]:
-    """Of the decoded pixels, uint8 (3, H, W), of each image (of those at `indices`)."""
-    chosen = range(len(images)) if indices is None else indices.tolist()
-    return [hashlib.sha256(images.images[i].cpu().contiguous().numpy()).hexdigest() for i in chosen]
-
-
-def joint_hash(images: ImageSet) -> str:
-    return hashlib.sha256("".join(image_hashes(images)).encode()).hexdigest()
 
 
 class Recorder:
@@ -109,6 +90,15 @@ def load_record(path: Path) -> dict:
     if record.get("schema") != SCHEMA or not all(isinstance(record.get(key), dict) for key in parts):
         raise RunError(f"{path}: not a record of deletion of schema {SCHEMA}")
     return record
+
+
+def settings_of(record: dict) -> dict:
+    """The data and the arithmetic of a record, or of a run's config.json, as defaults of our options."""
+    keys = ("data", "val_fraction", "identities", "train_per_identity", "test_per_identity", "data_seed")
+    settings = {key: record["arguments"][key] for key in keys if key in record["arguments"]}
+    settings["precision"] = "bf16" if record["hardware"].get("bf16") else "fp32"
+    settings["cls_only_last_block"] = "on" if record["hardware"].get("cls_only_last_block") else "off"
+    return settings
 
 
 def verify_record(path: Path, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware) -> list[Check]:

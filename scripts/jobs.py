@@ -1,0 +1,68 @@
+"""Runs of the top scripts, each a process of its own, dealt out over devices."""
+
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from util.storage.folders import OutputFolder
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Job:
+    """One run of a script at the top; `label` names it among the others."""
+
+    label: str
+    folder: OutputFolder
+    script: str
+    arguments: list[str]
+    finished: bool = False
+    failure: str = ""
+
+    def open_log(self) -> TextIO:
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        return (self.folder.path / "log.txt").open("a")
+
+
+def deal_out(jobs: list[Job], gpus: list[str], environment: dict[str, str] | None = None) -> Iterator[Job]:
+    """Yield each job as it ends. A run is a process that sees one of the `gpus` ("": all of them).
+
+    A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle.
+    """
+    running: set[subprocess.Popen] = set()
+    free: queue.Queue[str] = queue.Queue()
+    for gpu in gpus:
+        free.put(gpu)
+
+    def run(job: Job) -> Job:
+        gpu = free.get()
+        variables = os.environ | (environment or {}) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        with job.open_log() as log:
+            command = [sys.executable, str(ROOT / job.script), *job.arguments]
+            process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.PIPE, text=True)
+            running.add(process)
+            _, errors = process.communicate()
+            running.discard(process)
+            log.write(errors)
+        free.put(gpu)
+        if process.returncode:
+            last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+            job.failure = last.removeprefix(f"{job.script}: error: ")
+        return job
+
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        try:
+            for done in as_completed([pool.submit(run, job) for job in jobs]):
+                yield done.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                process.terminate()  # it saves, and ends
+            raise

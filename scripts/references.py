@@ -1,0 +1,91 @@
+"""References of the audit: models trained by the pre-training recipe, without the forgotten classes or with other seeds.
+
+They lie in the user's cache folder, keyed by all that they depend on: training images, recipe, classes left out, seed.
+What is there is not trained again; what was interrupted is continued.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from data.cache import cache_folder
+from data.image_set import ImageSet
+from scripts.jobs import Job, deal_out
+from train_pretrain import RECIPE
+from util.cli.options import option_name
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import read_json
+from util.storage.checkpoint import Checkpoint
+from util.storage.folders import PretrainFolder
+from util.storage.hashes import data_sha256
+
+# Options that say where the images come from, and on what to run: a reference gets the audit's.
+DATA_OPTIONS = ("data", "cache_dir", "identities", "train_per_identity", "test_per_identity", "data_seed", "val_fraction")
+PASSED_ON = (*DATA_OPTIONS, "device", "precision", "attention", "cls_only_last_block", "keep_memory", "images")
+
+
+def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
+    """How the pre-trained model was trained, from the checkpoint or the config.json of its run.
+
+    Raises UsageError where neither tells.
+    """
+    recipe = checkpoint.info.get("recipe")
+    if config is not None:
+        recipe = read_json(config).get("arguments")
+    if not isinstance(recipe, dict) or not {*RECIPE} <= recipe.keys():
+        where = f"{config} has" if config else f"{path} names"
+        raise UsageError(
+            f"{where} no recipe of pre-training, and references are trained by the same: give the config.json of its run "
+            f"with --recipe, or references with --references"
+        )
+    return {key: recipe[key] for key in RECIPE}
+
+
+def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, without: Sequence[int], seed: int) -> Job:
+    """The run that trains the reference of these classes and this seed; finished where the cache has it."""
+    left = (~torch.isin(train_set.labels.cpu(), torch.tensor([*without], dtype=torch.long))).sum().item()
+    # As many images are shown as to the pre-trained model.
+    longer = recipe["epochs"] * len(train_set) / max(1, left)
+    recipe = recipe | {"epochs": round(longer), "warmup_epochs": round(longer * recipe["warmup_epochs"] / recipe["epochs"])}
+    names = sorted(train_set.classes[c] for c in without)
+    key = hashlib.sha256(json.dumps([data_sha256(train_set), recipe, names, seed]).encode()).hexdigest()[:16]
+    folder = PretrainFolder((args.cache_dir or cache_folder()) / "references" / f"{train_set.name}-{key}")
+    arguments = ["--seed", str(seed), "--output-dir", str(folder.path), "--resume", "--overwrite"]
+    if without:
+        quoted = (name.replace('"', '""') for name in names)
+        arguments += ["--without-classes", ",".join(f'"{name}"' for name in quoted)]
+    for name, value in (recipe | {name: getattr(args, name) for name in PASSED_ON}).items():
+        if value is True:
+            arguments.append(option_name(name))
+        elif value is not None and value is not False:
+            arguments += [option_name(name), str(value)]
+    label = f"{train_set.name} without {len(without)} classes, seed {seed}"
+    return Job(label, folder, "train_pretrain.py", arguments, finished=folder.finished)
+
+
+def train_references(jobs: Sequence[Job], gpus: list[str]) -> None:
+    """Train what the cache does not have, side by side on `gpus`, or on the cores of a CPU."""
+    jobs = [*{job.folder.path: job for job in jobs}.values()]
+    missing, start = [job for job in jobs if not job.finished], time.perf_counter()
+    if not missing:
+        return
+    cores = os.cpu_count() or 1
+    side_by_side = gpus or [""] * (1 if torch.cuda.is_available() else min(cores, len(missing)))
+    environment = {} if gpus else {"OMP_NUM_THREADS": str(max(1, cores // len(side_by_side)))}
+    print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
+    for done, job in enumerate(deal_out(missing, side_by_side, environment), start=1):
+        if job.failure:
+            raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
+        seconds = time.perf_counter() - start
+        left = seconds / done * (len(missing) - done)
+        print(f"reference {done} of {len(missing)}: {job.label} · {_clock(seconds)}, about {_clock(left)} left", flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02d}"

@@ -1,0 +1,16 @@
+"""Does the model still know the person? One file a figure, and this registry, in the order of the tables."""
+
+from util.audit.base import Figure
+from util.audit.cka import CKA
+from util.audit.enrolment import Enrolment
+from util.audit.membership_images import MembershipOfImages
+from util.audit.membership_person import MembershipOfPerson
+from util.audit.probe import Probe
+from util.audit.readout import Readout
+from util.audit.relearning import Relearning
+from util.audit.verification import Verification
+
+FIGURES: dict[str, Figure] = {
+    figure.name: figure()
+    for figure in (Readout, Enrolment, Verification, Probe, MembershipOfImages, MembershipOfPerson, Relearning, CKA)
+}

@@ -1,0 +1,186 @@
+"""The audit of one request: each figure of the unlearned model, beside models that never saw the person and that did."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from backbone.recognizer import Recognizer
+from data.image_set import ImageSet
+from util.audit import FIGURES, Figure
+from util.audit.statistics import CANNOT_TELL, VERDICTS, bootstrap_interval, compare, value_of
+from util.audit.subject import Scene, Subject
+from util.audit.utility import utility
+from util.runtime.errors import UsageError
+from util.runtime.files import read_json, write_json
+from util.runtime.hardware import Hardware
+from util.storage.hashes import data_sha256, image_hashes, weights_sha256
+
+LEAST_REFERENCES = 3
+DIGITS = 4
+
+
+@dataclass
+class Audit:
+    """What was found of one request; `scene` and `after` are what pictures are drawn from.
+
+    figures: by key, {"value", "interval", "references", "originals", "delta", "z", "rho", "power", "verdict"}, in percent
+    but for z, rho and power; what could not be measured is None, with a "reason".
+    """
+
+    scene: Scene
+    after: Subject
+    figures: dict[str, dict]
+    utility: dict
+    curves: dict[str, dict]
+
+    @property
+    def verdict(self) -> str:
+        """Of all figures that can tell: still known by any, else over-forgotten by any, else as if never seen."""
+        found = {entry["verdict"] for entry in self.figures.values()}
+        return next(verdict for verdict in VERDICTS if verdict in found or verdict == CANNOT_TELL)
+
+    def as_dict(self) -> dict:
+        """One of the `requests` of audit.json."""
+        names = [self.scene.train_set.classes[c] for c in self.scene.forget]
+        about = {"forget": names, "images": len(self.scene.forget_test), "verdict": self.verdict}
+        return about | {"utility": self.utility, "figures": self.figures, "curves": self.curves}
+
+
+def audit(
+    before: Recognizer,
+    after: Recognizer,
+    references: Sequence[Recognizer],
+    data: tuple[ImageSet, ImageSet],
+    forget: Sequence[int],
+    unseen: ImageSet | None = None,
+    *,
+    hardware: Hardware,
+    originals: Sequence[Recognizer] = (),
+    remain: Sequence[int] | None = None,
+    figures: Sequence[str] = tuple(FIGURES),
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Audit:
+    """Does `after` still know the identities `forget` of the training and test set `data`?
+
+    before:     the pre-trained model; `originals`, others trained like it with other seeds.
+    references: three models or more that were trained like it on the images of everybody but `forget`.
+    unseen:     people in no training set, for TPIR and the marker.
+    remain:     class ids that the model is to know; by default all but `forget`.
+    cache:      a folder that keeps what was measured of references and originals, which many audits share.
+
+    Raises UsageError if a reference has seen one of the forgotten, if `unseen` shares people or images with the training
+    set, or if there are too few references or images.
+    """
+    train_set, _ = data
+    remain = [c for c in range(len(train_set.classes)) if c not in forget] if remain is None else remain
+    check_references(references, forget, train_set.classes)
+    if unseen is not None:
+        check_unseen(unseen, train_set)
+    subject = Subject(after, *data, unseen, hardware)
+    known = [replace(subject, model=model, original=True) for model in (before, *originals)]
+    never = [replace(subject, model=model) for model in references]
+    people = tuple(sorted(forget)), tuple(sorted(remain))
+    scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
+    scene.check()
+    store = Store(cache, scene)
+    found = {}
+    for number, other in enumerate([*never, *known], start=1):
+        progress(f"reference {number} of {len(never) + len(known)}")
+        found[other] = {name: store.measured(other, FIGURES[name]) for name in figures}
+    progress("the unlearned model")
+    entries, curves = {}, {}
+    for name in figures:
+        of = {other: measured[name] for other, measured in found.items()}
+        entries |= _judge(FIGURES[name], subject, scene, [of[o] for o in never], [of[o] for o in known], curves)
+    useful = _rounded(utility(subject, scene)) | {"before": _rounded(utility(known[0], scene))}
+    return Audit(scene, subject, entries, useful, curves)
+
+
+def check_references(references: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
+    if len(references) < LEAST_REFERENCES:
+        raise UsageError(f"{len(references)} references: their spread cannot be told from fewer than {LEAST_REFERENCES}")
+    for number, model in enumerate(references, start=1):
+        has_row = (model.head.weight.detach() != 0).any(dim=1).cpu()
+        seen = [c for c in forget if has_row[c]]
+        if seen:
+            raise UsageError(
+                f"reference {number} was trained with {len(seen)} of the {len(forget)} forgotten identities, "
+                f"{classes[seen[0]]!r} first: it cannot tell what never seen means"
+            )
+
+
+def check_unseen(unseen: ImageSet, train_set: ImageSet) -> None:
+    if shared := sorted({*unseen.classes} & {*train_set.classes}):
+        raise UsageError(f"--unseen has {len(shared)} identities of the training set, {shared[0]!r} first")
+    known = {*image_hashes(train_set)}
+    same = [unseen.classes[label] for label, h in zip(unseen.labels, image_hashes(unseen), strict=True) if h in known]
+    if same:
+        raise UsageError(f"--unseen has {len(same)} images of the training set, of {same[0]!r} first")
+
+
+class Store:
+    """Measurements of references and originals, kept by all that they depend on."""
+
+    def __init__(self, folder: Path | None, scene: Scene) -> None:
+        self.folder, self.scene = folder, scene
+        if folder is not None:
+            images = [data_sha256(s) for s in (scene.train_set, scene.test_set, scene.unseen) if s is not None]
+            asked = [scene.forget, scene.remain, scene.seed, scene.hardware.bf16, weights_sha256(scene.before.model)]
+            code = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+            self.key = json.dumps([images, asked, code])
+
+    def measured(self, subject: Subject, figure: Figure) -> dict:
+        """{"values": {key: %, or why there is none}, "curves"}"""
+        if self.folder is None or not figure.judged:  # what is not judged depends on the references there are
+            return self._measure(subject, figure)
+        key = f"{self.key} {weights_sha256(subject.model)} {subject.original} {figure.name}"
+        path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+        if not path.exists():
+            write_json(path, self._measure(subject, figure))
+        return read_json(path)
+
+    def _measure(self, subject: Subject, figure: Figure) -> dict:
+        measurement, people = figure.measure(subject, self.scene), len(self.scene.forget)
+        values = {k: s if isinstance(s, str) else value_of(s, people) for k, s in measurement.statistics.items()}
+        return {"values": values, "curves": measurement.curves}
+
+
+def _judge(
+    figure: Figure, subject: Subject, scene: Scene, never: list[dict], known: list[dict], curves: dict[str, dict]
+) -> dict[str, dict]:
+    """The entries of a figure's keys; its curves are added to `curves`."""
+    measurement, entries, people = figure.measure(subject, scene), {}, len(scene.forget)
+    for name, curve in measurement.curves.items():
+        others = [measured["curves"][name] for measured in never]
+        curves[name] = {"after": curve, "before": known[0]["curves"][name], "references": others}
+    for key, statistic in measurement.statistics.items():
+        nothing = dict.fromkeys(("value", "interval", "delta", "z", "rho", "power", "verdict"))
+        entry = nothing | {"references": [], "originals": []}
+        reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
+        if isinstance(statistic, str) or reasons:
+            entries[key] = entry | {"reason": statistic if isinstance(statistic, str) else reasons[0]}
+            continue
+        entry["value"] = value_of(statistic, people)
+        for group, measured in (("references", never), ("originals", known)):
+            entry[group] = [m["values"][key] for m in measured]
+        if figure.judged:
+            scale = [m["values"][figure.known_by.get(key, key)] for m in known]
+            resolution = 100 / len(scene.forget_test)
+            entry["interval"] = bootstrap_interval(statistic, people, scene.seed)
+            entry |= vars(compare(entry["value"], entry["references"], scale, resolution))
+        else:
+            entry["reason"] = "a picture of where, no verdict"
+        entries[key] = _rounded(entry)
+    return entries
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return round(float(value), DIGITS) if isinstance(value, float) else value

@@ -1,0 +1,34 @@
+"""What a figure of the audit is: it looks at a model in a scene and says what is still known there."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from util.audit.statistics import Statistic
+from util.audit.subject import Scene, Subject
+
+
+@dataclass
+class Measurement:
+    """What a figure found in one model.
+
+    statistics: by key, a function of the forgotten identities' weights, or in a few words why there is none.
+    curves:     by name, what can be drawn of it, as JSON can hold it.
+    """
+
+    statistics: dict[str, Statistic | str]
+    curves: dict[str, Any] = field(default_factory=dict)
+
+
+class Figure(ABC):
+    """Subclass, override `measure`, and register in `util/audit/__init__.py`."""
+
+    name: ClassVar[str]
+    titles: ClassVar[dict[str, str]]  # by key, in plain words
+    # The originals show nothing of such a key: as known counts what they show of another, key → other.
+    known_by: ClassVar[dict[str, str]] = {}
+    judged: ClassVar[bool] = True
+
+    @abstractmethod
+    def measure(self, subject: Subject, scene: Scene) -> Measurement:
+        """All keys of the figure, in percent: more is more of the person."""

@@ -1,0 +1,60 @@
+"""Enrolment: one photo, or five, of everybody, as a face recogniser is used (ISO/IEC 19795: TPIR, FPIR)."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from util.audit.base import Figure, Measurement
+from util.audit.statistics import mean_statistic
+from util.audit.subject import DRAWS, ENROLLED, Scene, Subject
+
+BLOCK = 1 << 16  # templates compared at a time: 256 MB of similarities for 1,000 probes
+FPIR = 0.01
+
+
+class Enrolment(Figure):
+    """enrolment_k: rank-1 identification in a gallery of all identities, each the normalised mean of k training images.
+
+    tpir_1pct: the same with 5 images, where the similarity must also exceed what 1% of the never-seen faces reach. Means
+    over 10 draws of the gallery.
+    """
+
+    name = "enrolment"
+    titles = {
+        "enrolment_1": "recognised after one enrolment photo",
+        "enrolment_5": "recognised after five enrolment photos",
+        "tpir_1pct": "identified where 1 in 100 strangers would be (TPIR at FPIR 1%)",
+    }
+
+    def measure(self, subject: Subject, scene: Scene) -> Measurement:
+        statistics = {}
+        for images in (1, ENROLLED):
+            hits, identified = np.zeros((2, len(scene.forget_test)))
+            for draw in range(DRAWS):
+                gallery = subject.templates(scene, images, draw)
+                similarity, found = search(subject.test[scene.forget_test], gallery)
+                right = (found == scene.forget_labels).numpy()
+                hits += right / DRAWS
+                if images == ENROLLED and scene.unseen is not None:
+                    strangers, _ = search(subject.unknown, gallery)
+                    threshold = np.quantile(strangers.numpy(), 1 - FPIR)
+                    identified += right & (similarity.numpy() > threshold) / DRAWS
+            statistics[f"enrolment_{images}"] = mean_statistic(hits, scene.who, len(scene.forget))
+        measured = mean_statistic(identified, scene.who, len(scene.forget))
+        return Measurement(statistics | {"tpir_1pct": measured if scene.unseen is not None else "needs --unseen"})
+
+
+def search(probes: Tensor, gallery: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """The most similar template of each probe: cosines (N,) and positions in the gallery (N,).
+
+    probes (N, dim); gallery (M, dim), which may be mapped from a file: it is read in blocks, and may be larger than memory.
+    """
+    probes = F.normalize(probes)
+    best, where = torch.full((len(probes),), -torch.inf), torch.zeros(len(probes), dtype=torch.long)
+    for start in range(0, len(gallery), block):
+        similarity, position = (probes @ F.normalize(gallery[start : start + block].float()).T).max(dim=1)
+        better = similarity > best
+        best = torch.where(better, similarity, best)
+        where = torch.where(better, start + position, where)
+    return best, where

@@ -1,0 +1,42 @@
+"""Membership of images: were *these photos* of a forgotten person in the training set?"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from util.audit.base import Figure, Measurement
+from util.audit.statistics import Statistic, auc_statistic, value_of
+from util.audit.subject import Scene, Subject
+
+
+class MembershipOfImages(Figure):
+    """AUC of the forgotten identities' training against their test images, by the score that tells them best apart:
+
+    (a) the cosine to the mean of the identity's other training images, (b) the largest cosine to a kept row. Chance, 50,
+    holds only if training and test images were split at random: the references show whether they were.
+    """
+
+    name = "membership_images"
+    titles = {"membership_images": "these photos told from others of the person (AUC)"}
+
+    def measure(self, subject: Subject, scene: Scene) -> Measurement:
+        train, test = F.normalize(subject.train), F.normalize(subject.test)
+        rows = F.normalize(subject.rows(scene)[list(scene.remain)])
+        labels = scene.test_set.labels.cpu()
+        scores: dict[str, list] = {"own": [], "row": []}
+        for person, c in enumerate(scene.forget):
+            seen, new = train[torch.from_numpy(scene.train_by_class[c])], test[labels == c]
+            # Each image against the mean of all training images but one: itself, or for a test image any.
+            others = F.normalize((seen.sum(dim=0) - seen) / (len(seen) - 1))
+            left_out = torch.arange(len(new)) % len(seen)
+            scores["own"].append(((seen * others).sum(dim=1), (new * others[left_out]).sum(dim=1), person))
+            scores["row"].append(((seen @ rows.T).amax(dim=1), (new @ rows.T).amax(dim=1), person))
+        people = len(scene.forget)
+        found = [self._auc(parts) for parts in scores.values()]
+        best = max(found, key=lambda statistic: abs(value_of(statistic, people) - 50))
+        return Measurement({"membership_images": best})
+
+    def _auc(self, parts: list) -> Statistic:
+        seen, new = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
+        who = (np.concatenate([np.full(len(part[i]), part[2]) for part in parts])[:, None] for i in (0, 1))
+        return auc_statistic(seen, new, *who)

@@ -1,0 +1,86 @@
+"""Relearning: how soon a little training brings the person back."""
+
+import copy
+
+import numpy as np
+import torch
+from scipy.integrate import trapezoid
+from torch import Tensor
+
+from backbone.recognizer import to_device
+from util.audit.base import Figure, Measurement
+from util.audit.statistics import mean_statistic
+from util.audit.subject import ENROLLED, Scene, Subject
+from util.evaluation.evaluate import embed_images
+
+STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
+BATCH, LR = 16, 1e-4  # images of each kind in a step
+
+
+class Relearning(Figure):
+    """The accuracy on forgotten test faces while all weights are trained by AdamW: its mean over the logarithm of steps.
+
+    relearn_k: new rows for the forgotten, from k training images each, are trained on these images and as many kept ones.
+    relearn_kept_only: on kept images alone, with the rows of the pre-trained model (an original: its own) put back.
+    """
+
+    name = "relearning"
+    titles = {
+        "relearn_1": "recognised again after training on one photo",
+        "relearn_5": "recognised again after training on five photos",
+        "relearn_kept_only": "recognised again after training on others' photos",
+    }
+
+    def measure(self, subject: Subject, scene: Scene) -> Measurement:
+        forget, own = torch.tensor(scene.forget), subject.rows(scene)
+        length = own[list(scene.remain)].norm(dim=1).mean()
+        runs = {}
+        for images in (1, ENROLLED):
+            chosen = scene.enrolled(images, 0)
+            shown = torch.from_numpy(np.concatenate([chosen[c] for c in scene.forget]))
+            runs[f"relearn_{images}"] = length * subject.templates(scene, images, 0)[forget], shown
+        known = subject if subject.original else scene.before
+        runs["relearn_kept_only"] = known.rows(scene)[forget], torch.empty(0, dtype=torch.long)
+        statistics, curves = {}, {}
+        for key, (rows, shown) in runs.items():
+            hits = relearn(subject, scene, own.index_copy(0, forget, rows), shown)
+            average = _mean_over_log_steps(hits)
+            statistics[key] = mean_statistic(average, scene.who, len(scene.forget))
+            curves[key] = {"steps": list(STEPS), "accuracy": [round(100 * float(row.mean()), 2) for row in hits]}
+        return Measurement(statistics, curves)
+
+
+def relearn(subject: Subject, scene: Scene, rows: Tensor, shown: Tensor) -> np.ndarray:
+    """Train a copy of the model, its head's rows (C, dim) replaced, on `shown` training images and as many kept ones.
+
+    Returns which forgotten test images are recognised after each of STEPS steps: float (steps, N) in {0, 1}.
+    """
+    hardware = scene.hardware
+    model = to_device(copy.deepcopy(subject.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable
+    model.head.weight.data.copy_(rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(scene.seed)
+    labels = scene.train_set.labels.cpu()
+    kept = torch.isin(labels, torch.tensor(scene.remain)).nonzero()[:, 0]
+    half = min(BATCH, len(shown)) or BATCH
+    hits, home = [], scene.train_set.images.device
+    for step in range(max(STEPS) + 1):
+        if step in STEPS:
+            embeddings = embed_images(model, scene.test_set, hardware, scene.forget_test)
+            with torch.no_grad():
+                hits.append((model.head(embeddings).argmax(dim=1).cpu() == scene.forget_labels).numpy())
+        batch = kept[torch.randint(len(kept), (half,), generator=generator)]
+        if len(shown):
+            batch = torch.cat([shown[torch.randperm(len(shown), generator=generator)[:half]], batch])
+        images = scene.train_set.images[batch.to(home)].to(hardware.device)
+        with hardware.autocast():
+            loss = model.head.loss(model.embed(images), labels[batch].to(hardware.device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return np.stack(hits).astype(float)
+
+
+def _mean_over_log_steps(hits: np.ndarray) -> np.ndarray:
+    """Of each image, the mean of (steps, N) over log(1 + step), by the trapezoidal rule."""
+    return trapezoid(hits, np.log1p(STEPS), axis=0) / np.log1p(STEPS[-1])

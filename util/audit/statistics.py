@@ -1,0 +1,96 @@
+"""From measurements to verdicts: bootstrap over identities, and comparison with models that never saw the person.
+
+A *statistic* is a figure as a function of the identities' weights: (B, identities) → (B,), in percent. With all weights 1
+it is the figure itself, with weights drawn anew its bootstrap.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student_t
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+REPLICATES, CONFIDENCE = 1000, 0.95
+CLOSE, POWER = 0.2, 3.0  # |ρ| up to which a figure is as if never seen; power from which on it can tell
+
+AS_IF_NEVER_SEEN, STILL_KNOWN = "as if never seen", "still known"
+OVER_FORGOTTEN, CANNOT_TELL = "over-forgotten", "cannot tell"
+VERDICTS = (STILL_KNOWN, OVER_FORGOTTEN, AS_IF_NEVER_SEEN, CANNOT_TELL)
+
+
+def mean_statistic(hits: np.ndarray, who: np.ndarray, identities: int) -> Statistic:
+    """The share of hits: hits (N,) in [0, 1], who (N,) the identity of each."""
+    sums, counts = np.bincount(who, hits, identities), np.bincount(who, minlength=identities)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):  # none of the identities drawn has an image
+            return 100 * (weights @ sums) / (weights @ counts)
+
+    return statistic
+
+
+def auc_statistic(
+    positive: np.ndarray, negative: np.ndarray, positive_who: np.ndarray, negative_who: np.ndarray | None = None
+) -> Statistic:
+    """Area under the ROC curve, ties counting half: P(positive > negative).
+
+    positive (P,), negative (N,) are scores; `…_who` (P, m), (N, m) the identities that each belongs to, whose weights
+    multiply; None: of nobody, weight 1.
+    """
+    scores, rank = np.unique(np.concatenate([positive, negative]), return_inverse=True)
+    positive_rank, negative_rank = np.split(rank, [len(positive)])
+
+    def one(weights: np.ndarray) -> float:
+        up = np.bincount(positive_rank, weights[positive_who].prod(axis=1), len(scores))
+        down_weights = None if negative_who is None else weights[negative_who].prod(axis=1)
+        down = np.bincount(negative_rank, down_weights, len(scores))
+        pairs = up.sum() * down.sum()
+        return 100 * float(up @ (down.cumsum() - down / 2)) / pairs if pairs else np.nan
+
+    return lambda weights: np.array([one(row) for row in weights])
+
+
+def value_of(statistic: Statistic, identities: int) -> float:
+    return float(statistic(np.ones((1, identities)))[0])
+
+
+def bootstrap_interval(statistic: Statistic, identities: int, seed: int) -> tuple[float, float]:
+    """The middle 95% of the figure over samples of the identities, drawn with replacement."""
+    draws = np.random.default_rng(seed).multinomial(identities, [1 / identities] * identities, REPLICATES)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.nanpercentile(statistic(draws.astype(float)), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One figure of an unlearned model beside those of the references R (never seen) and the originals O.
+
+    delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s.
+    """
+
+    delta: float
+    z: float
+    rho: float | None
+    power: float
+    verdict: str
+
+
+def compare(value: float, references: Sequence[float], originals: Sequence[float], resolution: float) -> Comparison:
+    """Judge a figure. `resolution`: the least s, what one image is worth: K values may agree by chance."""
+    count, mean = len(references), float(np.mean(references))
+    spread = max(float(np.std(references, ddof=1)), resolution)
+    delta, gap = value - mean, float(np.mean(originals)) - mean
+    z, power = delta / (spread * (1 + 1 / count) ** 0.5), abs(gap) / spread
+    rho = delta / gap if gap else None
+    if power < POWER:
+        verdict = CANNOT_TELL
+    elif abs(rho) <= CLOSE:
+        verdict = AS_IF_NEVER_SEEN
+    elif abs(z) <= student_t.ppf(0.975, count - 1):
+        verdict = CANNOT_TELL  # the references' own spread could explain it
+    else:
+        verdict = STILL_KNOWN if rho > 0 else OVER_FORGOTTEN
+    return Comparison(delta, z, rho, power, verdict)

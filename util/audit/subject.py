@@ -1,0 +1,152 @@
+"""What the figures look at: a scene (whose forgetting is audited, on which images) and a subject (a model in that scene)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.recognizer import Recognizer, to_device
+from data.image_set import ImageSet
+from util.evaluation.evaluate import embed_images, map_images
+from util.runtime.errors import UsageError
+from util.runtime.hardware import Hardware
+
+DRAWS = 10  # galleries drawn for each figure that enrols
+ENROLLED = 5  # images a row is made of, where a model has none of its own
+PER_IDENTITY = 60  # most training images of an identity that probes are fitted on
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Who was to be forgotten, who is to be known, and the images that tell.
+
+    `forget` are the ids audited, `remain` those that the model is to know; whoever is neither was forgotten earlier or
+    later. `unseen` holds people in no training set. `before` is the pre-trained model, `references` never saw `forget`.
+    """
+
+    train_set: ImageSet
+    test_set: ImageSet
+    forget: tuple[int, ...]
+    remain: tuple[int, ...]
+    unseen: ImageSet | None
+    before: "Subject | None"
+    references: "tuple[Subject, ...]"
+    hardware: Hardware
+    seed: int = 0
+
+    def generator(self, *parts: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *parts])
+
+    @cached_property
+    def train_by_class(self) -> list[np.ndarray]:
+        """Positions of each identity's training images, in an order drawn once."""
+        labels = self.train_set.labels.cpu().numpy()
+        return [self.generator(c).permutation(np.flatnonzero(labels == c)) for c in range(len(self.train_set.classes))]
+
+    @cached_property
+    def forget_test(self) -> Tensor:
+        """Positions of the forgotten identities' test images."""
+        return torch.isin(self.test_set.labels.cpu(), torch.tensor(self.forget)).nonzero()[:, 0]
+
+    @cached_property
+    def remain_test(self) -> Tensor:
+        return torch.isin(self.test_set.labels.cpu(), torch.tensor(self.remain)).nonzero()[:, 0]
+
+    @cached_property
+    def forget_labels(self) -> Tensor:
+        """Class ids of the images at `forget_test`."""
+        return self.test_set.labels.cpu()[self.forget_test]
+
+    @cached_property
+    def who(self) -> np.ndarray:
+        """Of each image at `forget_test`, which of the forgotten identities: positions in `forget`."""
+        return np.searchsorted(self.forget, self.forget_labels.numpy())
+
+    def enrolled(self, images: int, draw: int) -> list[np.ndarray]:
+        """Positions of `images` training images of each identity (all, if it has fewer) for the gallery of a draw."""
+        return [self.generator(draw, c).permutation(own)[:images] for c, own in enumerate(self.train_by_class)]
+
+    def check(self) -> None:
+        """Raise UsageError where the images do not suffice."""
+        classes = self.train_set.classes
+        for c in self.forget:
+            if (count := len(self.train_by_class[c])) < 2:
+                raise UsageError(f"{classes[c]} has {count} training images: the audit needs 2 or more")
+            if not (self.forget_labels == c).any():
+                raise UsageError(f"{classes[c]} has no test images: nothing of it can be audited")
+        if len(self.remain) < 2:
+            raise UsageError(f"{len(self.remain)} identities remain: the audit needs 2 or more")
+
+
+@dataclass(eq=False)
+class Subject:
+    """A model, and what the figures need of it, each computed at its first use: float32, on the CPU.
+
+    `original`: trained with everybody, and nobody forgotten.
+    """
+
+    model: Recognizer
+    train_set: ImageSet
+    test_set: ImageSet
+    unseen: ImageSet | None
+    hardware: Hardware
+    original: bool = False
+
+    @cached_property
+    def train(self) -> Tensor:
+        """Embeddings of the training images, (N, dim)."""
+        return self._embed(self.train_set)
+
+    @cached_property
+    def test(self) -> Tensor:
+        return self._embed(self.test_set)
+
+    @cached_property
+    def unknown(self) -> Tensor:
+        """Embeddings of the never-seen faces."""
+        return self._embed(self.unseen)
+
+    def _embed(self, images: ImageSet) -> Tensor:
+        return embed_images(to_device(self.model, self.hardware), images, self.hardware).cpu()
+
+    @cached_property
+    def absent(self) -> Tensor:
+        """Classes that the model has no row for, bool (C,): their rows are zero."""
+        return (self.model.head.weight.detach() == 0).all(dim=1).cpu()
+
+    def templates(self, scene: Scene, images: int, draw: int) -> Tensor:
+        """The gallery: the normalised mean of some training images of each identity, (C, dim) of unit length."""
+        unit = F.normalize(self.train)
+        return F.normalize(torch.stack([unit[positions].mean(dim=0) for positions in scene.enrolled(images, draw)]))
+
+    def rows(self, scene: Scene, draw: int = 0) -> Tensor:
+        """The head's rows (C, dim); where it has none, templates of 5 images, as long as the others on average."""
+        weight = self.model.head.weight.detach().float().cpu()
+        if not self.absent.any():
+            return weight
+        length = weight[~self.absent].norm(dim=1).mean()
+        return torch.where(self.absent[:, None], length * self.templates(scene, ENROLLED, draw), weight)
+
+    def logits(self, embeddings: Tensor, rows: Tensor) -> Tensor:
+        """Label-free logits (N, C) of embeddings (N, dim) over these rows."""
+        head = self.model.head
+        bias = getattr(head, "bias", None)
+        if bias is None:
+            return head.scale * F.linear(F.normalize(embeddings), F.normalize(rows))
+        bias = bias.detach().float().cpu()
+        return F.linear(embeddings, rows, torch.where(self.absent, bias[~self.absent].mean(), bias))
+
+    def tokens(self, images: ImageSet, positions: Tensor) -> Tensor:
+        """The class token (the tokens' mean, where there is none) after each block: (blocks, N, dim)."""
+
+        def of(batch: Tensor) -> Tensor:
+            outputs = model.backbone.forward_intermediates(
+                model.normalize(batch), return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+            )
+            return torch.stack([o[1][:, 0] if isinstance(o, tuple) else o.mean(dim=1) for o in outputs], dim=1)
+
+        model = to_device(self.model, self.hardware)
+        return map_images(model, of, images, self.hardware, positions).cpu().transpose(0, 1)

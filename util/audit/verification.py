@@ -1,0 +1,65 @@
+"""Verification: do two photos show the same person? Pairs of forgotten test images, judged as the kept ones are."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_curve
+from torch import Tensor
+
+from util.audit.base import Figure, Measurement
+from util.audit.statistics import auc_statistic, mean_statistic
+from util.audit.subject import Scene, Subject
+from util.evaluation.verification import draw_pairs
+
+PAIRS = 100_000  # most of each kind
+RATES = {"1pct": 1e-2, "01pct": 1e-3}
+LEAST = 10  # false accepts that a threshold must rest on
+CURVE_POINTS = 200
+
+
+class Verification(Figure):
+    """verification_auc: genuine against impostor pairs, both among the forgotten.
+
+    verification_tar_…: genuine pairs above the threshold that 1% (0.1%) of the impostor pairs among the *kept* exceed.
+    collapse_1pct: pairs of a forgotten face and anybody else's above that of 1%: high where faces became one.
+    """
+
+    name = "verification"
+    titles = {
+        "verification_auc": "two photos matched as one person (AUC)",
+        "verification_tar_1pct": "two photos matched, at a false match rate of 1%",
+        "verification_tar_01pct": "two photos matched, at a false match rate of 0.1%",
+        "collapse_1pct": "mistaken for somebody else, at a false match rate of 1%",
+    }
+
+    def measure(self, subject: Subject, scene: Scene) -> Measurement:
+        keys = [*self.titles]
+        unit = F.normalize(subject.test)
+        labels, people = scene.test_set.labels.cpu(), len(scene.forget)
+        pairs = (draw_pairs(labels[where], PAIRS, scene.seed) for where in (scene.forget_test, scene.remain_test))
+        (genuine, impostor), (_, kept) = pairs
+        if not len(genuine) or not len(impostor):
+            return Measurement(dict.fromkeys(keys, "needs two test images of a forgotten person, and two people"))
+        forgotten = unit[scene.forget_test]
+        own, other, known = _scores(forgotten, genuine), _scores(forgotten, impostor), _scores(unit[scene.remain_test], kept)
+        who = scene.who[genuine[:, 0].numpy()]
+        statistics = {keys[0]: auc_statistic(own, other, who[:, None], scene.who[impostor.numpy()])}
+        for name, rate in RATES.items():
+            key = f"verification_tar_{name}"
+            statistics[key] = f"needs {LEAST / rate:.0f} impostor pairs of kept faces, there are {len(known)}"
+            if len(known) >= LEAST / rate:
+                statistics[key] = mean_statistic(own > np.quantile(known, 1 - rate), who, people)
+        threshold = np.quantile(known, 1 - RATES["1pct"])
+        strangers = labels[:, None] != scene.forget_labels
+        above = ((unit @ forgotten.T > threshold) & strangers).sum(dim=0) / strangers.sum(dim=0)
+        statistics["collapse_1pct"] = mean_statistic(above.numpy(), scene.who, people)
+        same = np.repeat([1, 0], [len(own), len(other)])
+        far, tar, _ = roc_curve(same, np.concatenate([own, other]))
+        grid = np.concatenate([[0], np.geomspace(1e-4, 1, CURVE_POINTS)])
+        heights = tar[np.searchsorted(far, grid, side="right") - 1]
+        curve = {"far": grid.round(6).tolist(), "tar": heights.round(4).tolist()}
+        return Measurement({key: statistics[key] for key in keys}, {"roc": curve})
+
+
+def _scores(unit: Tensor, pairs: Tensor) -> np.ndarray:
+    return torch.einsum("nd,nd->n", unit[pairs[:, 0]], unit[pairs[:, 1]]).numpy()

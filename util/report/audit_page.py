@@ -1,0 +1,191 @@
+"""The page of an audit: one HTML file without script or network, for a data-protection officer first, then a researcher.
+
+Here numbers become places and paths; the words, marks and colours are in `audit_page.html.j2`. Strips are placed in percent
+of their width, so that they stretch while their text does not; curves and maps are paths in a box, which scales as a whole.
+"""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, CLOSE, OVER_FORGOTTEN, POWER, STILL_KNOWN
+from util.audit.titles import title_of
+
+TEMPLATE = Path(__file__).with_suffix(".html.j2")
+VERDICTS = {  # a CSS class, a sign beside the colour, and the meaning
+    STILL_KNOWN: ("known", "▲", "the model still shows that it was trained with them"),
+    OVER_FORGOTTEN: ("over", "▼", "forgotten more than never seen, which itself marks them as deleted"),
+    AS_IF_NEVER_SEEN: ("unseen", "●", "not distinguished by these figures on these data"),
+    CANNOT_TELL: ("unsure", "?", "these data do not suffice to say"),
+}
+NO_POWER = "Cannot tell on these data, since models that know them and models that never saw them come out alike"
+SPREAD = "Cannot tell, since models that never saw them differ among themselves as much"
+GROUPS = {  # what keys begin with
+    ("acc_forget", "sign_flip", "readout"): "Asked directly",
+    ("enrolment", "tpir"): "Enrolled again",
+    ("verification", "collapse"): "Two photos compared",
+    ("probe",): "Read from the inside",
+    ("membership",): "Was it in the training set?",
+    ("relearn",): "Trained again",
+    ("cka",): "Where the faces lie",
+}
+MODELS = {"before": "the pre-trained model", "after": "this model", "never seen": "a model that never saw them"}
+WIDTH, HEIGHT = 276, 180  # of the area of a curve
+MAP, MARGIN = 240, 10
+MARKS = {  # a path around the place that is marked; "small" is for originals beside the pre-trained model
+    "never": "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
+    "after": "m-3-8h6v16h-6z",
+    "before": "m0-6l6 6-6 6-6-6z",
+    "small": "m0-4l4 4-4 4-4-4z",
+}
+SHAPES = {"kept": "h0", "never seen": "m-2.5-2.5l5 5m0-5l-5 5", "forgotten": "m0-3.5l3.5 3.5-3.5 3.5-3.5-3.5z"}  # last: top
+LEAST_FAR = 1e-3
+FACE = 96  # most pixels of a face's side
+
+Points = Callable[[dict], tuple[np.ndarray, np.ndarray]]  # a curve → x from 0 to 1, y in percent
+
+
+def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
+    """The whole HTML text.
+
+    audit:    the content of audit.json.
+    pictures: of each request None or {"map": {model: {group: points (N, 2)}}, "neighbours": [{"face": uint8 (3, H, W),
+              "name", model: [{"face", "name", "same", "cosine"}, …]}, …]}, model a key of MODELS, group one of SHAPES.
+    """
+    loader = FileSystemLoader(TEMPLATE.parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = _number
+    requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
+    words = {"verdicts": VERDICTS, "models": MODELS, "close": CLOSE, "power": POWER}
+    drawn = {"marks": MARKS, "shapes": SHAPES, "width": WIDTH, "height": HEIGHT, "map_size": MAP}
+    return environment.get_template(TEMPLATE.name).render(words | drawn, title=title, audit=audit, requests=requests)
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _request(request: dict, pictures: dict | None) -> dict:
+    """A request with all that is drawn of it."""
+    strips = [_strip(key, entry) for key, entry in request["figures"].items()]
+    tally = Counter(strip["verdict"] for strip in strips)
+    remarks = {NO_POWER: [], SPREAD: []}
+    for strip in strips:
+        if strip["verdict"] == CANNOT_TELL:
+            remarks[NO_POWER if strip["power"] < POWER else SPREAD].append(strip["title"])
+        elif strip["value"] is None:
+            remarks.setdefault(f"Not measured ({strip['reason']})", []).append(strip["title"])
+    view = {
+        "groups": [(heading, [*group]) for heading, group in groupby(strips, lambda strip: _heading(strip["key"]))],
+        "tally": [(verdict, tally[verdict]) for verdict in VERDICTS if tally[verdict]],
+        "remarks": remarks,
+        "panels": [*_panels(request["curves"])],
+        "maps": {},
+        "faces": [],
+        "same": {},
+    }
+    if pictures is not None:
+        view["maps"] = {model: _scatter(pictures["map"][model]) for model in MODELS}
+        view["faces"] = [_face(face) | {m: [_face(n) for n in face[m]] for m in MODELS} for face in pictures["neighbours"]]
+        view["same"] = {m: [near["same"] for face in view["faces"] for near in face[m]] for m in MODELS}
+    return request | view
+
+
+def _heading(key: str) -> str:
+    return next((heading for beginnings, heading in GROUPS.items() if key.startswith(beginnings)), "Further figures")
+
+
+def _strip(key: str, entry: dict) -> dict:
+    """An entry of `figures` with its title, what to multiply by for percent, and the band, from low to high in percent."""
+    scale = 100 if key == "cka" else 1
+    strip = entry | {"key": key, "title": title_of(key), "scale": scale, "digits": 2 if key == "cka" else 1, "band": None}
+    if entry["delta"] is not None:
+        never = fmean(entry["references"])
+        # ρ knows best what 1 is: where the originals show nothing (sign flip), it is what they show of another figure.
+        gap = entry["delta"] / entry["rho"] if entry["rho"] else fmean(entry["originals"]) - never
+        reach = CLOSE * abs(gap)
+        strip["band"] = max(never - reach, 0), min(never + reach, 100)
+    return strip
+
+
+def _panels(curves: dict) -> Iterable[dict]:
+    """Of the curves that there are: {"title", "about", "x", "y", "x_ticks": [(place, text)], "y_ticks", "lines", "kind"}."""
+    if "roc" in curves:
+        ticks = [(1 + np.log10(rate) / 3, f"{rate:.1%}" if rate < 0.01 else f"{rate:.0%}") for rate in (1e-3, 1e-2, 1e-1, 1)]
+        yield _panel("Verification (ROC)", "pairs of one person accepted", "false accept rate", curves["roc"], _roc, ticks)
+    if "probe" in curves:
+        layers = [layer.removeprefix("block ") for layer in curves["probe"]["after"]["layers"]]
+        places, every = np.linspace(0, 1, len(layers)), -(-len(layers) // 9)
+        ticks = [*zip(places[::-every], ["emb.", *layers[::-1][every::every]], strict=True)]
+        for key, among in (("all", "everybody"), ("forgotten", "the forgotten")):
+            title = f"Probe among {among}"
+            yield _panel(title, "recognised", "block", curves["probe"], lambda c, key=key: (places, np.array(c[key])), ticks)
+    titles = {"relearn_1": "on one photo each", "relearn_5": "on five photos each", "relearn_kept_only": "on others' photos"}
+    for key in (key for key in titles if key in curves):
+        steps = curves[key]["after"]["steps"]
+        ticks = [(np.log1p(step) / np.log1p(steps[-1]), str(step)) for step in steps]
+        yield _panel(f"Trained again {titles[key]}", "recognised", "training steps", curves[key], _relearning, ticks)
+    if "cka" in curves:
+        ticks = [(share, f"{share:.1f}") for share in (0, 0.5, 1)]
+        panel = _panel("Where the faces lie (CKA)", "", "likeness to models that never saw them", curves["cka"], _cka, ticks)
+        lines = [(css, path + MARKS[css]) for css, path in panel["lines"]]
+        yield panel | {"about": "likeness to the pre-trained model", "y_ticks": ticks, "lines": lines, "kind": "points"}
+
+
+def _panel(title: str, about: str, x: str, curves: dict, points: Points, ticks: list[tuple[float, str]]) -> dict:
+    """`lines` are (CSS class, path); the pre-trained model's, in dashes, is last: it may hide nothing."""
+    drawn = [("never", curve) for curve in curves["references"]] + [("after", curves["after"]), ("before", curves["before"])]
+    lines = [(css, _path(*points(curve))) for css, curve in drawn]
+    y_ticks = [(share, f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)]
+    return {"title": title, "about": about, "x": x, "x_ticks": ticks, "y_ticks": y_ticks, "lines": lines, "kind": "lines"}
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """Through points in [0, 1] and in percent."""
+    return "M" + "L".join(f"{WIDTH * a:.1f} {HEIGHT * (1 - b / 100):.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _roc(curve: dict) -> tuple[np.ndarray, np.ndarray]:
+    """On a logarithmic axis of the false accept rate: differences at 1% are what is looked for."""
+    x = np.linspace(0, 1, 121)
+    reached = np.searchsorted(curve["far"], LEAST_FAR ** (1 - x), side="right") - 1
+    return x, 100 * np.array(curve["tar"])[reached]
+
+
+def _relearning(curve: dict) -> tuple[np.ndarray, np.ndarray]:
+    steps = np.log1p(curve["steps"])
+    return steps / steps[-1], np.array(curve["accuracy"])
+
+
+def _cka(curve: dict) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([curve["references"]]), np.array([100 * curve["before"]])
+
+
+def _scatter(groups: dict[str, np.ndarray]) -> dict[str, str]:
+    """A path for each group of points, a mark per point: the same scale both ways."""
+    every = np.concatenate([*groups.values()])
+    low, high = every.min(axis=0), every.max(axis=0)
+    scale = (MAP - 2 * MARGIN) / ((high - low).max() or 1)  # a model may have but one embedding
+    paths = {}
+    for group in (group for group in SHAPES if group in groups):
+        places = MAP / 2 + scale * (groups[group] - (low + high) / 2)
+        paths[group] = "".join(f"M{x:.1f} {y:.1f}{SHAPES[group]}" for x, y in places)
+    return paths
+
+
+def _face(about: dict) -> dict:
+    """With the face (3, H, W) as a PNG in a data URI."""
+    image = Image.fromarray(np.ascontiguousarray(about["face"].transpose(1, 2, 0)))
+    image.thumbnail((FACE, FACE))
+    image.save(file := io.BytesIO(), format="PNG", optimize=True)
+    return about | {"face": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()}
