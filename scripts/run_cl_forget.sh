@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Continual forgetting: pre-train (once), then forget a fifth of the classes in each of four tasks, with every method from
-# the same checkpoint, and print the papers' main table, row by row.
+# the same checkpoint, and print the papers' main table, row by row. Then audit what is left of the first request's people.
 #
-#   bash scripts/run_cl_forget.sh                                   drawn faces, all methods: 15 to 40 minutes on two CPU cores
+#   bash scripts/run_cl_forget.sh                                   drawn faces, all methods: 20 to 60 minutes on two CPU cores
 #   METHODS="gs_lora scrub ewc" bash scripts/run_cl_forget.sh       some of them
 #   DATA=path/to/faces SEEDS="1337 1 2" bash scripts/run_cl_forget.sh    real faces, mean ± standard deviation
 #   METHODS=gs_lora EPOCHS=50 bash scripts/run_cl_forget.sh -- --few-shot 4    longer, on four images a class
@@ -15,18 +15,32 @@
 # (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS JOBS_PER_GPU):
 #   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
+#   AUDIT       first (the default): a first look at the first request; all: every figure of all requests; off: none
+#   UNSEEN      folder <identity>/<image> of people in no training set, for the audit; drawn faces make their own
 #   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
 
 options=()
 while [ $# -gt 0 ] && [ "$1" != "--" ]; do # before -- for compare.py, after it for train_forget.py
   options+=("$1") && shift
 done
+case "${AUDIT:=first}" in first) look=(--quick) ;; all) look=(--requests all) ;; off) ;; *)
+  echo "run_cl_forget.sh: AUDIT=$AUDIT is unknown: first, all or off" >&2 && exit 2 ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 pretrain_if_missing
 
 for name in ${!OPTIONS_@}; do
   options+=(--options "${name#OPTIONS_}" " ${!name}")
 done
+output=${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$(basename "$DATA")}
 "$PYTHON" scripts/compare.py --methods ${METHODS:-all} --seeds ${SEEDS:-$SEED} --gpus ${GPUS:-} \
-  --jobs-per-gpu "${JOBS_PER_GPU:-1}" "${options[@]}" --output-dir "${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$(basename "$DATA")}" -- \
+  --jobs-per-gpu "${JOBS_PER_GPU:-1}" "${options[@]}" --output-dir "$output" -- \
   --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 4 $FORGET "$@"
+code=$?
+
+# Where nothing has run, nothing is audited.
+[ "$AUDIT" != off ] && [ "$code" -lt 2 ] || exit "$code"
+[ -z "${UNSEEN:-}" ] || look+=(--unseen "$(_absolute "$UNSEEN")")
+echo
+"$PYTHON" scripts/audit.py "$output" "${look[@]}" --gpus ${GPUS:-} --jobs-per-gpu "${JOBS_PER_GPU:-1}" || exit $?
+exit "$code"

@@ -25,8 +25,8 @@ DIGITS = 4
 class Audit:
     """What was found of one request; `scene` and `after` are what pictures are drawn from.
 
-    figures: by key, {"value", "interval", "references", "originals", "delta", "z", "rho", "power", "verdict"}, in percent
-    but for z, rho and power; what could not be measured is None, with a "reason".
+    figures: by key, {"value", "interval", "references", "originals", "known", "delta", "z", "rho", "power", "verdict"}, in
+    percent but for z, rho and power; what could not be measured is None, with a "reason". "known" is the originals' mean.
     """
 
     scene: Scene
@@ -158,7 +158,7 @@ def _judge(
         others = [measured["curves"][name] for measured in never]
         curves[name] = {"after": curve, "before": known[0]["curves"][name], "references": others}
     for key, statistic in measurement.statistics.items():
-        nothing = dict.fromkeys(("value", "interval", "delta", "z", "rho", "power", "verdict"))
+        nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "verdict"))
         entry = nothing | {"references": [], "originals": []}
         reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
         if isinstance(statistic, str) or reasons:
@@ -170,7 +170,7 @@ def _judge(
         if figure.judged:
             scale = [m["values"][figure.known_by.get(key, key)] for m in known]
             resolution = 100 / len(scene.forget_test)
-            entry["interval"] = bootstrap_interval(statistic, people, scene.seed)
+            entry |= {"interval": bootstrap_interval(statistic, people, scene.seed), "known": sum(scale) / len(scale)}
             entry |= vars(compare(entry["value"], entry["references"], scale, resolution))
         else:
             entry["reason"] = "a picture of where, no verdict"

@@ -9,7 +9,7 @@ from util.audit.base import Figure, Measurement
 from util.audit.statistics import mean_statistic
 from util.audit.subject import DRAWS, ENROLLED, Scene, Subject
 
-BLOCK = 1 << 16  # templates compared at a time: 256 MB of similarities for 1,000 probes
+BLOCK, SIMILARITIES = 1 << 16, 1 << 26  # most templates, and most similarities, computed at a time: 256 MB each
 FPIR = 0.01
 
 
@@ -50,7 +50,7 @@ def search(probes: Tensor, gallery: Tensor, block: int = BLOCK) -> tuple[Tensor,
 
     probes (N, dim); gallery (M, dim), which may be mapped from a file: it is read in blocks, and may be larger than memory.
     """
-    probes = F.normalize(probes)
+    probes, block = F.normalize(probes), max(1, min(block, SIMILARITIES // max(1, len(probes))))
     best, where = torch.full((len(probes),), -torch.inf), torch.zeros(len(probes), dtype=torch.long)
     for start in range(0, len(gallery), block):
         similarity, position = (probes @ F.normalize(gallery[start : start + block].float()).T).max(dim=1)

@@ -111,15 +111,13 @@ def _strip(key: str, entry: dict) -> dict:
     strip = entry | {"key": key, "title": title_of(key), "scale": scale, "digits": 2 if key == "cka" else 1, "band": None}
     if entry["delta"] is not None:
         never = fmean(entry["references"])
-        # ρ knows best what 1 is: where the originals show nothing (sign flip), it is what they show of another figure.
-        gap = entry["delta"] / entry["rho"] if entry["rho"] else fmean(entry["originals"]) - never
-        reach = CLOSE * abs(gap)
+        reach = CLOSE * abs(entry["known"] - never)
         strip["band"] = max(never - reach, 0), min(never + reach, 100)
     return strip
 
 
 def _panels(curves: dict) -> Iterable[dict]:
-    """Of the curves that there are: {"title", "about", "x", "y", "x_ticks": [(place, text)], "y_ticks", "lines", "kind"}."""
+    """Of the curves that there are: {"title", "about", "x", "x_ticks": [(place, text)], "y_ticks", "lines", "kind"}."""
     if "roc" in curves:
         ticks = [(1 + np.log10(rate) / 3, f"{rate:.1%}" if rate < 0.01 else f"{rate:.0%}") for rate in (1e-3, 1e-2, 1e-1, 1)]
         yield _panel("Verification (ROC)", "pairs of one person accepted", "false accept rate", curves["roc"], _roc, ticks)

@@ -96,7 +96,7 @@ class RunFolder(OutputFolder):
     """What train_forget.py leaves."""
 
     results_name = "results.json"
-    outputs = (*OutputFolder.outputs, "results.json", "table.md", "figure.png", *TASK_FILES)
+    outputs = (*OutputFolder.outputs, "results.json", "table.md", "figure.png", "audit", *TASK_FILES)
 
     @property
     def finished(self) -> bool:

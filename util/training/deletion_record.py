@@ -26,9 +26,9 @@ from util.runtime.hardware import Hardware
 from util.storage.checkpoint import check_classes, load_checkpoint
 from util.storage.folders import RunFolder, utc_now
 from util.storage.hashes import image_hashes, joint_hash, weights_sha256
+from util.training.audit_check import Check, check_audits
 
 SCHEMA = 1
-Check = tuple[str, bool | None, str]  # what, whether it is so (None: cannot be told), details
 
 
 class Recorder:
@@ -105,7 +105,8 @@ def verify_record(path: Path, record: dict, data: tuple[ImageSet, ImageSet], har
     """Recompute what `record` says, from the files beside it and the training and test set `data`."""
     folder = RunFolder(path.resolve().parent.parent)
     with readable(path, "damaged record"):
-        return [*_files(folder, record), *_images(record, data), *_accuracies(folder, record, data[1], hardware)]
+        checks = [*_files(folder, record), *_images(record, data), *_accuracies(folder, record, data[1], hardware)]
+    return [*checks, *check_audits(path, folder, data, hardware)]
 
 
 def _files(folder: RunFolder, record: dict) -> Iterator[Check]:

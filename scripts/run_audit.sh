@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Does the model still know the person? Audits runs of forgetting beside models that never saw the forgotten people, which
+# are trained first where the cache does not have them. Leaves RUN/audit/audit.html, .md and .json.
+#
+#   bash scripts/run_audit.sh exps/gs_lora-yaleb38-38-8-seed1337                one run, its first request
+#   bash scripts/run_audit.sh exps/cl_forget-yaleb38 --requests all             every run of a comparison, every request
+#   bash scripts/run_audit.sh RUN --unseen path/to/strangers                    with people that no model has seen
+#   bash scripts/run_audit.sh --before a.pth --after b.pth --forget-classes "ann, bob" --data path/to/faces
+#
+# Everything goes to scripts/audit.py (--help). Variables: GPUS JOBS_PER_GPU, explained in settings.sh: what to train
+# references on; without a GPU, one on each core.
+_caller=$PWD
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+arguments=()
+for word in "$@"; do # paths are relative to where the script was called from
+  case "$word" in -* | /*) ;; *) [ ! -e "$_caller/$word" ] || word="$_caller/$word" ;; esac
+  arguments+=("$word")
+done
+"$PYTHON" scripts/audit.py "${arguments[@]}" --gpus ${GPUS:-} --jobs-per-gpu "${JOBS_PER_GPU:-1}"

@@ -1,0 +1,145 @@
+"""Audits side by side, and every figure of one, as tables."""
+
+import pytest
+
+from methods import METHODS
+from util.audit.statistics import VERDICTS
+from util.report.audit_tables import audit_markdown, overview
+
+NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
+
+
+def figure(value: float | None = 50.0, references=(10.0, 20.0, 40.0), **more) -> dict:
+    nothing = dict.fromkeys(("interval", "delta", "z", "rho", "power", "verdict"))
+    return {**nothing, "value": value, "references": [*references], "originals": [99.0, 90.0], **more}
+
+
+def request(task: int = 1, after_task: int = 1, verdict: str = "still known", **figures) -> dict:
+    about = {"task": task, "after_task": after_task, "forget": ["ann", "bob"], "images": 8, "verdict": verdict}
+    useful = {"acc_remain": 90.0, "verification_auc_remain": 80.0, "old_templates_tar_1pct": 70.0}
+    return {**about, "figures": figures, "utility": useful | {"before": useful | {"acc_remain": 95.0}}}
+
+
+def audited(label: str, *requests: dict, h_mean: float | None = 80.0) -> tuple[str, dict | None, dict]:
+    """What `overview` takes of one model; with no `h_mean` as of a bare checkpoint."""
+    requests = requests or (request(**{name: figure() for name in NAMES}),)
+    tasks = [{"task": r["after_task"], "after": {"h_mean": h_mean}} for r in requests]
+    content = {"method": label, "data": "faces", "requests": [*requests]}
+    return label, None if h_mean is None else {"tasks": tasks}, content
+
+
+def rows(lines: list[str]) -> dict[str, list[str]]:
+    """By label, the cells of a Markdown overview."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in "\n".join(lines).splitlines() if line[:2] == "| "]
+    return {label: rest for label, *rest in cells}
+
+
+def test_a_row_per_model_below_never_seen_and_the_pre_trained_one():
+    second = request(verdict="over-forgotten", sign_flip=figure(1.25), verification_auc=figure(0.0))
+    lines = overview([audited("GS-LoRA"), audited("L2*", second)], markdown=True)
+    assert lines[:2] == ["Request 1: are its 2 people still known? 8 test faces, %", ""]
+    assert rows(lines) == {
+        "Method": ["H ↑", "sign flip", "enrol 1", "enrol 5", "verify", "verdict"],
+        "Never seen": ["–", *["23.3"] * 4, ""],
+        "Pre-train": ["–", *["99.0"] * 4, ""],
+        "GS-LoRA": ["80.00", *["50.0"] * 4, "still known"],
+        "L2*": ["80.00", "1.2", "–", "–", "0.0", "over-forgotten"],
+    }
+
+
+def test_what_was_not_measured_is_a_dash():
+    reason = figure(None, (), reason="needs two people") | {"originals": []}
+    lines = overview([audited("model", request(verification_auc=reason, cka=figure()), h_mean=None)], markdown=True)
+    assert rows(lines)["model"] == ["–", "–", "–", "–", "–", "still known"]
+    assert rows(lines)["Never seen"] == ["–", "–", "–", "–", "–", ""]
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+@pytest.mark.parametrize("value", [0.0, 100.0])
+def test_columns_align_and_fit_a_terminal(verdict, value):
+    longest = max((method.title for method in METHODS.values()), key=len) + ", seed 1337"
+    figures = {name: figure(value, (0.0, 0.0, value)) for name in NAMES}
+    audits = [audited(label, request(verdict=verdict, **figures), h_mean=value) for label in ("L2*", longest, "x" * 36)]
+    title, blank, *table = overview(audits)
+    assert (title, blank) == ("Request 1: are its 2 people still known? 8 test faces, %", "")
+    assert len({len(line) for line in table}) == 1
+    assert max(map(len, table)) <= 100
+    header, never, known, *others = table
+    end = header.index("verify") + len("verify")
+    for line, number in ((never, f"{value / 3:.1f}"), (known, "99.0"), *((line, f"{value:.1f}") for line in others)):
+        assert line[:end].endswith(f" {number}")
+    assert [line[:36].rstrip() for line in table] == ["", "Never seen", "Pre-train", "L2*", longest, "x" * 36]
+
+
+def test_rows_that_are_printed_as_audits_end_stand_below_each_other():
+    """The first with its head, of the further ones the last line."""
+    audits = [audited("L2*", h_mean=97.5), audited("GS-LoRA++", h_mean=100.0), audited("EWC*", h_mean=0.0)]
+    lines = [overview([one], 9)[-1] for one in audits]
+    assert len({line.index("50.0") for line in lines}) == 1
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_each_request_has_a_table():
+    moments = [(1, 1), (2, 2), (1, 2)]
+    requests = [request(*moment, **{name: figure(10.0 * n) for name in NAMES}) for n, moment in enumerate(moments)]
+    lines = overview([audited("L2*", *requests), audited("EWC*", *requests)])
+    heads = [line for line in lines if line.startswith("Request")]
+    assert [head.split(":")[0] for head in heads] == ["Request 1", "Request 2", "Request 1, after task 2"]
+    values = [line.split()[2:6] for line in lines if line.startswith("EWC*")]
+    assert values == [["0.0"] * 4, ["10.0"] * 4, ["20.0"] * 4]
+
+
+def test_a_model_with_fewer_requests_has_no_row_in_the_further_tables():
+    first, second = request(1, 1, sign_flip=figure()), request(2, 2, sign_flip=figure())
+    for audits in ([("L2*", [first, second]), ("EWC*", [first])], [("EWC*", [first]), ("L2*", [first, second])]):
+        lines = overview([audited(label, *requests) for label, requests in audits])
+        assert [line.split(":")[0] for line in lines if line.startswith("Request")] == ["Request 1", "Request 2"]
+        assert [line.split()[0] for line in lines if line[:2] in ("L2", "EW")] == [*(label for label, _ in audits), "L2*"]
+
+
+def test_models_of_one_label_keep_a_row_each():
+    """Two seeds of one method."""
+    lines = overview([audited("L2*", request(sign_flip=figure(value))) for value in (12.0, 34.0)])
+    assert "12.0" in "\n".join(lines)
+    assert "34.0" in "\n".join(lines)
+
+
+def test_every_figure_with_its_numbers_in_one_table():
+    entry = {"interval": [41.04, 59.96], "delta": 26.7, "z": 1.5123, "rho": 0.3527, "power": 4.7, "verdict": "still known"}
+    figures = {
+        "sign_flip": figure(**entry),
+        "probe_block_3": figure(0.0, rho=None, verdict="cannot tell", interval=[0.0, 0.0], z=-0.001, power=0.0),
+        "tpir_1pct": figure(None, (), reason="needs --unseen") | {"originals": []},
+        "cka": figure(0.25, (0.5, 0.5, 0.5), reason="a picture of where, no verdict"),
+    }
+    text = audit_markdown(audited("L2*", request(2, 3, **figures))[2])
+    title, heading = text.split("\n\n")[:2]
+    assert title == "# Audit of L2* on faces"
+    assert heading == "## Request 2, after task 3: 2 people, 8 test faces: **still known**"
+    found = rows(text.splitlines())
+    columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
+    expected = {
+        "Figure": columns,
+        "recognised by the smallest logit (`sign_flip`)": [
+            *("50.00", "41.0 to 60.0", "23.33", "94.50", "0.35", "1.51", "4.70", "still known")
+        ],
+        "read after block 3 by a linear probe (`probe_block_3`)": [
+            *("0.00", "0.0 to 0.0", "23.33", "94.50", "–", "-0.00", "0.00", "cannot tell")
+        ],
+        "identified where 1 in 100 strangers would be (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 7, "needs --unseen"],
+        "likeness to models that never saw them (CKA) (`cka`)": [
+            *("0.25", "–", "0.50", "94.50", "–", "–", "–", "a picture of where, no verdict")
+        ],
+    }
+    assert found == expected
+    assert text.split("\n\n")[-1] == (
+        "Kept people, before → after: Acc_r 95.00 → 90.00, verification AUC 80.00 → 80.00, old templates 70.00 → 70.00."
+    )
+
+
+def test_a_bare_checkpoint_and_no_verification_among_the_kept():
+    content = audited("", request(sign_flip=figure(verdict="cannot tell")))[2] | {"method": None}
+    content["requests"][0]["utility"]["verification_auc_remain"] = None
+    text = audit_markdown(content)
+    assert text.startswith("# Audit of a checkpoint on faces")
+    assert "verification AUC 80.00 → –" in text
