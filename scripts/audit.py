@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from util.audit.pictures import pictures
 from util.cli import options
 from util.cli.main import run_main
 from util.report.audit_page import audit_page
-from util.report.audit_tables import audit_markdown, overview
+from util.report.audit_tables import audit_markdown, comparison_markdown, overview
 from util.report.results import load_results
 from util.runtime.errors import UsageError
 from util.runtime.files import read_json, sha256, write_json, write_text
@@ -112,12 +112,15 @@ def load_data(
     return build_datasets(args, image_size, device), build_unseen(args, image_size, device)
 
 
+load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained model and the references
+
+
 class Trail:
     """A run, or two checkpoints, with data and models loaded: what becomes one audit.json."""
 
     def __init__(self, args: argparse.Namespace, before: Path, run: RunFolder | None = None) -> None:
         self.args, self.path, self.run, self.hardware = args, before, run, options.hardware_of(args)
-        self.before = load_checkpoint(before, args.head)
+        self.before = load_once(before, args.head)
         where = {key: getattr(args, key) for key in (*DATA_OPTIONS, "unseen", "images")}
         size = self.before.model.architecture.image_size
         self.data, self.unseen = load_data(tuple(where.items()), size, self.hardware.device)
@@ -127,7 +130,6 @@ class Trail:
         self.label = METHODS[self.results["method"]].title if run else args.after.stem
         self.output = args.output_dir or (run.path / "audit" if run else Path("exps") / f"audit-{self.label}")
         self.cases = self._cases_of_run() if run else [self._case_of_files()]
-        self.jobs: dict[Path, tuple[list[Job], list[Job]]] = {}
 
     def _cases_of_run(self) -> list[Case]:
         tasks = self.results["tasks"]
@@ -157,7 +159,7 @@ class Trail:
         )
 
     def load(self, path: Path) -> Checkpoint:
-        checkpoint = load_checkpoint(path, self.args.head)
+        checkpoint = load_once(path, self.args.head)
         check_classes(checkpoint, self.data[0], path)
         return checkpoint
 
@@ -248,7 +250,8 @@ def run_folders(paths: list[Path]) -> list[RunFolder]:
             raise UsageError(f"{path}: no run that has finished a task, nor a folder of such runs")
         found += runs
     order = [*METHODS]
-    return sorted(found, key=lambda run: order.index(load_results(run.results)["method"]))
+    results = {run: load_results(run.results) for run in found}
+    return sorted(found, key=lambda run: (results[run]["seed"], order.index(results[run]["method"])))
 
 
 def main(argv: list[str] | None) -> None:
@@ -266,16 +269,19 @@ def main(argv: list[str] | None) -> None:
     if args.references is None:
         jobs = [job for trail in trails for case in trail.cases for group in trail.reference_jobs(case) for job in group]
         train_references(jobs, args.gpus * args.jobs_per_gpu)
-    audits, width = [], max(len(trail.label) for trail in trails)
-    for trail in trails:
-        audits.append((trail.label, trail.results, trail.write()))
-        if args.requests == "first":
-            lines = overview(audits[-1:], width)
-            print(*lines if len(audits) == 1 else lines[-1:], sep="\n", flush=True)
-    if args.requests == "all":
-        print(*overview(audits), sep="\n")
+    tables, width = [], max(len(trail.label) for trail in trails)
+    for seed, group in groupby(trails, lambda trail: trail.results and trail.results["seed"]):  # who is forgotten
+        audits = []
+        for trail in group:
+            audits.append((trail.label, trail.results, trail.write()))
+            if args.requests == "first":
+                lines = overview(audits[-1:], width)
+                print(*lines if len(audits) == 1 else lines[-1:], sep="\n", flush=True)
+        if args.requests == "all":
+            print(*overview(audits, width), sep="\n")
+        tables.append(f"## Seed {seed}\n\n{comparison_markdown(audits)}")
     if len(args.runs) == 1 and len(trails) > 1:
-        write_text(args.runs[0] / "audit.md", "\n".join(overview(audits, markdown=True)) + "\n")
+        write_text(args.runs[0] / "audit.md", "\n\n".join(tables) + "\n")
     pages = trails[0].output if len(trails) == 1 else args.runs[0] / "*" / "audit"
     print(f"\nwhat each figure says, and the pages to look at: {pages}/audit.html")
 

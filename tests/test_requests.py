@@ -187,6 +187,38 @@ def test_a_replaced_model_or_a_damaged_record_is_told(named, command, tmp_path):
     refused(command("test.py", "--verify-record", tmp_path / "absent.json"), 2, "no file")
 
 
+def test_an_audit_is_confirmed_with_its_record(named, command, tmp_path):
+    run = shutil.copytree(named / "first", tmp_path / "run")
+    words = ("--figures", "readout", "verification", "membership_person", "--num-references", 3, "--num-originals", 1)
+    code, _, err = command("scripts/audit.py", run, *words)
+    assert code == 0, err
+    file, audit_file = run / "deletions" / "task_1.json", run / "audit" / "audit.json"
+
+    def audit_line() -> tuple[int, str]:
+        code, out, _ = command("test.py", "--verify-record", file)
+        return code, next(line for line in out.splitlines() if line.startswith("| audit"))
+
+    code, line = audit_line()
+    assert code == 0
+    assert "| audit of request 1" in line and "| confirmed" in line and "all 8 figures" in line
+    content = json.loads(audit_file.read_text())
+    power = {key: entry["power"] for key, entry in content["requests"][0]["figures"].items() if entry["power"] is not None}
+    for key in power:
+        assert (key in line) == (power[key] < 3)
+
+    content["requests"][0]["figures"]["verification_auc"]["value"] -= 1
+    audit_file.write_text(json.dumps(content))
+    code, line = audit_line()
+    assert code == 1
+    assert "NOT SO" in line and "not so: verification_auc" in line
+
+    content["references"][0]["file"] = str(tmp_path / "gone.pth")
+    audit_file.write_text(json.dumps(content))
+    code, line = audit_line()
+    assert code == 0
+    assert "not checked" in line and "gone.pth is gone" in line
+
+
 def same_but_times(first, second) -> None:
     times = ("train_seconds", "eval_seconds", "images_per_second", "peak_memory_mb")
     for results in (first, second):

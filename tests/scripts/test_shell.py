@@ -58,10 +58,23 @@ def test_continual_forgetting_pretrains_once_and_its_open_form_reports_acc_m(scr
     assert [task["setting"] for task in results["tasks"]] == ["10-2", "8-2", "6-2", "4-2"]
     assert results["model"]["trainable"] == 4 * 2 * 3 * (128 + 512)
     assert (copy / "exps" / "pretrain-colours-face_vit_tiny" / "checkpoint.pth").exists()
+    # The audit of the first request comes after the table, beside three references.
+    assert "reference 3 of 3" in first.stdout
+    *_, never, before, l2, gs_lora, _, where = first.stdout.splitlines()
+    for line, label in ((never, "Never seen"), (before, "Pre-train"), (l2, "L2*"), (gs_lora, "GS-LoRA")):
+        assert line.startswith(label)
+    assert where.endswith("my results/*/audit/audit.html")
+    third = script("run_audit.sh", "my results/l2-seed1337", "--figures", "readout", "--num-references", "3")
+    assert third.returncode == 0, third.stderr
+    assert "Never seen" in third.stdout
+    audit = json.loads((tmp_path / "my results" / "l2-seed1337" / "audit" / "audit.json").read_text())
+    assert len(audit["references"]) == len(audit["originals"]) == 3
 
-    second = script("run_cl_forget_open.sh", "--", "--num-tasks", "1", SEED="5", CHECKPOINT="", METHODS="lwf", MISSING="2")
+    options = {"SEED": "5", "CHECKPOINT": "", "METHODS": "lwf", "MISSING": "2", "AUDIT": "off"}
+    second = script("run_cl_forget_open.sh", "--", "--num-tasks", "1", **options)
     assert second.returncode == 0, second.stderr
     assert "pre-training" not in second.stdout
+    assert "Never seen" not in second.stdout
     assert "Acc_m" in second.stdout
     (task,) = results_of(copy / "exps" / "cl_forget_open-colours" / "lwf-seed5")["tasks"]
     assert task["setting"] == "10-1"
@@ -114,7 +127,8 @@ def test_the_papers_setting_is_chosen_with_a_gpu_and_its_data(script, copy, tmp_
         if casia:
             folder.rmdir()
     assert done.returncode == 0, done.stderr
-    pretrain, forget = done.stdout.splitlines()
+    pretrain, forget, _, audit = done.stdout.splitlines()
+    assert audit.startswith("scripts/audit.py exps/cl_forget-") and "--quick" in audit
     if gpu and casia:
         assert "--model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4" in pretrain
         assert "--methods all --seeds 1337" in forget
@@ -128,6 +142,8 @@ def test_wrong_words_are_refused_at_once(script):
     for name, arguments, variables, message in (
         ("run_forget.sh", ["colour"], {}, "unknown sweep 'colour'"),
         ("run_cl_forget.sh", [], {"SETTING": "huge"}, "SETTING=huge is unknown"),
+        ("run_cl_forget.sh", [], {"AUDIT": "some"}, "AUDIT=some is unknown: first, all or off"),
+        ("run_audit.sh", [], {}, "name the folders of runs"),
         ("run_cl_forget.sh", [], {"DATA": "absent", "CHECKPOINT": "absent.pth"}, "no file"),
     ):
         done = script(name, *arguments, **variables)

@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
@@ -81,8 +83,8 @@ def audit(
     if unseen is not None:
         check_unseen(unseen, train_set)
     subject = Subject(after, *data, unseen, hardware)
-    known = [replace(subject, model=model, original=True) for model in (before, *originals)]
-    never = [replace(subject, model=model) for model in references]
+    known = [_shared(model, weights_sha256(model), *data, unseen, hardware, True) for model in (before, *originals)]
+    never = [_shared(model, weights_sha256(model), *data, unseen, hardware, False) for model in references]
     people = tuple(sorted(forget)), tuple(sorted(remain))
     scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
     scene.check()
@@ -100,9 +102,17 @@ def audit(
     return Audit(scene, subject, entries, useful, curves)
 
 
+@lru_cache(maxsize=16)
+def _shared(model: Recognizer, _weights_sha256: str, *rest: Any) -> Subject:
+    """The next audit in this process, of another model beside the same ones, finds them embedded."""
+    return Subject(model, *rest)
+
+
 def check_references(references: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
     if len(references) < LEAST_REFERENCES:
         raise UsageError(f"{len(references)} references: their spread cannot be told from fewer than {LEAST_REFERENCES}")
+    if len({weights_sha256(model) for model in references}) < len(references):
+        raise UsageError("two references are the same model: give each once")
     for number, model in enumerate(references, start=1):
         has_row = (model.head.weight.detach() != 0).any(dim=1).cpu()
         seen = [c for c in forget if has_row[c]]

@@ -49,7 +49,8 @@ class Probe(Figure):
 def probe_hits(seen: Tensor, labels: Tensor, new: Tensor, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Which forgotten test images are recognised among all, and among the forgotten identities alone: bool (N,) each."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
-    search = GridSearchCV(probe, {"logisticregression__C": [0.01, 0.1, 1, 10]}, cv=3)
+    folds = min(3, int(labels.bincount().max()))
+    search = GridSearchCV(probe, {"logisticregression__C": [0.01, 0.1, 1, 10]}, cv=folds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the largest C may not, and is not chosen then
         warnings.simplefilter("ignore", UserWarning)  # identities with fewer images than folds

@@ -32,32 +32,37 @@ class Relearning(Figure):
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        forget, own = torch.tensor(scene.forget), subject.rows(scene)
+        forget, own, bias = torch.tensor(scene.forget), subject.rows(scene), subject.bias
         length = own[list(scene.remain)].norm(dim=1).mean()
         runs = {}
         for images in (1, ENROLLED):
             chosen = scene.enrolled(images, 0)
             shown = torch.from_numpy(np.concatenate([chosen[c] for c in scene.forget]))
-            runs[f"relearn_{images}"] = length * subject.templates(scene, images, 0)[forget], shown
+            rows = own.index_copy(0, forget, length * subject.templates(scene, images, 0)[forget])
+            level = None if bias is None else bias.index_fill(0, forget, bias[list(scene.remain)].mean().item())
+            runs[f"relearn_{images}"] = rows, level, shown
         known = subject if subject.original else scene.before
-        runs["relearn_kept_only"] = known.rows(scene)[forget], torch.empty(0, dtype=torch.long)
+        rows = own.index_copy(0, forget, known.rows(scene)[forget])
+        level = None if bias is None else bias.index_copy(0, forget, known.bias[forget])
+        runs["relearn_kept_only"] = rows, level, torch.empty(0, dtype=torch.long)
         statistics, curves = {}, {}
-        for key, (rows, shown) in runs.items():
-            hits = relearn(subject, scene, own.index_copy(0, forget, rows), shown)
-            average = _mean_over_log_steps(hits)
-            statistics[key] = mean_statistic(average, scene.who, len(scene.forget))
+        for key, run in runs.items():
+            hits = relearn(subject, scene, *run)
+            statistics[key] = mean_statistic(_mean_over_log_steps(hits), scene.who, len(scene.forget))
             curves[key] = {"steps": list(STEPS), "accuracy": [round(100 * float(row.mean()), 2) for row in hits]}
         return Measurement(statistics, curves)
 
 
-def relearn(subject: Subject, scene: Scene, rows: Tensor, shown: Tensor) -> np.ndarray:
-    """Train a copy of the model, its head's rows (C, dim) replaced, on `shown` training images and as many kept ones.
+def relearn(subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, shown: Tensor) -> np.ndarray:
+    """Train a copy of the model, with these rows (C, dim) and bias (C,), on `shown` training images and as many kept ones.
 
     Returns which forgotten test images are recognised after each of STEPS steps: float (steps, N) in {0, 1}.
     """
     hardware = scene.hardware
     model = to_device(copy.deepcopy(subject.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable
     model.head.weight.data.copy_(rows)
+    if bias is not None:
+        model.head.bias.data.copy_(bias)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     generator = torch.Generator().manual_seed(scene.seed)
     labels = scene.train_set.labels.cpu()

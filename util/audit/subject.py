@@ -132,12 +132,18 @@ class Subject:
 
     def logits(self, embeddings: Tensor, rows: Tensor) -> Tensor:
         """Label-free logits (N, C) of embeddings (N, dim) over these rows."""
-        head = self.model.head
-        bias = getattr(head, "bias", None)
+        if self.bias is None:
+            return self.model.head.scale * F.linear(F.normalize(embeddings), F.normalize(rows))
+        return F.linear(embeddings, rows, self.bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The head's bias (C,), if it has one; the others' mean where it has no row."""
+        bias = getattr(self.model.head, "bias", None)
         if bias is None:
-            return head.scale * F.linear(F.normalize(embeddings), F.normalize(rows))
+            return None
         bias = bias.detach().float().cpu()
-        return F.linear(embeddings, rows, torch.where(self.absent, bias[~self.absent].mean(), bias))
+        return torch.where(self.absent, bias[~self.absent].mean(), bias)
 
     def tokens(self, images: ImageSet, positions: Tensor) -> Tensor:
         """The class token (the tokens' mean, where there is none) after each block: (blocks, N, dim)."""

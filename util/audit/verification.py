@@ -12,8 +12,8 @@ from util.audit.subject import Scene, Subject
 from util.evaluation.verification import draw_pairs
 
 PAIRS = 100_000  # most of each kind
-RATES = {"1pct": 1e-2, "01pct": 1e-3}
-LEAST = 10  # false accepts that a threshold must rest on
+RATES = (1e-2, 1e-3, 1e-2)  # of the three keys with a threshold
+LEAST = 10  # false accepts that the threshold of the smaller one must rest on
 CURVE_POINTS = 200
 
 
@@ -44,21 +44,24 @@ class Verification(Figure):
         own, other, known = _scores(forgotten, genuine), _scores(forgotten, impostor), _scores(unit[scene.remain_test], kept)
         who = scene.who[genuine[:, 0].numpy()]
         statistics = {keys[0]: auc_statistic(own, other, who[:, None], scene.who[impostor.numpy()])}
-        for name, rate in RATES.items():
-            key = f"verification_tar_{name}"
-            statistics[key] = f"needs {LEAST / rate:.0f} impostor pairs of kept faces, there are {len(known)}"
-            if len(known) >= LEAST / rate:
-                statistics[key] = mean_statistic(own > np.quantile(known, 1 - rate), who, people)
-        threshold = np.quantile(known, 1 - RATES["1pct"])
-        strangers = labels[:, None] != scene.forget_labels
-        above = ((unit @ forgotten.T > threshold) & strangers).sum(dim=0) / strangers.sum(dim=0)
-        statistics["collapse_1pct"] = mean_statistic(above.numpy(), scene.who, people)
+        for key, rate, needed in zip(keys[1:], RATES, (1, LEAST / RATES[1], 1), strict=True):
+            if len(known) < needed:
+                statistics[key] = f"needs {needed:.0f} impostor pairs of kept faces, there are {len(known)}"
+                continue
+            threshold = np.quantile(known, 1 - rate)
+            if key != "collapse_1pct":
+                statistics[key] = mean_statistic(own > threshold, who, people)
+                continue
+            strangers = labels[:, None] != scene.forget_labels
+            # At the threshold counts, up to rounding: where all faces are one point, all pairs are.
+            above = ((unit @ forgotten.T >= threshold - 1e-6) & strangers).sum(dim=0) / strangers.sum(dim=0)
+            statistics[key] = mean_statistic(above.numpy(), scene.who, people)
         same = np.repeat([1, 0], [len(own), len(other)])
         far, tar, _ = roc_curve(same, np.concatenate([own, other]))
         grid = np.concatenate([[0], np.geomspace(1e-4, 1, CURVE_POINTS)])
         heights = tar[np.searchsorted(far, grid, side="right") - 1]
         curve = {"far": grid.round(6).tolist(), "tar": heights.round(4).tolist()}
-        return Measurement({key: statistics[key] for key in keys}, {"roc": curve})
+        return Measurement(statistics, {"roc": curve})
 
 
 def _scores(unit: Tensor, pairs: Tensor) -> np.ndarray:

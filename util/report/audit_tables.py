@@ -5,57 +5,100 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from util.audit.statistics import VERDICTS
+from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, OVER_FORGOTTEN, STILL_KNOWN, VERDICTS
 from util.audit.titles import title_of
 from util.report.tables import PRETRAINED, percent
 
 NEVER_SEEN = "Never seen"
 # The figures of the overview, with headings that fit a terminal.
 OVERVIEW = {"sign_flip": "sign flip", "enrolment_1": "enrol 1", "enrolment_5": "enrol 5", "verification_auc": "verify"}
+SIGNS = {STILL_KNOWN: "▲", OVER_FORGOTTEN: "▼", AS_IF_NEVER_SEEN: "●", CANNOT_TELL: "?"}
+LEGEND = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items())
 UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", "old_templates_tar_1pct": "old templates"}
 
 
-def overview_frame(audits: Sequence[tuple[str, dict | None, dict]], moment: tuple[int, int]) -> pd.DataFrame:
-    """A row per audited model, below those of the references and the pre-trained one; `moment` is (task, after task).
-
-    audits: (label, content of results.json or None, content of audit.json) of each.
-    """
-    rows = {}
+def _moments(audits: Sequence[tuple[str, dict | None, dict]]) -> dict[tuple[int, int], list[tuple[str, dict | None, dict]]]:
+    """By (task, after task) the audits of it: (label, content of results.json or None, one of the requests)."""
+    found: dict[tuple[int, int], list] = {}
     for label, results, content in audits:
-        request = next(r for r in content["requests"] if (r["task"], r["after_task"]) == moment)
-        figures = {key: entry for key in OVERVIEW if (entry := request["figures"].get(key)) and entry["value"] is not None}
-        if not rows:
-            seen = {key: float(np.mean(entry["references"])) for key, entry in figures.items()}
-            rows[NEVER_SEEN] = _row(None, seen, "")
-            known = {key: entry["originals"][0] for key, entry in figures.items()}
-            rows[PRETRAINED] = _row(None, known, "")
-        task = next((task for task in results["tasks"] if task["task"] == moment[1]), None) if results else None
-        values = {key: entry["value"] for key, entry in figures.items()}
-        rows[label] = _row(task and task["after"]["h_mean"], values, request["verdict"])
-    return pd.DataFrame.from_dict(rows, orient="index", columns=["H ↑", *OVERVIEW.values(), "verdict"])
+        for request in content["requests"]:
+            found.setdefault((request["task"], request["after_task"]), []).append((label, results, request))
+    return found
+
+
+def _h_mean(results: dict | None, request: dict) -> float | None:
+    tasks = {task["task"]: task for task in results["tasks"]} if results else {}
+    return tasks[request["after_task"]]["after"]["h_mean"] if tasks else None
+
+
+def _overview_frame(models: Sequence[tuple[str, dict | None, dict]]) -> pd.DataFrame:
+    """A row per audited model, below those of the references and the pre-trained one; `models` as `_moments` gives them."""
+    first = {key: entry for key, entry in models[0][2]["figures"].items() if entry["value"] is not None}
+    rows = [_row(None, {key: float(np.mean(entry["references"])) for key, entry in first.items()}, "")]
+    rows += [_row(None, {key: entry["originals"][0] for key, entry in first.items()}, "")]
+    for _, results, request in models:
+        values = {key: entry["value"] for key, entry in request["figures"].items() if entry["value"] is not None}
+        rows.append(_row(_h_mean(results, request), values, request["verdict"]))
+    labels = [NEVER_SEEN, PRETRAINED, *(label for label, *_ in models)]
+    return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), "verdict"])
 
 
 def _row(h_mean: float | None, values: dict[str, float], verdict: str) -> list[str]:
     return [percent(h_mean), *("–" if key not in values else f"{values[key]:.1f}" for key in OVERVIEW), verdict]
 
 
-def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0, markdown: bool = False) -> list[str]:
-    """Lines: for each request the number of people and the table; labels padded to `width`."""
+def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) -> list[str]:
+    """Lines: for each request the number of people and the table; labels padded to `width`.
+
+    audits: (label, content of results.json or None, content of audit.json) of each model.
+    """
     lines = []
-    for request in audits[0][2]["requests"]:
-        moment = request["task"], request["after_task"]
-        table = overview_frame(audits, moment)
-        later = "" if moment[0] == moment[1] else f", after task {moment[1]}"
+    for models in _moments(audits).values():
+        request, table = models[0][2], _overview_frame(models)
         people, images = len(request["forget"]), request["images"]
-        lines += [f"Request {moment[0]}{later}: are its {people} people still known? {images} test faces, %", ""]
-        if markdown:
-            align = ["left"] + ["right"] * (table.shape[1] - 1) + ["left"]
-            lines += [table.rename_axis("Method").to_markdown(disable_numparse=True, colalign=align), ""]
-        else:
-            table.index = table.index.str.ljust(max(width, *map(len, table.index)))
-            table["verdict"] = table["verdict"].str.ljust(max(map(len, VERDICTS)))
-            lines += table.to_string().splitlines()
+        lines += [f"{_title(request)}: are its {people} people still known? {images} test faces, %", ""]
+        table.index = table.index.str.ljust(max(width, *map(len, table.index)))
+        table["verdict"] = table["verdict"].str.ljust(max(map(len, VERDICTS)))
+        lines += table.to_string().splitlines()
     return lines
+
+
+def _title(request: dict) -> str:
+    later = "" if request["task"] == request["after_task"] else f", after task {request['after_task']}"
+    return f"Request {request['task']}{later}"
+
+
+def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
+    """For each request a row per model and a column per figure (but the probe's blocks), each value with its verdict."""
+    parts = []
+    for models in _moments(audits).values():
+        request = models[0][2]
+        first = request["figures"]
+        keys = [key for key, entry in first.items() if entry["verdict"] and not key.startswith("probe_block")]
+        spread = [(np.mean(first[key]["references"]), np.std(first[key]["references"], ddof=1)) for key in keys]
+        rows = [["", *(f"{mean:.1f} ± {std:.1f}" for mean, std in spread)]]
+        rows += [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys)]]
+        for _, results, other in models:
+            entries = [other["figures"][key] for key in keys]
+            rows.append([percent(_h_mean(results, other)), *(f"{e['value']:.1f} {SIGNS[e['verdict']]}" for e in entries)])
+        labels = [NEVER_SEEN, "Originals", *(label for label, *_ in models)]
+        table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys)]).rename_axis("Method")
+        people = f"{len(request['forget'])} people, {request['images']} test faces"
+        parts.append(f"**{_title(request)}**: {people}, K = {len(first[keys[0]]['references'])}. {LEGEND}")
+        parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 1)))
+        if len(models) > 2:
+            parts.append(f"Rank correlation (Spearman) of H with ρ: {_rank_correlations(models, keys)}.")
+    return "\n\n".join(parts)
+
+
+def _rank_correlations(models: Sequence[tuple[str, dict | None, dict]], keys: Sequence[str]) -> str:
+    """Of H with each figure's ρ over the methods: −1 where those with the best H leave least of the person."""
+    h_means = pd.Series([_h_mean(results, request) for _, results, request in models], dtype=float)
+    told = []
+    for key in keys:
+        rhos = pd.Series([request["figures"][key]["rho"] for *_, request in models], dtype=float)
+        told.append(f"`{key}` {h_means.corr(rhos, method='spearman'):.2f}")
+    return ", ".join(told)
 
 
 def audit_markdown(content: dict) -> str:

@@ -4,7 +4,7 @@ import pytest
 
 from methods import METHODS
 from util.audit.statistics import VERDICTS
-from util.report.audit_tables import audit_markdown, overview
+from util.report.audit_tables import audit_markdown, comparison_markdown, overview
 
 NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
 
@@ -28,30 +28,36 @@ def audited(label: str, *requests: dict, h_mean: float | None = 80.0) -> tuple[s
     return label, None if h_mean is None else {"tasks": tasks}, content
 
 
-def rows(lines: list[str]) -> dict[str, list[str]]:
-    """By label, the cells of a Markdown overview."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in "\n".join(lines).splitlines() if line[:2] == "| "]
-    return {label: rest for label, *rest in cells}
+def table(lines: list[str]) -> dict[str, list[str]]:
+    """By label, the cells of an overview's only table: H, four figures and the verdict."""
+    return {line[:12].rstrip(): [*line[12:].split(maxsplit=5), ""][:6] for line in lines[3:]}
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """By label, the cells of the Markdown table in a text."""
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    return {label: rest for label, *rest in found}
 
 
 def test_a_row_per_model_below_never_seen_and_the_pre_trained_one():
-    second = request(verdict="over-forgotten", sign_flip=figure(1.25), verification_auc=figure(0.0))
-    lines = overview([audited("GS-LoRA"), audited("L2*", second)], markdown=True)
-    assert lines[:2] == ["Request 1: are its 2 people still known? 8 test faces, %", ""]
-    assert rows(lines) == {
-        "Method": ["H ↑", "sign flip", "enrol 1", "enrol 5", "verify", "verdict"],
+    second = request(verdict="over-forgotten", sign_flip=figure(1.26), verification_auc=figure(0.0))
+    title, blank, header, *_ = lines = overview([audited("GS-LoRA"), audited("L2*", second)], 12)
+    assert (title, blank) == ("Request 1: are its 2 people still known? 8 test faces, %", "")
+    assert header.split() == ["H", "↑", "sign", "flip", "enrol", "1", "enrol", "5", "verify", "verdict"]
+    found = {label: [cell.rstrip() for cell in row] for label, row in table(lines).items()}
+    assert found == {
         "Never seen": ["–", *["23.3"] * 4, ""],
         "Pre-train": ["–", *["99.0"] * 4, ""],
         "GS-LoRA": ["80.00", *["50.0"] * 4, "still known"],
-        "L2*": ["80.00", "1.2", "–", "–", "0.0", "over-forgotten"],
+        "L2*": ["80.00", "1.3", "–", "–", "0.0", "over-forgotten"],
     }
 
 
 def test_what_was_not_measured_is_a_dash():
     reason = figure(None, (), reason="needs two people") | {"originals": []}
-    lines = overview([audited("model", request(verification_auc=reason, cka=figure()), h_mean=None)], markdown=True)
-    assert rows(lines)["model"] == ["–", "–", "–", "–", "–", "still known"]
-    assert rows(lines)["Never seen"] == ["–", "–", "–", "–", "–", ""]
+    lines = overview([audited("model", request(verification_auc=reason, cka=figure()), h_mean=None)], 12)
+    assert [cell.rstrip() for cell in table(lines)["model"]] == [*["–"] * 5, "still known"]
+    assert table(lines)["Never seen"][:5] == ["–"] * 5
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
@@ -60,15 +66,14 @@ def test_columns_align_and_fit_a_terminal(verdict, value):
     longest = max((method.title for method in METHODS.values()), key=len) + ", seed 1337"
     figures = {name: figure(value, (0.0, 0.0, value)) for name in NAMES}
     audits = [audited(label, request(verdict=verdict, **figures), h_mean=value) for label in ("L2*", longest, "x" * 36)]
-    title, blank, *table = overview(audits)
-    assert (title, blank) == ("Request 1: are its 2 people still known? 8 test faces, %", "")
-    assert len({len(line) for line in table}) == 1
-    assert max(map(len, table)) <= 100
-    header, never, known, *others = table
+    lines = overview(audits)[2:]
+    assert len({len(line) for line in lines}) == 1
+    assert max(map(len, lines)) <= 100
+    header, never, known, *others = lines
     end = header.index("verify") + len("verify")
     for line, number in ((never, f"{value / 3:.1f}"), (known, "99.0"), *((line, f"{value:.1f}") for line in others)):
         assert line[:end].endswith(f" {number}")
-    assert [line[:36].rstrip() for line in table] == ["", "Never seen", "Pre-train", "L2*", longest, "x" * 36]
+    assert [line[:36].rstrip() for line in lines] == ["", "Never seen", "Pre-train", "L2*", longest, "x" * 36]
 
 
 def test_rows_that_are_printed_as_audits_end_stand_below_each_other():
@@ -98,10 +103,54 @@ def test_a_model_with_fewer_requests_has_no_row_in_the_further_tables():
 
 
 def test_models_of_one_label_keep_a_row_each():
-    """Two seeds of one method."""
     lines = overview([audited("L2*", request(sign_flip=figure(value))) for value in (12.0, 34.0)])
-    assert "12.0" in "\n".join(lines)
-    assert "34.0" in "\n".join(lines)
+    assert [line.split()[2] for line in lines if line.startswith("L2*")] == ["12.0", "34.0"]
+
+
+def judged(value: float, rho: float, verdict: str = "still known") -> dict:
+    return figure(value, rho=rho, verdict=verdict)
+
+
+def test_a_comparison_has_every_figure_that_is_judged_with_its_verdict():
+    one = request(sign_flip=judged(1.26, 1.0), probe_block_0=judged(2.0, 1.0), cka=figure(0.5, reason="no verdict"))
+    other = request(
+        sign_flip=judged(0.0, -0.5, "over-forgotten"), probe_block_0=judged(3.0, 0.0, "as if never seen"), cka=figure(0.4)
+    )
+    text = comparison_markdown([audited("L2*", one), audited("EWC*", other, h_mean=None)])
+    assert text.startswith("**Request 1**: 2 people, 8 test faces, K = 3. ▲ still known, ▼ over-forgotten, ")
+    assert cells(text) == {
+        "Method": ["H", "`sign_flip`"],
+        "Never seen": ["", "23.3 ± 15.3"],
+        "Originals": ["", "94.5"],
+        "L2*": ["80.00", "1.3 ▲"],
+        "EWC*": ["–", "0.0 ▼"],
+    }
+    assert "Spearman" not in text
+
+
+def test_a_comparison_of_several_methods_tells_whether_h_ranks_them_alike():
+    """H falls where ρ of one figure rises, but for the last two of the other."""
+    found = [(90.0, 0.0, 0.0), (80.0, 0.1, 0.3), (70.0, 0.4, 0.2)]
+    audits = [
+        audited(f"m{h}", request(sign_flip=judged(1.0, one), enrolment_1=judged(1.0, other)), h_mean=h)
+        for h, one, other in found
+    ]
+    text = comparison_markdown(audits)
+    assert text.endswith("Rank correlation (Spearman) of H with ρ: `sign_flip` -1.00, `enrolment_1` -0.50.")
+
+
+def test_a_comparison_of_what_has_no_verdict_is_said_without_numbers():
+    reason = figure(None, (), reason="needs --unseen") | {"originals": []}
+    for figures in ({"cka": figure(0.5, reason="a picture of where, no verdict")}, {"membership_person": reason}):
+        text = comparison_markdown([audited("L2*", request(**figures)), audited("EWC*", request(**figures))])
+        assert "Request 1" in text
+
+
+def test_a_comparison_of_runs_with_fewer_requests():
+    first, second = request(1, 1, sign_flip=judged(1.0, 0.5)), request(2, 2, sign_flip=judged(2.0, 0.5))
+    one, other = comparison_markdown([audited("EWC*", first), audited("L2*", first, second)]).split("**Request 2**")
+    assert [*cells(one)][3:] == ["EWC*", "L2*"]
+    assert [*cells(other)][3:] == ["L2*"]
 
 
 def test_every_figure_with_its_numbers_in_one_table():
@@ -116,7 +165,7 @@ def test_every_figure_with_its_numbers_in_one_table():
     title, heading = text.split("\n\n")[:2]
     assert title == "# Audit of L2* on faces"
     assert heading == "## Request 2, after task 3: 2 people, 8 test faces: **still known**"
-    found = rows(text.splitlines())
+    found = cells(text)
     columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
     expected = {
         "Figure": columns,

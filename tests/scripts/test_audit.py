@@ -1,0 +1,477 @@
+"""scripts/audit.py through its own command line, on small images: two requests, of five people and of two."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import GridSearchCV
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import coloured_images, results_of, write_folder
+from tests.scripts.test_references import early, here  # noqa: F401
+from tests.test_bad_input import refused
+from util.audit.statistics import compare
+from util.runtime.files import sha256
+
+FIRST, SECOND = [f"c{c}" for c in range(5)], ["c5", "c6"]
+KEYS = [
+    *("acc_forget", "sign_flip", "readout", "enrolment_1", "enrolment_5", "tpir_1pct"),
+    *("verification_auc", "verification_tar_1pct", "verification_tar_01pct", "collapse_1pct"),
+    *("probe_embedding", "probe_block_0", "probe_block_1", "membership_images", "membership_person"),
+    *("relearn_1", "relearn_5", "relearn_kept_only", "cka"),
+]
+QUICK = KEYS[:10]
+# The 97.5% quantile of Student's t at two degrees, for three references.
+T = 4.302653
+
+
+@pytest.fixture(autouse=True)
+def quick_figures(monkeypatch):
+    """Relearning and the search for a probe's C take most of an audit's time."""
+    monkeypatch.setattr("util.audit.relearning.STEPS", (0, 1, 3))
+    monkeypatch.setattr("util.audit.probe.PER_IDENTITY", 4)
+    search = "util.audit.probe.GridSearchCV"
+    monkeypatch.setattr(search, lambda probe, grid, cv: GridSearchCV(probe, {key: [0.1] for key in grid}, cv=cv))
+
+
+@pytest.fixture
+def run(early, colours, command, tmp_path_factory) -> Path:  # noqa: F811
+    """A run of two requests, made once a session."""
+    folder = tmp_path_factory.getbasetemp() / "audited"
+    if not (folder / "figure.png").exists():
+        words = ("--method", "l2", "--checkpoint", early, "--data", colours, "--output-dir", folder)
+        requests = ("--forget-classes", ",".join(FIRST), "--then", ",".join(SECOND))
+        code, _, err = command("train_forget.py", *words, *requests, "--epochs", 4, "--batch-size", 12, "--data-ratio", 1)
+        assert code == 0, err
+    return folder
+
+
+@pytest.fixture
+def strangers(tmp_path_factory) -> Path:
+    """Six people in no training set, <identity>/<image>, made once a session."""
+    folder = tmp_path_factory.getbasetemp() / "strangers"
+    if not folder.exists():
+        images = coloured_images(16, 4, 32, seed=2)
+        write_folder(folder / "split", images.subset(images.labels > 9), images.subset(slice(0)))
+        (folder / "split" / "train").rename(folder / "faces")
+    return folder / "faces"
+
+
+@pytest.fixture
+def whole(run, strangers, here, command, tmp_path_factory) -> Path:  # noqa: F811
+    """The audit of the first request with every figure, made once a session."""
+    if not (run / "audit").exists():
+        options = ("--num-references", 3, "--num-originals", 2, "--unseen", strangers)
+        code, out, err = command("scripts/audit.py", run, *options)
+        assert code == 0, err
+        assert len(here) == 4
+        (run.parent / "audit.out").write_text(out)
+    return run / "audit"
+
+
+@pytest.fixture
+def references(whole) -> list[Path]:
+    """Files of three models that never saw the first request's people."""
+    return [Path(entry["file"]) for entry in audit_of(whole)["references"]]
+
+
+@pytest.fixture
+def files(early, run, colours, references, command, tmp_path):  # noqa: F811
+    """Audit two checkpoints beside given references."""
+    words = ("--before", early, "--after", run / "checkpoints" / "task_1.pth", "--forget-classes", ",".join(FIRST))
+    words += ("--data", colours, "--references", *references, "--figures", "readout", "--output-dir", tmp_path / "audit")
+    return lambda *more: command("scripts/audit.py", *words, *more)
+
+
+def audit_of(folder: Path) -> dict:
+    """audit.json, which holds finite numbers alone."""
+
+    def refuse(word: str):
+        raise AssertionError(f"{word} in {folder}/audit.json")
+
+    return json.loads((folder / "audit.json").read_text(), parse_constant=refuse)
+
+
+def test_it_leaves_its_files_and_the_whole_schema(whole, early, colours):  # noqa: F811
+    assert {path.name for path in whole.iterdir()} == {"audit.json", "audit.md", "audit.html"}
+    content = audit_of(whole)
+    assert (content["schema"], content["data"], content["method"]) == (1, "colours", "L2*")
+    assert content["recipe"] == torch.load(early, weights_only=True)["info"]["recipe"]
+    assert [entry["seed"] for entry in content["references"]] == [1, 2, 3]
+    assert [entry["seed"] for entry in content["originals"]] == [1337, 1]
+    assert content["originals"][0]["sha256"] == sha256(early)
+    for group, without in (("references", FIRST), ("originals", [])):
+        for entry in content[group]:
+            assert entry["sha256"] == sha256(Path(entry["file"]))
+            assert entry["without"] == without
+            assert 0 <= entry["acc_remain"] <= 100
+    (request,) = content["requests"]
+    assert (request["task"], request["after_task"], request["forget"], request["images"]) == (1, 1, FIRST, 20)
+    assert request["references"] == [entry["sha256"] for entry in content["references"]]
+    assert request["after_sha256"] == sha256(whole.parent / "checkpoints" / "task_1.pth")
+    assert request["record_sha256"] == sha256(whole.parent / "deletions" / "task_1.json")
+    useful = {"acc_remain", "verification_auc_remain", "old_templates_tar_1pct"}
+    assert {*request["utility"]} == useful | {"before"}
+    assert {*request["utility"]["before"]} == useful
+    assert request["utility"]["acc_remain"] == pytest.approx(results_of(whole.parent)["tasks"][0]["after"]["acc_remain"])
+    assert {*request["figures"]} == {*KEYS}
+    assert {"roc", "probe", "relearn_1", "relearn_5", "relearn_kept_only", "cka"} <= {*request["curves"]}
+    for curve in request["curves"].values():
+        assert len(curve["references"]) == 3
+    html = (whole / "audit.html").read_text()
+    assert all(name in html for name in FIRST)
+    assert f"{whole}/audit.html" in (whole.parent.parent / "audit.out").read_text().splitlines()[-1]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_figure_is_compared_as_documented(whole, key):
+    (request,) = audit_of(whole)["requests"]
+    found = request["figures"][key]
+    compared = ("interval", "delta", "z", "rho", "power", "verdict")
+    assert {"value", "references", "originals", *compared} <= {*found}
+    if found["verdict"] is None:
+        assert found["reason"]
+        assert not any(found[name] for name in compared)
+        assert key in ("verification_tar_01pct", "verification_tar_1pct", "cka")
+        return
+    value, references, originals = found["value"], np.array(found["references"]), np.array(found["originals"])
+    assert (len(references), len(originals)) == (3, 2)
+    if key == "sign_flip":  # the originals show nothing of it: what they know is read as usual
+        originals = np.array(request["figures"]["acc_forget"]["originals"])
+    assert all(0 <= number <= 100 for number in (value, *references, *originals, *found["interval"]))
+    assert found["interval"][0] <= found["interval"][1]
+    spread = max(references.std(ddof=1), 100 / 20)
+    delta, gap = value - references.mean(), originals.mean() - references.mean()
+    rho = delta / gap if abs(gap) > 1e-6 else None
+    assert found["delta"] == pytest.approx(delta, abs=1e-3)
+    assert found["z"] == pytest.approx(delta / (spread * (4 / 3) ** 0.5), abs=1e-3)
+    assert found["power"] == pytest.approx(abs(gap) / spread, abs=1e-3)
+    assert found["rho"] == (None if rho is None else pytest.approx(rho, rel=1e-2, abs=1e-2))
+    if gap < 0 or found["power"] < 3 or (abs(rho) > 0.2 and abs(found["z"]) <= T):
+        assert found["verdict"] == "cannot tell"
+    elif abs(rho) <= 0.2:
+        assert found["verdict"] == "as if never seen"
+    else:
+        assert found["verdict"] == ("still known" if rho > 0 else "over-forgotten")
+
+
+def test_the_markdown_has_every_figure(whole):
+    (request,) = audit_of(whole)["requests"]
+    text = (whole / "audit.md").read_text()
+    for key, entry in request["figures"].items():
+        (row,) = [line for line in text.splitlines() if f"(`{key}`)" in line]
+        cells = [cell.strip() for cell in row.split("|")[1:-1]]
+        assert cells[1] == ("–" if entry["value"] is None else f"{entry['value']:.2f}")
+        assert cells[-1] == entry["verdict"] or cells[-1] == entry["reason"]
+    assert f"**{request['verdict']}**" in text
+
+
+def test_the_scalars_are_in_the_events_of_the_run(whole):
+    events = EventAccumulator(str(whole.parent))
+    events.Reload()
+    figures = audit_of(whole)["requests"][0]["figures"]
+    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("audit/request_1/value/")}
+    assert tags == {f"audit/request_1/value/{key}" for key in figures if figures[key]["value"] is not None}
+    for key in ("enrolment_1", "probe_embedding"):
+        (scalar,) = events.Scalars(f"audit/request_1/value/{key}")
+        assert (scalar.step, scalar.value) == (1, pytest.approx(figures[key]["value"], rel=1e-5))
+
+
+def test_with_strangers_their_figures_are_measured_and_without_them_it_is_said(whole, run, here, command, tmp_path):  # noqa: F811
+    figures = audit_of(whole)["requests"][0]["figures"]
+    assert figures["tpir_1pct"]["value"] is not None
+    assert figures["membership_person"]["value"] is not None
+    words = ("--figures", "enrolment", "membership_person", "--num-references", 3, "--num-originals", 1)
+    code, _, err = command("scripts/audit.py", run, *words, "--output-dir", tmp_path)
+    assert code == 0, err
+    figures = audit_of(tmp_path)["requests"][0]["figures"]
+    assert [*figures] == ["enrolment_1", "enrolment_5", "tpir_1pct", "membership_person"]
+    for key in ("tpir_1pct", "membership_person"):
+        assert (figures[key]["value"], figures[key]["reason"]) == (None, "needs --unseen")
+        assert f"(`{key}`)" in (tmp_path / "audit.md").read_text()
+    assert not here
+
+
+def test_an_audit_that_is_repeated_trains_nothing_and_finds_the_same(whole, run, strangers, here, command, tmp_path):  # noqa: F811
+    figures = ("readout", "verification", "membership_person", "relearning")
+    options = ("--num-references", 3, "--num-originals", 2, "--unseen", strangers, "--figures", *figures)
+    code, out, err = command("scripts/audit.py", run, *options, "--output-dir", tmp_path)
+    assert code == 0, err
+    assert not here
+    assert "reference" not in out
+    (again,), (request,) = (audit_of(folder)["requests"] for folder in (tmp_path, whole))
+    assert again["figures"] == {key: request["figures"][key] for key in again["figures"]}
+    assert again["utility"] == request["utility"]
+
+
+def test_all_requests_each_after_its_task_and_after_the_last(whole, run, here, command, tmp_path):  # noqa: F811
+    options = ("--requests", "all", "--figures", "readout", "verification", "--num-references", 3, "--num-originals", 1)
+    code, out, err = command("scripts/audit.py", run, *options, "--output-dir", tmp_path)
+    assert code == 0, err
+    assert [label.split(", ")[0] for label in here] == ["colours without 7 classes"] * 3
+    content = audit_of(tmp_path)
+    moments = [(request["task"], request["after_task"]) for request in content["requests"]]
+    assert moments == [(1, 1), (2, 2), (1, 2)]
+    assert [request["forget"] for request in content["requests"]] == [FIRST, SECOND, FIRST]
+    files = {entry["sha256"]: entry for entry in content["references"]}
+    assert len(files) == 6
+    assert len(content["originals"]) == 1
+    for request, gone in zip(content["requests"], (5, 7, 7), strict=True):
+        assert len(request["references"]) == 3
+        for digest in request["references"]:
+            rows = torch.load(files[digest]["file"], weights_only=True)["model"]["head.weight"]
+            assert (rows == 0).all(dim=1).tolist() == [True] * gone + [False] * (10 - gone)
+        after = run / "checkpoints" / f"task_{request['after_task']}.pth"
+        assert request["after_sha256"] == sha256(after)
+    known = [task["after"]["acc_forget"] for task in results_of(run)["tasks"]]
+    known.append(results_of(run)["tasks"][1]["after"]["acc_old"])
+    assert [request["figures"]["acc_forget"]["value"] for request in content["requests"]] == pytest.approx(known)
+    heads = [line.split(":")[0] for line in out.splitlines() if line.startswith("Request")]
+    assert heads == ["Request 1", "Request 2", "Request 1, after task 2"]
+
+
+def test_a_first_look_is_three_figures_beside_three_references(whole, run, here, command, tmp_path):  # noqa: F811
+    code, out, err = command("scripts/audit.py", run, "--quick", "--output-dir", tmp_path)
+    assert code == 0, err
+    content = audit_of(tmp_path)
+    (request,) = content["requests"]
+    assert {*request["figures"]} == {*QUICK}
+    assert (len(content["references"]), len(content["originals"])) == (3, 1)
+    assert not here
+    assert (tmp_path / "audit.html").exists()
+    lines = out.splitlines()
+    assert lines[0] == "Request 1: are its 5 people still known? 20 test faces, %"
+    assert [line[:12].rstrip() for line in lines[3:6]] == ["Never seen", "Pre-train", "L2*"]
+    figures = request["figures"]
+    shown = [figures[key] for key in ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")]
+    values = [[np.mean(f["references"]) for f in shown], [f["originals"][0] for f in shown], [f["value"] for f in shown]]
+    assert [line[12:].split()[1:5] for line in lines[3:6]] == [[f"{value:.1f}" for value in row] for row in values]
+    assert lines[5].split()[1] == f"{results_of(run)['tasks'][0]['after']['h_mean']:.2f}"
+    assert lines[5].rstrip().endswith(request["verdict"])
+    code, _, err = command("scripts/audit.py", run, "--quick", "--figures", "cka", "--output-dir", tmp_path)
+    assert code == 0, err
+    assert [*audit_of(tmp_path)["requests"][0]["figures"]] == ["cka"]
+
+
+@pytest.fixture
+def compared(early, colours, command, tmp_path):  # noqa: F811
+    """compared(…) → the folder of a comparison that forgets c8 and c9."""
+
+    def compare(*options: object) -> Path:
+        words = ("--checkpoint", early, "--data", colours, "--forget-classes", "c8,c9", "--epochs", 1, "--data-ratio", 1)
+        code, _, err = command("scripts/compare.py", *options, "--output-dir", tmp_path / "runs", "--", *words)
+        assert code == 0, err
+        return tmp_path / "runs"
+
+    return compare
+
+
+def test_a_comparison_is_audited_run_by_run_beside_shared_references(compared, here, command):  # noqa: F811
+    folder = compared("--methods", "gs_lora", "l2")
+    (folder / "der-seed1337").mkdir()  # has not finished a task
+    code, out, err = command("scripts/audit.py", folder, "--quick")
+    assert code == 0, err
+    assert here == [f"colours without 2 classes, seed {seed}" for seed in (1, 2, 3)]
+    lines = out.split("about 0:00 left\n")[-1].splitlines()
+    assert [line.split()[0] for line in lines[3:7]] == ["Never", "Pre-train", "L2*", "GS-LoRA"]
+    one, other = (audit_of(folder / f"{name}-seed1337" / "audit") for name in ("l2", "gs_lora"))
+    assert (one["method"], other["method"]) == ("L2*", "GS-LoRA")
+    assert one["references"] == other["references"]
+    rows = [line.split("|")[1].strip() for line in (folder / "audit.md").read_text().splitlines() if line[:2] == "| "]
+    assert rows == ["Method", "Never seen", "Originals", "L2*", "GS-LoRA"]
+    assert not (folder / "der-seed1337" / "audit").exists()
+    refused(command("scripts/audit.py", folder, "--quick", "--output-dir", folder / "one"), 2, "--output-dir is for one run")
+    assert not (folder / "one").exists()
+
+
+def test_each_seed_of_a_comparison_has_a_table(compared, here, command):  # noqa: F811
+    """Whom a run forgets may depend on its seed."""
+    folder = compared("--methods", "l2", "--seeds", 1, 2)
+    code, out, err = command("scripts/audit.py", folder, "--quick")
+    assert code == 0, err
+    one, other = (folder / "audit.md").read_text().split("## Seed 2")
+    for text in (one, other):
+        rows = [line.split("|")[1].strip() for line in text.splitlines() if line[:2] == "| "]
+        assert rows == ["Method", "Never seen", "Originals", "L2*"]
+    lines = [line.split(":")[0].split()[0] for line in out.splitlines() if line[:2] in ("Re", "Ne", "L2")]
+    assert lines == ["Request", "Never", "L2*"] * 2
+
+
+def test_the_pages_of_several_runs_are_where_it_says(run, here, command, tmp_path):  # noqa: F811
+    runs = [shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("audit")) for name in ("a", "b")]
+    code, out, err = command("scripts/audit.py", *runs, "--quick", "--figures", "readout")
+    assert code == 0, err
+    told = out.splitlines()[-1].split("look at: ")[1]
+    for folder in runs:
+        assert (folder / "audit" / "audit.html").exists()
+        assert str(folder) in told or folder in [path.parents[1] for path in Path("/").glob(told[1:])]
+
+
+def test_two_checkpoints_are_audited_without_a_run(early, run, colours, here, command, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    words = ("--before", early, "--after", run / "checkpoints" / "task_1.pth", "--data", colours, "--quick")
+    code, out, err = command("scripts/audit.py", *words, "--forget-classes", "c4, 3,c2,c1,c0")
+    assert code == 0, err
+    content = audit_of(tmp_path / "exps" / "audit-task_1")
+    assert content["method"] is None
+    (request,) = content["requests"]
+    assert sorted(request["forget"]) == FIRST
+    assert "record_sha256" not in request
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("task_1")] == ["task_1"]
+    assert len(content["references"]) == 3
+
+
+def test_given_references_and_originals_are_used(files, references, trained, here, tmp_path):  # noqa: F811
+    code, _, err = files("--originals", trained)
+    assert code == 0, err
+    content = audit_of(tmp_path / "audit")
+    assert [Path(entry["file"]) for entry in content["references"]] == references
+    assert [Path(entry["file"]) for entry in content["originals"]][1] == trained
+    assert len(content["requests"][0]["figures"]["acc_forget"]["originals"]) == 2
+    assert not here
+
+
+def test_a_name_given_twice_counts_once(files, tmp_path):
+    code, _, err = files("--forget-classes", "c0,c1,0,c1")
+    assert code == 0, err
+    assert audit_of(tmp_path / "audit")["requests"][0]["forget"] == ["c0", "c1"]
+
+
+def test_a_figure_of_which_those_who_know_show_less_cannot_tell():
+    """Else a model that shows nothing of it would still know."""
+    assert compare(0.0, [100.0, 100.0, 100.0], [85.0, 40.0], resolution=5.0).verdict == "cannot tell"
+
+
+def test_nothing_to_audit_is_refused(run, command, tmp_path):
+    refused(command("scripts/audit.py"), 2, "name the folders of runs, or --before, --after and --forget-classes")
+    refused(command("scripts/audit.py", "--before", "a.pth", "--after", "b.pth"), 2, "name the folders of runs, or --before")
+    for folder in (tmp_path, tmp_path / "absent", run / "checkpoints"):
+        refused(command("scripts/audit.py", folder), 2, f"{folder}: no run that has finished a task, nor a folder of such")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--forget-classes", "c0,eve"], 2, "no class 'eve'"),
+        (["--forget-classes", ""], 2, "no class ''"),
+        (["--before", "absent.pth"], 2, "no file absent.pth"),
+        (["--after", "absent.pth"], 2, "no file absent.pth"),
+        (["--references", "absent.pth"], 2, "no file absent.pth"),
+        (["--originals", "absent.pth"], 2, "no file absent.pth"),
+        (["--unseen", "absent"], 2, "absent: cannot be read as <class>/<image>"),
+        (["--data", "absent"], 2, "absent: cannot be read as {train,test}/<class>/<image>"),
+        (["--figures", "aura"], 2, "--figures: invalid choice: 'aura'"),
+        (["--requests", "some"], 2, "--requests: invalid choice: 'some'"),
+        (["--num-references", 0], 2, "--num-references: 0 is out of range"),
+        (["--head", "arcface"], 2, "was trained with --head cosface, not arcface"),
+    ],
+)
+def test_impossible_audits_are_refused(options, code, message, files, tmp_path):
+    refused(files(*options), code, message)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_references_that_say_nothing_are_refused(files, references, early, tmp_path):  # noqa: F811
+    refused(files("--references", *references[:2]), 2, "2 references: their spread cannot be told from fewer than 3")
+    refused(files("--references", *references[:2], references[0]), 2, "2 references: their spread cannot be told")
+    message = "reference 3 was trained with 5 of the 5 forgotten identities, 'c0' first"
+    refused(files("--references", *references[:2], early), 2, message)
+    message = "reference 1 was trained with 1 of the 6 forgotten identities, 'c7' first"
+    refused(files("--forget-classes", ",".join([*FIRST, "c7"])), 2, message)
+    assert not (tmp_path / "audit").exists()
+
+
+def test_strangers_who_are_none_are_refused(files, colours, strangers, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(files("--unseen", tmp_path / "empty"), 2, "no class folders; <class>/<image> is needed")
+    refused(files("--unseen", colours / "train"), 2, "--unseen has 10 identities of the training set, 'c0' first")
+    renamed = shutil.copytree(strangers, tmp_path / "renamed")
+    shutil.copy(next((colours / "train" / "c8").iterdir()), renamed / "c12" / "copy.png")
+    refused(files("--unseen", renamed), 2, "--unseen has 1 images of the training set, of 'c12' first")
+    damaged = shutil.copytree(strangers, tmp_path / "damaged")
+    (damaged / "c11" / "0.png").write_bytes(b"no image")
+    refused(files("--unseen", damaged), 1, "images cannot be decoded: c11/0.png (not an image)")
+    assert not (tmp_path / "audit").exists()
+
+
+@pytest.fixture
+def poor(colours, tmp_path) -> Path:
+    """The data, but for c3's training images, of which there is one, and c4's test images, of which there is none."""
+    folder = shutil.copytree(colours, tmp_path / "colours")
+    for path in [*(folder / "train" / "c3").iterdir()][1:]:
+        path.unlink()
+    shutil.rmtree(folder / "test" / "c4")
+    return folder
+
+
+def test_people_with_too_few_images_are_named(files, poor):
+    refused(files("--data", poor, "--forget-classes", "c0,c3"), 2, "c3 has 1 training images: the audit needs 2 or more")
+    refused(files("--data", poor, "--forget-classes", "c0,c4"), 2, "c4 has no test images: nothing of it can be audited")
+
+
+def test_two_photos_of_everybody_are_enough(files, colours, tmp_path):
+    folder = shutil.copytree(colours, tmp_path / "colours")
+    for person in (folder / "train").iterdir():
+        for path in sorted(person.iterdir())[2:]:
+            path.unlink()
+    code, _, err = files("--data", folder, "--figures", "enrolment", "probe", "membership_images")
+    assert code == 0, err
+    assert audit_of(tmp_path / "audit")["requests"][0]["figures"]["probe_embedding"]["value"] is not None
+
+
+def test_data_of_other_people_are_refused(files, colours, tmp_path):
+    for name, change in (("fewer", shutil.rmtree), ("renamed", lambda folder: folder.rename(folder.with_name("d9")))):
+        folder = shutil.copytree(colours, tmp_path / name)
+        for split in ("train", "test"):
+            change(folder / split / "c9")
+        told = "knows 10 classes, the data set fewer has 9" if name == "fewer" else "'c9' there, 'd9' here"
+        refused(files("--data", folder), 2, told)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--num-references", 2], 2, "3"),
+        (["--after", "absent.pth"], 2, "no file absent.pth"),
+        (["--forget-classes", ",".join(f"c{c}" for c in range(9))], 2, "1 identities remain: the audit needs 2 or more"),
+        (["--forget-classes", ",".join(f"c{c}" for c in range(10))], 2, "0 identities remain: the audit needs 2 or more"),
+        (["--forget-classes", "c0,c3"], 2, "c3 has 1 training images"),
+        (["--forget-classes", "c0,c4"], 2, "c4 has no test images"),
+        (["--unseen", "known"], 2, "--unseen has 9 identities of the training set"),
+    ],
+)
+def test_what_is_wrong_is_found_before_a_reference_is_trained(
+    options, code, message, early, run, poor, command, tmp_path, monkeypatch  # noqa: F811
+):
+    monkeypatch.setattr("scripts.references.train_references", lambda *_: pytest.fail("references were trained first"))
+    shutil.copytree(poor / "test", tmp_path / "known")
+    monkeypatch.chdir(tmp_path)
+    words = ("--before", early, "--after", run / "checkpoints" / "task_1.pth", "--data", poor, "--forget-classes", "c0,c1")
+    refused(command("scripts/audit.py", *words, *options), code, message)
+
+
+def test_runs_that_are_not_whole_are_refused(run, command, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("audit"))
+    config, results = json.loads((copy / "config.json").read_text()), results_of(copy)
+
+    def with_config(**changes: object) -> None:
+        (copy / "config.json").write_text(json.dumps(config | changes))
+
+    (copy / "results.json").write_text(json.dumps(results | {"tasks": results["tasks"][1:]}))
+    refused(command("scripts/audit.py", copy, "--quick"), 2, f"{copy} does not begin with the first task")
+    (copy / "results.json").write_text(json.dumps(results | {"tasks": []}))
+    refused(command("scripts/audit.py", copy, "--quick"), 2, str(copy))
+    (copy / "results.json").write_text("{}")
+    refused(command("scripts/audit.py", copy, "--quick"), 1, "not a results.json of schema 1")
+    (copy / "results.json").write_text(json.dumps(results))
+    with_config(arguments=config["arguments"] | {"checkpoint": "gone.pth"})
+    refused(command("scripts/audit.py", copy, "--quick"), 2, "no file gone.pth")
+    for changes in ({"arguments": {}}, {"arguments": None}, {"hardware": None}):
+        with_config(**changes)
+        refused(command("scripts/audit.py", copy, "--quick"), 1, str(copy / "config.json"))
+    (copy / "config.json").unlink()
+    refused(command("scripts/audit.py", copy, "--quick"), 2, f"no file {copy / 'config.json'}")
+    assert not (copy / "audit").exists()

@@ -1,0 +1,274 @@
+"""References of the audit: what they are trained by, when they are trained, and what is said where they cannot be."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import scripts.references
+import train_pretrain
+from data import build_datasets
+from data.tasks import named_classes
+from scripts.audit import parse_arguments
+from scripts.references import recipe_of, reference_job, train_references
+from tests.conftest import ROOT, SMALL
+from tests.test_bad_input import refused
+from train_pretrain import RECIPE
+from util.storage.checkpoint import load_checkpoint
+from util.storage.folders import PretrainFolder
+from util.training.engine import Trainer
+from util.training.resume import LastState
+
+
+@pytest.fixture
+def early(colours, command, tmp_path_factory) -> Path:
+    """A checkpoint that is pre-trained for a few epochs, made once a session: its references are as quickly trained."""
+    folder = tmp_path_factory.getbasetemp() / "early"
+    if not (folder / "checkpoint.pth").exists():
+        options = ("--epochs", 6, "--batch-size", 24, "--lr", "2e-3", "--warmup-epochs", 1, "--output-dir", folder)
+        code, _, err = command("train_pretrain.py", "--data", colours, *SMALL, *options)
+        assert code == 0, err
+    return folder / "checkpoint.pth"
+
+
+@pytest.fixture
+def here(monkeypatch) -> list[str]:
+    """References are trained in this process, which spares start-ups: the labels of those that were."""
+    trained = []
+
+    def deal_out(jobs, gpus, environment):
+        for job in jobs:
+            trained.append(job.label)
+            with job.open_log() as log, contextlib.redirect_stdout(log):
+                train_pretrain.main(job.arguments)
+            yield job
+
+    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
+    return trained
+
+
+@pytest.fixture
+def recipe(early) -> dict:
+    return torch.load(early, weights_only=True)["info"]["recipe"]
+
+
+def job_of(data, recipe, without=(2, 7), seed=1, classes=None, **options):
+    words = ["--before", "b", "--after", "a", "--forget-classes", "c1", "--data", data, "--device", "cpu"]
+    args = parse_arguments([*map(str, words)])
+    train_set, _ = build_datasets(args, 32, torch.device("cpu"))
+    vars(args).update(options)
+    return reference_job(args, recipe, replace(train_set, classes=classes or train_set.classes), without, seed)
+
+
+def spoil(colours: Path, target: Path, change) -> Path:
+    """A copy of the data, changed."""
+    change(shutil.copytree(colours, target / "colours"))
+    return target / "colours"
+
+
+def test_a_reference_is_known_by_images_recipe_classes_and_seed(colours, recipe, tmp_path):
+    base = job_of(colours, recipe).folder.path
+    copy = spoil(colours, tmp_path / "elsewhere", lambda folder: [os.utime(path) for path in folder.rglob("*.png")])
+    alike = {
+        "another place": job_of(copy, recipe),
+        "classes in another order": job_of(colours, recipe, (7, 2)),
+        "other hardware": job_of(colours, recipe, device="cuda:1", precision="bf16", images="host", attention="fused"),
+    }
+    assert {name: job.folder.path for name, job in alike.items()} == dict.fromkeys(alike, base)
+    names = tuple(f"d{c}" for c in range(10))
+    changed = {
+        "an image fewer": lambda folder: next((folder / "train" / "c0").iterdir()).unlink(),
+        "an image of another class": lambda folder: next((folder / "train/c0").iterdir()).rename(folder / "train/c1/x.png"),
+        "another image": lambda folder: shutil.copy(*[*(folder / "train" / "c0").iterdir()][:2]),
+    }
+    others = {name: job_of(spoil(colours, tmp_path / name, change), recipe) for name, change in changed.items()}
+    others |= {
+        "other names": job_of(colours, recipe, classes=names),
+        "fewer classes": job_of(colours, recipe, (2,)),
+        "all classes": job_of(colours, recipe, ()),
+        "another seed": job_of(colours, recipe, seed=2),
+        **{key: job_of(colours, recipe | {key: 0.5}) for key in ("lr", "drop_rate", "clip_grad", "min_lr")},
+        **{key: job_of(colours, recipe | {key: 7}) for key in ("epochs", "batch_size", "depth")},
+    }
+    assert len({base, *(job.folder.path for job in others.values())}) == 1 + len(others)
+
+
+def test_weights_to_start_from_are_known_by_what_they_are(colours, recipe, tmp_path):
+    """Not by where they lie: another file in the same place is another recipe."""
+    for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("c.pth", b"other")):
+        (tmp_path / name).write_bytes(content)
+    one, same, other = (
+        job_of(colours, recipe | {"weights": str(tmp_path / name)}).folder.path for name in ("a.pth", "b.pth", "c.pth")
+    )
+    assert one == same
+    assert one != other
+
+
+def test_it_is_trained_by_the_recipe_on_as_many_images(colours, recipe):
+    whole = recipe | {"epochs": 20, "warmup_epochs": 4, "clip_grad": 0.5, "pretrained": True, "drop_rate": 0.25}
+    for without, epochs, warmup in (((), 20, 4), ((2, 7), 25, 5), ((0, 1, 2, 3, 4), 40, 8)):
+        job = job_of(colours, whole, without, seed=3, precision="fp32")
+        parsed = train_pretrain.parse_arguments(job.arguments)
+        shown = {key: getattr(parsed, key) for key in RECIPE}
+        assert shown == whole | {"epochs": epochs, "warmup_epochs": warmup}
+        assert epochs * 12 * (10 - len(without)) == 20 * 120
+        assert (parsed.seed, parsed.output_dir, parsed.data) == (3, job.folder.path, str(colours))
+        assert (parsed.precision, parsed.device, parsed.resume, parsed.overwrite) == ("fp32", "cpu", True, True)
+        left_out = parsed.without_classes and named_classes(parsed.without_classes, [f"c{c}" for c in range(10)])
+        assert left_out == ([*without] or None)
+
+
+def test_any_name_of_a_class_is_left_out(colours, recipe):
+    names = ("a", "o'neil, pat", '"eve"', "-x", "--seed", "7", "0", "ann, ", "é", "#")
+    for without in ([c] for c in (1, 2, 3, 4, 5, 6, 8, 9)):
+        parsed = train_pretrain.parse_arguments(job_of(colours, recipe, without, classes=names).arguments)
+        assert named_classes(parsed.without_classes, names) == without
+
+
+def test_what_the_cache_has_is_not_trained_again(colours, recipe, here, capsys):
+    jobs = [job_of(colours, recipe, (2, 7), seed) for seed in (1, 2, 1)]
+    train_references(jobs, [])
+    assert here == ["colours without 2 classes, seed 1", "colours without 2 classes, seed 2"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "references: 2 needed, 0 in the cache"
+    assert [line.split(" · ")[0] for line in lines[1:]] == [f"reference {n} of 2: {here[n - 1]}" for n in (1, 2)]
+    checkpoints = [torch.load(job.folder.results, weights_only=True) for job in jobs[:2]]
+    assert [checkpoint["info"]["seed"] for checkpoint in checkpoints] == [1, 2]
+    for checkpoint in checkpoints:
+        assert checkpoint["info"]["without_classes"] == [2, 7]
+        assert checkpoint["info"]["recipe"] == recipe | {"epochs": 8, "warmup_epochs": 1}
+        assert not checkpoint["model"]["head.weight"][[2, 7]].any()
+    again = [job_of(colours, recipe, (7, 2), seed) for seed in (1, 2)]
+    assert all(job.finished for job in again)
+    train_references(again, [])
+    assert len(here) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_an_interrupted_reference_is_continued_to_the_same_end(colours, recipe, here, monkeypatch, tmp_path):
+    job, epochs = job_of(colours, recipe, (3,), seed=5), []
+    one_epoch, after_epoch = Trainer.train_one_epoch, LastState.after_epoch
+
+    def note(self, *arguments):
+        epochs.append(self.position.epoch)
+        one_epoch(self, *arguments)
+
+    def cut(self, trainer):
+        after_epoch(self, trainer)
+        if trainer.position.epoch == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train_one_epoch", note)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LastState, "after_epoch", cut)
+        train_references([job], [])
+    assert job.folder.last.exists() and not job.folder.finished
+    train_references([job_of(colours, recipe, (3,), seed=5)], [])
+    assert epochs == [*range(5), *range(5, 7)]
+    whole = ["" if word == str(job.folder.path) else word for word in job.arguments]
+    whole[whole.index("")] = str(tmp_path / "whole")
+    train_pretrain.main(whole)
+    one, other = (
+        torch.load(path, weights_only=True)["model"] for path in (job.folder.results, tmp_path / "whole" / "checkpoint.pth")
+    )
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("gpus", [[], ["0"], ["0", "1", "0", "1"]])
+def test_devices_or_cores_are_shared_out(gpus, colours, recipe, monkeypatch):
+    dealt = []
+
+    def deal_out(jobs, gpus, environment):
+        dealt.append((len(jobs), gpus, environment))
+        return iter(jobs)
+
+    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    train_references([job_of(colours, recipe, (9,), seed) for seed in (1, 2, 3)], gpus)
+    assert dealt == [(3, gpus, {}) if gpus else (3, ["", "", ""], {"OMP_NUM_THREADS": "2"})]
+
+
+def test_one_that_fails_is_named_in_one_line(early, colours, command, tmp_path):
+    """Two side by side, in processes of their own, which see no such device, and use the CPU."""
+    config = json.loads((early.parent / "config.json").read_text())
+    config["arguments"] |= {"lr": 1e30, "precision": "fp32"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("--before", early, "--after", early, "--forget-classes", "c8", "--data", colours, "--quick", "--gpus", 0, 1)
+    result = command("scripts/audit.py", *words, "--recipe", tmp_path / "config.json", "--output-dir", tmp_path / "audit")
+    refused(result, 1, "audit.py: error: reference colours without 1 classes, seed ")
+    assert ": the loss is not finite: part 'total' became " in result[2]
+    log = Path(result[2].split("(see ")[1].split(")")[0])
+    assert "the loss is not finite" in log.read_text()
+    assert result[1] == "references: 3 needed, 0 in the cache\n"
+    assert not (tmp_path / "audit").exists()
+
+
+def test_sigterm_ends_them_saved(early, colours, tmp_path):
+    """Those at hand save and end, none is started after them."""
+    config = json.loads((early.parent / "config.json").read_text())
+    config["arguments"]["epochs"] = 100_000
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["--before", early, "--after", early, "--forget-classes", "c8", "--data", colours, "--quick", "--gpus", "0", "1"]
+    words += ["--recipe", tmp_path / "config.json", "--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "audit"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts" / "audit.py", *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    references = tmp_path / "cache" / "references"
+    try:
+        end = time.monotonic() + 300
+        while len([*references.glob("*/checkpoints/last.pth")]) < 2:
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 143, err
+        assert "Traceback" not in err
+        folders = [*references.iterdir()]
+        assert len(folders) == 2
+        for folder in folders:
+            with PretrainFolder(folder).locked():  # nobody holds it any more
+                pass
+    finally:
+        for holder in references.glob("*/.lock.holder"):
+            os.kill(int(holder.read_text().split("process ")[1].split()[0]), signal.SIGTERM)
+
+
+@pytest.fixture
+def asked(early, colours, command, tmp_path):
+    """Audit a checkpoint whose recipe is unknown."""
+    checkpoint = torch.load(early, weights_only=True)
+    del checkpoint["info"]["recipe"]
+    torch.save(checkpoint, tmp_path / "old.pth")
+    words = ("--before", tmp_path / "old.pth", "--after", early, "--forget-classes", "c0,c1,c2,c3,c4", "--data", colours)
+    words += ("--quick", "--output-dir", tmp_path / "audit")
+    return lambda *more: command("scripts/audit.py", *words, *more)
+
+
+def test_an_unknown_recipe_is_asked_for(asked, trained, early, here, tmp_path):
+    known = "--recipe, or references with --references"
+    refused(asked(), 2, f"{tmp_path / 'old.pth'} names no recipe of pre-training")
+    assert known in asked()[2]
+    for name, content in (("empty", {}), ("none", {"arguments": None}), ("other", {"arguments": {"lr": 1}})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        refused(asked("--recipe", tmp_path / f"{name}.json"), 2, f"{name}.json has no recipe of pre-training")
+    refused(asked("--recipe", tmp_path / "absent.json"), 2, f"no file {tmp_path / 'absent.json'}")
+    refused(asked("--recipe", early), 1, "not readable as JSON")
+    assert not here
+    assert not (tmp_path / "audit").exists()
+
+
+def test_the_recipe_of_a_config_file_is_the_checkpoints_own(early, colours, recipe):
+    checkpoint = load_checkpoint(early)
+    for config in (None, early.parent / "config.json"):
+        found = recipe_of(checkpoint, early, config)
+        assert (found, [*found]) == (recipe, [*RECIPE])

@@ -1,0 +1,95 @@
+"""Linear probes of every layer."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.util.audit.conftest import DRAWN, at, make_up, share
+from util.audit.probe import Probe, probe_hits
+
+DRAW = torch.Generator().manual_seed
+
+
+def with_layers(subject, scene, *layers: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Let the blocks leave these tokens of the training and the test images."""
+    subject.asked = {}
+
+    def tokens(images, positions):
+        subject.asked[images] = positions
+        return torch.stack([pair[images is scene.test_set][positions] for pair in layers])
+
+    subject.tokens = tokens
+
+
+def noise_like(subject, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.randn(faces.shape, generator=DRAW(seed + i)) for i, faces in enumerate((subject.train, subject.test)))
+
+
+def test_layers_that_tell_people_apart_are_read_and_others_are_not():
+    subject, scene = make_up(noise=0.05)
+    with_layers(subject, scene, noise_like(subject, 3), (subject.train, subject.test))
+    measurement = Probe().measure(subject, scene)
+    assert [*measurement.statistics] == ["probe_embedding", "probe_block_0", "probe_block_1"]
+    found = {key: at(statistic) for key, statistic in measurement.statistics.items()}
+    assert (found["probe_embedding"] == 100).all()
+    assert (found["probe_block_1"] == 100).all()
+    assert found["probe_block_0"][0] < 40
+    curve = measurement.curves["probe"]
+    assert curve["layers"] == ["block 0", "block 1", "embedding"]
+    assert curve["all"] == [round(found["probe_block_0"][0], 2), 100, 100]
+    assert curve["forgotten"][1:] == [100, 100]
+
+
+def hits_of(subject, scene) -> tuple[np.ndarray, np.ndarray]:
+    return probe_hits(subject.train, scene.train_set.labels, subject.test[scene.forget_test], scene)
+
+
+def test_a_share_counts_images_and_is_not_smaller_among_fewer_people():
+    subject, scene = make_up(noise=2.5)
+    order = np.concatenate(scene.train_by_class)
+    faces = subject.train[order], scene.train_set.labels[order], subject.test[scene.forget_test]
+    among_all, among_forgotten = probe_hits(*faces, scene)
+    assert (among_forgotten >= among_all).all()
+    assert 0.1 < among_all.mean() < among_forgotten.mean() < 1
+    with_layers(subject, scene, noise_like(subject, 3))
+    measurement = Probe().measure(subject, scene)
+    found = at(measurement.statistics["probe_embedding"])
+    assert found == pytest.approx([share(among_all, scene.who, people) for people in DRAWN])
+    curve = measurement.curves["probe"]
+    assert curve["forgotten"][-1] == round(100 * among_forgotten.mean(), 2)
+    assert (np.array(curve["forgotten"]) >= curve["all"]).all()
+
+
+def test_one_forgotten_person_has_nobody_to_be_taken_for_among_the_forgotten():
+    subject, scene = make_up(forget=(3,), noise=2.5)
+    assert hits_of(subject, scene)[1].all()
+
+
+def test_the_scale_of_a_feature_does_not_matter():
+    subject, scene = make_up(noise=2.0)
+    scale, shift = torch.logspace(-2, 3, 32), torch.linspace(-50, 50, 32)
+    expected = hits_of(subject, scene)
+    subject.train, subject.test = (faces * scale + shift for faces in (subject.train, subject.test))
+    for found, hits in zip(hits_of(subject, scene), expected, strict=True):
+        assert (found != hits).mean() < 0.1
+
+
+def test_features_that_never_change_tell_nothing():
+    subject, scene = make_up(train=(8,) * 8)
+    subject.train, subject.test = (torch.full_like(faces, 0.3) for faces in (subject.train, subject.test))
+    assert hits_of(subject, scene)[0].sum() in {0, *np.bincount(scene.who)}
+
+
+def test_it_is_fitted_on_sixty_images_of_each_identity_at_most_and_on_all_identities():
+    subject, scene = make_up(train=(70, 8, 61, 60, 9, 8, 100, 8))
+    with_layers(subject, scene, (subject.train, subject.test))
+    Probe().measure(subject, scene)
+    shown = scene.train_set.labels[subject.asked[scene.train_set]]
+    assert shown.bincount().tolist() == [60, 8, 60, 60, 9, 8, 60, 8]
+    assert len({*subject.asked[scene.train_set].tolist()}) == len(shown)
+    assert torch.equal(subject.asked[scene.test_set], scene.forget_test)
+
+
+def test_two_training_images_of_everybody_are_enough():
+    subject, scene = make_up(train=(2,) * 8, noise=0.05)
+    assert hits_of(subject, scene)[0].mean() > 0.9
