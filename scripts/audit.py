@@ -216,7 +216,7 @@ class Trail:
             "recipe": self.before.info.get("recipe"),
             **{name: [*group.values()] for name, group in others.items()},
             "requests": requests,
-            "arguments": options.plain_arguments(self.args) | {"runs": None},
+            "arguments": options.plain_arguments(self.args) | dict.fromkeys(("runs", "references", "originals")),
         }
         write_json(self.output / "audit.json", content)
         write_text(self.output / "audit.md", audit_markdown(content) + "\n")
@@ -261,6 +261,8 @@ def main(argv: list[str] | None) -> None:
         for run in run_folders(args.runs):
             config = read_json(run.config)
             checkpoint = Path(config["arguments"]["checkpoint"])
+            if checkpoint.exists() and sha256(checkpoint) != config["checkpoint_sha256"]:
+                raise UsageError(f"{checkpoint} is no longer the checkpoint that {run.path} began with")
             trails.append(Trail(parse_arguments(argv, settings_of(config)), checkpoint, run))
         if args.output_dir is not None and len(trails) > 1:
             raise UsageError(f"--output-dir is for one run, here are {len(trails)}: each gets a folder audit of its own")
