@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, OVER_FORGOTTEN, STILL_KNOWN, VERDICTS
+from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, OVER_FORGOTTEN, POWER, STILL_KNOWN, VERDICTS, compare
 from util.audit.titles import title_of
 from util.report.tables import PRETRAINED, percent
 
@@ -101,6 +101,27 @@ def _rank_correlations(models: Sequence[tuple[str, dict | None, dict]], keys: Se
     return ", ".join(told)
 
 
+def calibration(request: dict) -> tuple[int, int, int, int]:
+    """Does the audit judge right where the truth is known? Of one request, over its figures:
+
+    references, each judged by the others, that are not taken for knowing the person or for having lost it, of how many;
+    originals that are told as knowing it, of how many where the figure has power.
+    """
+    passed = tried = told = can_tell = 0
+    for key, entry in request["figures"].items():
+        if entry["verdict"] is None:
+            continue
+        never, known, resolution = entry["references"], [entry["known"]], 100 / request["images"]
+        for place, value in enumerate(never):
+            others = [*never[:place], *never[place + 1 :]]
+            tried += 1
+            passed += compare(value, others, known, resolution).verdict in (AS_IF_NEVER_SEEN, CANNOT_TELL)
+        if entry["power"] >= POWER and key != "sign_flip":  # which originals show nothing of
+            can_tell += len(entry["originals"])
+            told += sum(compare(value, never, known, resolution).verdict == STILL_KNOWN for value in entry["originals"])
+    return passed, tried, told, can_tell
+
+
 def audit_markdown(content: dict) -> str:
     """Every figure of every request, as tables."""
     parts = [f"# Audit of {content['method'] or 'a checkpoint'} on {content['data']}"]
@@ -121,4 +142,9 @@ def audit_markdown(content: dict) -> str:
         useful, before = request["utility"], request["utility"]["before"]
         told = [f"{name} {percent(before[key])} → {percent(useful[key])}" for key, name in UTILITY.items()]
         parts.append(f"Kept people, before → after: {', '.join(told)}.")
+        passed, tried, known, can_tell = calibration(request)
+        parts.append(
+            f"Calibration: references, each judged by the others, pass {passed} of {tried} figures; originals are told as "
+            f"knowing them in {known} of {can_tell} that have power."
+        )
     return "\n\n".join(parts)
