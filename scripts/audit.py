@@ -28,15 +28,16 @@ from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, recipe_of, reference_job, train_references
 from util.audit import FIGURES
-from util.audit.audit import Audit, audit
+from util.audit.audit import LEAST_REFERENCES, Audit, audit, check_scene
 from util.audit.pictures import pictures
+from util.audit.subject import Scene
 from util.cli import options
 from util.cli.main import run_main
 from util.report.audit_page import audit_page
 from util.report.audit_tables import audit_markdown, comparison_markdown, overview
 from util.report.results import load_results
 from util.runtime.errors import UsageError
-from util.runtime.files import read_json, sha256, write_json, write_text
+from util.runtime.files import read_json, readable, sha256, write_json, write_text
 from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.training.deletion_record import settings_of
@@ -65,7 +66,8 @@ def build_parser() -> options.Parser:
     group.add_argument("--seed", type=options.number(int, 0), default=0, help="seeds galleries, pairs and bootstrap")
     group = parser.add_argument_group("references")
     count = options.number(int, 1)
-    group.add_argument("--num-references", type=count, default=5, help="models that never saw them; 3 are a first look")
+    least = options.number(int, LEAST_REFERENCES)
+    group.add_argument("--num-references", type=least, default=5, help="models that never saw them; 3 are a first look")
     group.add_argument("--num-originals", type=count, default=3, help="models that saw all, with the pre-trained one")
     group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given ones: none is trained")
     group.add_argument("--originals", type=Path, nargs="+", default=[], metavar="FILE", help="beside given references")
@@ -130,6 +132,10 @@ class Trail:
         self.label = METHODS[self.results["method"]].title if run else args.after.stem
         self.output = args.output_dir or (run.path / "audit" if run else Path("exps") / f"audit-{self.label}")
         self.cases = self._cases_of_run() if run else [self._case_of_files()]
+        for case in self.cases:  # what is wrong is found before references are trained
+            self.load(case.after)
+            people = tuple(sorted(case.forget)), tuple(self._remain(case))
+            check_scene(Scene(*self.data, *people, self.unseen, None, (), self.hardware))
 
     def _cases_of_run(self) -> list[Case]:
         tasks = self.results["tasks"]
@@ -145,8 +151,11 @@ class Trail:
         ]
 
     def _case_of_files(self) -> Case:
-        forget = named_classes(self.args.forget_classes, self.classes)
+        forget = [*dict.fromkeys(named_classes(self.args.forget_classes, self.classes))]
         return Case(self.args.after, 1, 1, forget, sorted(forget))
+
+    def _remain(self, case: Case) -> list[int]:
+        return [c for c in range(len(self.classes)) if c not in case.gone]
 
     def reference_jobs(self, case: Case) -> tuple[list[Job], list[Job]]:
         """The references and the further originals to train."""
@@ -185,7 +194,7 @@ class Trail:
             self.unseen,
             hardware=self.hardware,
             originals=[checkpoint.model for checkpoint in known.values()],
-            remain=[c for c in range(len(self.classes)) if c not in case.gone],
+            remain=self._remain(case),
             figures=self.args.figures,
             seed=self.args.seed,
             cache=(self.args.cache_dir or cache_folder()) / "audits",
@@ -260,10 +269,11 @@ def main(argv: list[str] | None) -> None:
         trails = []
         for run in run_folders(args.runs):
             config = read_json(run.config)
-            checkpoint = Path(config["arguments"]["checkpoint"])
-            if checkpoint.exists() and sha256(checkpoint) != config["checkpoint_sha256"]:
-                raise UsageError(f"{checkpoint} is no longer the checkpoint that {run.path} began with")
-            trails.append(Trail(parse_arguments(argv, settings_of(config)), checkpoint, run))
+            with readable(run.config, "damaged config"):
+                checkpoint, settings = Path(config["arguments"]["checkpoint"]), settings_of(config)
+                if checkpoint.exists() and sha256(checkpoint) != config["checkpoint_sha256"]:
+                    raise UsageError(f"{checkpoint} is no longer the checkpoint that {run.path} began with")
+            trails.append(Trail(parse_arguments(argv, settings), checkpoint, run))
         if args.output_dir is not None and len(trails) > 1:
             raise UsageError(f"--output-dir is for one run, here are {len(trails)}: each gets a folder audit of its own")
     else:
@@ -284,7 +294,7 @@ def main(argv: list[str] | None) -> None:
         tables.append(f"## Seed {seed}\n\n{comparison_markdown(audits)}")
     if len(args.runs) == 1 and len(trails) > 1:
         write_text(args.runs[0] / "audit.md", "\n\n".join(tables) + "\n")
-    pages = trails[0].output if len(trails) == 1 else args.runs[0] / "*" / "audit"
+    pages = trails[0].output if len(trails) == 1 else trails[0].run.path.parent / "*" / "audit"
     print(f"\nwhat each figure says, and the pages to look at: {pages}/audit.html")
 
 

@@ -20,7 +20,8 @@ from scripts.jobs import Job, deal_out
 from train_pretrain import RECIPE
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import read_json
+from util.runtime.files import read_json, sha256
+from util.runtime.interrupt import end_on_sigterm
 from util.storage.checkpoint import Checkpoint
 from util.storage.folders import PretrainFolder
 from util.storage.hashes import data_sha256
@@ -54,7 +55,8 @@ def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, w
     longer = recipe["epochs"] * len(train_set) / max(1, left)
     recipe = recipe | {"epochs": round(longer), "warmup_epochs": round(longer * recipe["warmup_epochs"] / recipe["epochs"])}
     names = sorted(train_set.classes[c] for c in without)
-    key = hashlib.sha256(json.dumps([data_sha256(train_set), recipe, names, seed]).encode()).hexdigest()[:16]
+    known = recipe | {"weights": recipe["weights"] and sha256(Path(recipe["weights"]))}  # wherever they lie
+    key = hashlib.sha256(json.dumps([data_sha256(train_set), known, names, seed]).encode()).hexdigest()[:16]
     folder = PretrainFolder((args.cache_dir or cache_folder()) / "references" / f"{train_set.name}-{key}")
     arguments = ["--seed", str(seed), "--output-dir", str(folder.path), "--resume", "--overwrite"]
     if without:
@@ -79,12 +81,13 @@ def train_references(jobs: Sequence[Job], gpus: list[str]) -> None:
     side_by_side = gpus or [""] * (1 if torch.cuda.is_available() else min(cores, len(missing)))
     environment = {} if gpus else {"OMP_NUM_THREADS": str(max(1, cores // len(side_by_side)))}
     print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
-    for done, job in enumerate(deal_out(missing, side_by_side, environment), start=1):
-        if job.failure:
-            raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
-        seconds = time.perf_counter() - start
-        left = seconds / done * (len(missing) - done)
-        print(f"reference {done} of {len(missing)}: {job.label} · {_clock(seconds)}, about {_clock(left)} left", flush=True)
+    with end_on_sigterm():
+        for done, job in enumerate(deal_out(missing, side_by_side, environment), start=1):
+            if job.failure:
+                raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
+            seconds = time.perf_counter() - start
+            told = f"{_clock(seconds)}, about {_clock(seconds / done * (len(missing) - done))} left"
+            print(f"reference {done} of {len(missing)}: {job.label} · {told}", flush=True)
 
 
 def _clock(seconds: float) -> str:

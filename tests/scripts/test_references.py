@@ -214,11 +214,11 @@ def test_one_that_fails_is_named_in_one_line(early, colours, command, tmp_path):
 
 
 def test_sigterm_ends_them_saved(early, colours, tmp_path):
-    """Those at hand save and end, none is started after them."""
+    """The one at hand saves and ends, none is started after it."""
     config = json.loads((early.parent / "config.json").read_text())
     config["arguments"]["epochs"] = 100_000
     (tmp_path / "config.json").write_text(json.dumps(config))
-    words = ["--before", early, "--after", early, "--forget-classes", "c8", "--data", colours, "--quick", "--gpus", "0", "1"]
+    words = ["--before", early, "--after", early, "--forget-classes", "c8", "--data", colours, "--quick", "--gpus", "0"]
     words += ["--recipe", tmp_path / "config.json", "--cache-dir", tmp_path / "cache", "--output-dir", tmp_path / "audit"]
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "audit.py", *map(str, words)], stderr=subprocess.PIPE, text=True
@@ -226,18 +226,16 @@ def test_sigterm_ends_them_saved(early, colours, tmp_path):
     references = tmp_path / "cache" / "references"
     try:
         end = time.monotonic() + 300
-        while len([*references.glob("*/checkpoints/last.pth")]) < 2:
+        while not [*references.glob("*/checkpoints/last.pth")]:
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
         assert "Traceback" not in err
-        folders = [*references.iterdir()]
-        assert len(folders) == 2
-        for folder in folders:
-            with PretrainFolder(folder).locked():  # nobody holds it any more
-                pass
+        (folder,) = references.iterdir()
+        with PretrainFolder(folder).locked():  # nobody holds it any more
+            pass
     finally:
         for holder in references.glob("*/.lock.holder"):
             os.kill(int(holder.read_text().split("process ")[1].split()[0]), signal.SIGTERM)

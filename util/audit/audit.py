@@ -11,7 +11,7 @@ from typing import Any
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from util.audit import FIGURES, Figure
-from util.audit.statistics import CANNOT_TELL, VERDICTS, bootstrap_interval, compare, value_of
+from util.audit.statistics import CANNOT_TELL, STILL_KNOWN, VERDICTS, bootstrap_interval, compare, value_of
 from util.audit.subject import Scene, Subject
 from util.audit.utility import utility
 from util.runtime.errors import UsageError
@@ -40,7 +40,9 @@ class Audit:
     @property
     def verdict(self) -> str:
         """Of all figures that can tell: still known by any, else over-forgotten by any, else as if never seen."""
-        found = {entry["verdict"] for entry in self.figures.values()}
+        # Nothing to be seen upside down is no sign of forgetting: originals show nothing there either.
+        borrowed = {key for figure in FIGURES.values() for key in figure.known_by}
+        found = {e["verdict"] for key, e in self.figures.items() if key not in borrowed or e["verdict"] == STILL_KNOWN}
         return next(verdict for verdict in VERDICTS if verdict in found or verdict == CANNOT_TELL)
 
     def as_dict(self) -> dict:
@@ -80,14 +82,12 @@ def audit(
     train_set, _ = data
     remain = [c for c in range(len(train_set.classes)) if c not in forget] if remain is None else remain
     check_references(references, forget, train_set.classes)
-    if unseen is not None:
-        check_unseen(unseen, train_set)
     subject = Subject(after, *data, unseen, hardware)
     known = [_shared(model, weights_sha256(model), *data, unseen, hardware, True) for model in (before, *originals)]
     never = [_shared(model, weights_sha256(model), *data, unseen, hardware, False) for model in references]
     people = tuple(sorted(forget)), tuple(sorted(remain))
     scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
-    scene.check()
+    check_scene(scene)
     store = Store(cache, scene)
     found = {}
     for number, other in enumerate([*never, *known], start=1):
@@ -121,6 +121,13 @@ def check_references(references: Sequence[Recognizer], forget: Sequence[int], cl
                 f"reference {number} was trained with {len(seen)} of the {len(forget)} forgotten identities, "
                 f"{classes[seen[0]]!r} first: it cannot tell what never seen means"
             )
+
+
+def check_scene(scene: Scene) -> None:
+    """Raise UsageError for too few images, or never-seen faces that are in the training set."""
+    scene.check()
+    if scene.unseen is not None:
+        check_unseen(scene.unseen, scene.train_set)
 
 
 def check_unseen(unseen: ImageSet, train_set: ImageSet) -> None:
@@ -181,7 +188,7 @@ def _judge(
             scale = [m["values"][figure.known_by.get(key, key)] for m in known]
             resolution = 100 / len(scene.forget_test)
             entry |= {"interval": bootstrap_interval(statistic, people, scene.seed), "known": sum(scale) / len(scale)}
-            entry |= vars(compare(entry["value"], entry["references"], scale, resolution))
+            entry |= vars(compare(entry["value"], entry["references"], scale, resolution, key in figure.falling))
         else:
             entry["reason"] = "a picture of where, no verdict"
         entries[key] = _rounded(entry)

@@ -27,8 +27,10 @@ class Figure(ABC):
     titles: ClassVar[dict[str, str]]  # by key, in plain words
     # The originals show nothing of such a key: as known counts what they show of another, key → other.
     known_by: ClassVar[dict[str, str]] = {}
+    # Keys of which those who know the person show less.
+    falling: ClassVar[frozenset[str]] = frozenset()
     judged: ClassVar[bool] = True
 
     @abstractmethod
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        """All keys of the figure, in percent: more is more of the person."""
+        """All keys of the figure, in percent: more is more of the person, but for those in `falling`."""

@@ -78,13 +78,18 @@ class Comparison:
     verdict: str
 
 
-def compare(value: float, references: Sequence[float], originals: Sequence[float], resolution: float) -> Comparison:
-    """Judge a figure. `resolution`: the least s, what one image is worth: K values may agree by chance."""
+def compare(
+    value: float, references: Sequence[float], originals: Sequence[float], resolution: float, falls: bool = False
+) -> Comparison:
+    """Judge a figure. `resolution`: the least s, what one image is worth: K values may agree by chance.
+
+    A figure has no power where the originals show less of the person than the references; where it `falls`, more.
+    """
     count, mean = len(references), float(np.mean(references))
     spread = max(float(np.std(references, ddof=1)), resolution)
     delta, gap = value - mean, float(np.mean(originals)) - mean
-    z, power = delta / (spread * (1 + 1 / count) ** 0.5), abs(gap) / spread
-    rho = delta / gap if gap else None
+    z, power = delta / (spread * (1 + 1 / count) ** 0.5), max(0.0, -gap if falls else gap) / spread
+    rho = delta / gap if abs(gap) > 1e-6 else None
     if power < POWER:
         verdict = CANNOT_TELL
     elif abs(rho) <= CLOSE:

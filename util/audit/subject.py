@@ -77,8 +77,9 @@ class Scene:
                 raise UsageError(f"{classes[c]} has {count} training images: the audit needs 2 or more")
             if not (self.forget_labels == c).any():
                 raise UsageError(f"{classes[c]} has no test images: nothing of it can be audited")
-        if len(self.remain) < 2:
-            raise UsageError(f"{len(self.remain)} identities remain: the audit needs 2 or more")
+        remain = len(self.test_set.labels.cpu()[self.remain_test].unique())
+        if remain < 2:
+            raise UsageError(f"{remain} identities with test images remain: the audit needs 2 or more")
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ class Verification(Figure):
     """
 
     name = "verification"
+    falling = frozenset({"collapse_1pct"})
     titles = {
         "verification_auc": "two photos matched as one person (AUC)",
         "verification_tar_1pct": "two photos matched, at a false match rate of 1%",

@@ -9,6 +9,7 @@ from util.runtime import distributed
 from util.runtime.errors import RunError, UsageError
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
+CANNOT_WRITE |= {errno.EEXIST}  # a file where a folder is to be
 
 
 def run_main(main: Callable[[list[str] | None], None]) -> None:

@@ -1,10 +1,12 @@
 """What audits found, as tables: one request of several methods side by side, and every figure of one run."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
+from util.audit import FIGURES
 from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, OVER_FORGOTTEN, POWER, STILL_KNOWN, VERDICTS, compare
 from util.audit.titles import title_of
 from util.report.tables import PRETRAINED, percent
@@ -14,6 +16,8 @@ NEVER_SEEN = "Never seen"
 OVERVIEW = {"sign_flip": "sign flip", "enrolment_1": "enrol 1", "enrolment_5": "enrol 5", "verification_auc": "verify"}
 SIGNS = {STILL_KNOWN: "▲", OVER_FORGOTTEN: "▼", AS_IF_NEVER_SEEN: "●", CANNOT_TELL: "?"}
 LEGEND = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items())
+FALLING = frozenset().union(*(figure.falling for figure in FIGURES.values()))
+BORROWED = {key for figure in FIGURES.values() for key in figure.known_by}
 UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", "old_templates_tar_1pct": "old templates"}
 
 
@@ -59,7 +63,7 @@ def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) ->
         lines += [f"{_title(request)}: are its {people} people still known? {images} test faces, %", ""]
         table.index = table.index.str.ljust(max(width, *map(len, table.index)))
         table["verdict"] = table["verdict"].str.ljust(max(map(len, VERDICTS)))
-        lines += table.to_string().splitlines()
+        lines += table.to_string(col_space=7).splitlines()
     return lines
 
 
@@ -83,8 +87,9 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
             rows.append([percent(_h_mean(results, other)), *(f"{e['value']:.1f} {SIGNS[e['verdict']]}" for e in entries)])
         labels = [NEVER_SEEN, "Originals", *(label for label, *_ in models)]
         table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys)]).rename_axis("Method")
-        people = f"{len(request['forget'])} people, {request['images']} test faces"
-        parts.append(f"**{_title(request)}**: {people}, K = {len(first[keys[0]]['references'])}. {LEGEND}")
+        about = f"{len(request['forget'])} people, {request['images']} test faces"
+        about += f", K = {max(len(entry['references']) for entry in first.values())}"
+        parts.append(f"**{_title(request)}**: {about}. {LEGEND}")
         parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 1)))
         if len(models) > 2:
             parts.append(f"Rank correlation (Spearman) of H with ρ: {_rank_correlations(models, keys)}.")
@@ -97,7 +102,7 @@ def _rank_correlations(models: Sequence[tuple[str, dict | None, dict]], keys: Se
     told = []
     for key in keys:
         rhos = pd.Series([request["figures"][key]["rho"] for *_, request in models], dtype=float)
-        told.append(f"`{key}` {h_means.corr(rhos, method='spearman'):.2f}")
+        told.append(f"`{key}` {percent(h_means.corr(rhos, method='spearman'))}")
     return ", ".join(told)
 
 
@@ -111,14 +116,15 @@ def calibration(request: dict) -> tuple[int, int, int, int]:
     for key, entry in request["figures"].items():
         if entry["verdict"] is None:
             continue
-        never, known, resolution = entry["references"], [entry["known"]], 100 / request["images"]
+        never, known = entry["references"], [entry["known"]]
+        judge = partial(compare, originals=known, resolution=100 / request["images"], falls=key in FALLING)
         for place, value in enumerate(never):
             others = [*never[:place], *never[place + 1 :]]
             tried += 1
-            passed += compare(value, others, known, resolution).verdict in (AS_IF_NEVER_SEEN, CANNOT_TELL)
-        if entry["power"] >= POWER and key != "sign_flip":  # which originals show nothing of
+            passed += judge(value, others).verdict in (AS_IF_NEVER_SEEN, CANNOT_TELL)
+        if entry["power"] >= POWER and key not in BORROWED:  # originals show nothing of these
             can_tell += len(entry["originals"])
-            told += sum(compare(value, never, known, resolution).verdict == STILL_KNOWN for value in entry["originals"])
+            told += sum(judge(value, never).verdict == STILL_KNOWN for value in entry["originals"])
     return passed, tried, told, can_tell
 
 

@@ -41,7 +41,7 @@ def test_a_gallery_draws_each_identitys_own_images_anew_and_the_same_again():
     [
         ({"train": (5, 1, 5, 5)}, "c1 has 1 training images: the audit needs 2 or more"),
         ({"test": (5, 0, 5, 5)}, "c1 has no test images"),
-        ({"train": (5, 5), "test": (5, 5)}, "1 identities remain"),
+        ({"train": (5, 5), "test": (5, 5)}, "1 identities with test images remain"),
     ],
 )
 def test_too_few_images_or_people_are_refused(counts, complaint):

@@ -10,7 +10,7 @@ NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
 
 
 def figure(value: float | None = 50.0, references=(10.0, 20.0, 40.0), **more) -> dict:
-    nothing = dict.fromkeys(("interval", "delta", "z", "rho", "power", "verdict"))
+    nothing = dict.fromkeys(("interval", "known", "delta", "z", "rho", "power", "verdict"))
     return {**nothing, "value": value, "references": [*references], "originals": [99.0, 90.0], **more}
 
 
@@ -107,7 +107,7 @@ def test_models_of_one_label_keep_a_row_each():
     assert [line.split()[2] for line in lines if line.startswith("L2*")] == ["12.0", "34.0"]
 
 
-def judged(value: float, rho: float, verdict: str = "still known") -> dict:
+def judged(value: float, rho: float | None, verdict: str = "still known") -> dict:
     return figure(value, rho=rho, verdict=verdict)
 
 
@@ -139,6 +139,11 @@ def test_a_comparison_of_several_methods_tells_whether_h_ranks_them_alike():
     assert text.endswith("Rank correlation (Spearman) of H with ρ: `sign_flip` -1.00, `enrolment_1` -0.50.")
 
 
+def test_a_figure_that_is_alike_in_all_methods_ranks_nothing():
+    audits = [audited(f"m{h}", request(sign_flip=judged(1.0, None, "cannot tell")), h_mean=h) for h in (90.0, 80.0, 70.0)]
+    assert comparison_markdown(audits).endswith("of H with ρ: `sign_flip` –.")
+
+
 def test_a_comparison_of_what_has_no_verdict_is_said_without_numbers():
     reason = figure(None, (), reason="needs --unseen") | {"originals": []}
     for figures in ({"cka": figure(0.5, reason="a picture of where, no verdict")}, {"membership_person": reason}):
@@ -154,10 +159,10 @@ def test_a_comparison_of_runs_with_fewer_requests():
 
 
 def test_every_figure_with_its_numbers_in_one_table():
-    entry = {"interval": [41.04, 59.96], "delta": 26.7, "z": 1.5123, "rho": 0.3527, "power": 4.7, "verdict": "still known"}
+    entry = {"interval": [41.04, 59.96], "known": 94.5, "z": 1.5123, "rho": 0.3527, "power": 4.7, "verdict": "still known"}
     figures = {
         "sign_flip": figure(**entry),
-        "probe_block_3": figure(0.0, rho=None, verdict="cannot tell", interval=[0.0, 0.0], z=-0.001, power=0.0),
+        "probe_block_3": figure(0.0, verdict="cannot tell", interval=[0.0, 0.0], known=23.3, z=-0.001, power=0.0),
         "tpir_1pct": figure(None, (), reason="needs --unseen") | {"originals": []},
         "cka": figure(0.25, (0.5, 0.5, 0.5), reason="a picture of where, no verdict"),
     }
@@ -181,14 +186,31 @@ def test_every_figure_with_its_numbers_in_one_table():
         ],
     }
     assert found == expected
-    assert text.split("\n\n")[-1] == (
+    assert text.split("\n\n")[3] == (
         "Kept people, before → after: Acc_r 95.00 → 90.00, verification AUC 80.00 → 80.00, old templates 70.00 → 70.00."
     )
 
 
 def test_a_bare_checkpoint_and_no_verification_among_the_kept():
-    content = audited("", request(sign_flip=figure(verdict="cannot tell")))[2] | {"method": None}
+    content = audited("", request(cka=figure(reason="no verdict")))[2] | {"method": None}
     content["requests"][0]["utility"]["verification_auc_remain"] = None
     text = audit_markdown(content)
     assert text.startswith("# Audit of a checkpoint on faces")
     assert "verification AUC 80.00 → –" in text
+
+
+def test_the_calibration_counts_references_that_pass_and_originals_that_are_told():
+    """A face is worth 12.5, more than the references' own spread where they agree."""
+    figures = {
+        # The last one is far from the other three, and the second original is as if never seen.
+        "enrolment_1": figure(50.0, (10.0, 11.0, 12.0, 90.0), known=95.0, power=1.6, verdict="cannot tell"),
+        "enrolment_5": figure(50.0, (10.0, 11.0, 12.0, 13.0), originals=[99.0, 20.0], known=59.5, power=3.8, verdict="?"),
+        # Originals show nothing of it.
+        "sign_flip": figure(50.0, (0.0, 0.0, 0.0, 0.0), originals=[0.0, 0.0], known=95.0, power=7.6, verdict="still known"),
+        "cka": figure(0.5, reason="a picture of where, no verdict"),
+    }
+    text = audit_markdown(audited("L2*", request(**figures))[2])
+    assert text.split("\n\n")[-1] == (
+        "Calibration: references, each judged by the others, pass 11 of 12 figures; originals are told as knowing them in "
+        "1 of 2 that have power."
+    )
