@@ -20,6 +20,8 @@ from util.runtime.hardware import Hardware
 from util.storage.hashes import data_sha256, image_hashes, weights_sha256
 
 LEAST_REFERENCES = 3
+# What was measured by other code is measured again. As it was when this process began, which may run for hours.
+CODE = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
 DIGITS = 4
 
 
@@ -147,8 +149,7 @@ class Store:
         if folder is not None:
             images = [data_sha256(s) for s in (scene.train_set, scene.test_set, scene.unseen) if s is not None]
             asked = [scene.forget, scene.remain, scene.seed, scene.hardware.bf16, weights_sha256(scene.before.model)]
-            code = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-            self.key = json.dumps([images, asked, code])
+            self.key = json.dumps([images, asked, CODE])
 
     def measured(self, subject: Subject, figure: Figure) -> dict:
         """{"values": {key: %, or why there is none}, "curves"}"""
