@@ -27,7 +27,7 @@ class Figure(ABC):
     titles: ClassVar[dict[str, str]]  # by key, in plain words
     # The originals show nothing of such a key: as known counts what they show of another, key → other.
     known_by: ClassVar[dict[str, str]] = {}
-    # Keys of which those who know the person show less.
+    # Keys of what goes wrong with the person's faces: those who know the person show less of it.
     falling: ClassVar[frozenset[str]] = frozenset()
     judged: ClassVar[bool] = True
 

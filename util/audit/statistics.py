@@ -83,7 +83,8 @@ def compare(
 ) -> Comparison:
     """Judge a figure. `resolution`: the least s, what one image is worth: K values may agree by chance.
 
-    A figure has no power where the originals show less of the person than the references; where it `falls`, more.
+    A figure has no power where the originals show less of the person than the references. One that `falls` has power where
+    they show more of it, and says of a model only that too much was forgotten: little of it is no sign of knowing.
     """
     count, mean = len(references), float(np.mean(references))
     spread = max(float(np.std(references, ddof=1)), resolution)
@@ -97,5 +98,5 @@ def compare(
     elif abs(z) <= student_t.ppf(0.975, count - 1):
         verdict = CANNOT_TELL  # the references' own spread could explain it
     else:
-        verdict = STILL_KNOWN if rho > 0 else OVER_FORGOTTEN
+        verdict = OVER_FORGOTTEN if rho < 0 else CANNOT_TELL if falls else STILL_KNOWN
     return Comparison(delta, z, rho, power, verdict)

@@ -122,7 +122,7 @@ def calibration(request: dict) -> tuple[int, int, int, int]:
             others = [*never[:place], *never[place + 1 :]]
             tried += 1
             passed += judge(value, others).verdict in (AS_IF_NEVER_SEEN, CANNOT_TELL)
-        if entry["power"] >= POWER and key not in BORROWED:  # originals show nothing of these
+        if entry["power"] >= POWER and key not in BORROWED | FALLING:  # which do not show who is known
             can_tell += len(entry["originals"])
             told += sum(judge(value, never).verdict == STILL_KNOWN for value in entry["originals"])
     return passed, tried, told, can_tell
