@@ -86,7 +86,8 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
-    if not args.runs and None in (args.before, args.after, args.forget_classes):
+    files = (args.before, args.after, args.forget_classes)
+    if (files != (None,) * 3) if args.runs else (None in files):
         raise UsageError("name the folders of runs, or --before, --after and --forget-classes")
     return args
 
