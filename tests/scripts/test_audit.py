@@ -328,6 +328,7 @@ def test_two_checkpoints_are_audited_without_a_run(early, run, colours, here, co
 
 
 def test_given_references_and_originals_are_used(files, references, trained, here, tmp_path):  # noqa: F811
+    here.clear()  # what the fixtures have trained
     code, _, err = files("--originals", trained)
     assert code == 0, err
     content = audit_of(tmp_path / "audit")

@@ -1,4 +1,4 @@
-"""Enrolment: one photo, or five, of everybody, as a face recogniser is used (ISO/IEC 19795: TPIR, FPIR)."""
+"""Enrolment: one photo, or five, of everybody, as a face recognizer is used (ISO/IEC 19795: TPIR, FPIR)."""
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ FPIR = 0.01
 
 
 class Enrolment(Figure):
-    """enrolment_k: rank-1 identification in a gallery of all identities, each the normalised mean of k training images.
+    """enrolment_k: rank-1 identification in a gallery of all identities, each the normalized mean of k training images.
 
     tpir_1pct: the same with 5 images, where the similarity must also exceed what 1% of the never-seen faces reach. Means
     over 10 draws of the gallery. The curve has the rank-1 identification of the kept people.
@@ -22,8 +22,8 @@ class Enrolment(Figure):
 
     name = "enrolment"
     titles = {
-        "enrolment_1": "recognised after one enrolment photo",
-        "enrolment_5": "recognised after five enrolment photos",
+        "enrolment_1": "recognized after one enrolment photo",
+        "enrolment_5": "recognized after five enrolment photos",
         "tpir_1pct": "identified where 1 in 100 strangers would be (TPIR at FPIR 1%)",
     }
 

@@ -19,7 +19,7 @@ from util.audit.subject import PER_IDENTITY, Scene, Subject
 class Probe(Figure):
     """Accuracy on forgotten test images of a logistic regression fitted on training images of all identities.
 
-    On the class token after each block, and on the embedding; features standardised, C by cross-validation. The curve has
+    On the class token after each block, and on the embedding; features standardized, C by cross-validation. The curve has
     the accuracy among the forgotten identities alone beside it.
     """
 
@@ -47,7 +47,7 @@ class Probe(Figure):
 
 
 def probe_hits(seen: Tensor, labels: Tensor, new: Tensor, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Which forgotten test images are recognised among all, and among the forgotten identities alone: bool (N,) each."""
+    """Which forgotten test images are recognized among all, and among the forgotten identities alone: bool (N,) each."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
     folds = min(3, int(labels.bincount().max()))
     search = GridSearchCV(probe, {"logisticregression__C": [0.01, 0.1, 1, 10]}, cv=folds)

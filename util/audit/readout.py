@@ -16,9 +16,9 @@ class Readout(Figure):
 
     name = "readout"
     titles = {
-        "acc_forget": "recognised by the largest logit",
-        "sign_flip": "recognised by the smallest logit",
-        "readout": "recognised by the better of the two",
+        "acc_forget": "recognized by the largest logit",
+        "sign_flip": "recognized by the smallest logit",
+        "readout": "recognized by the better of the two",
     }
     known_by = {"sign_flip": "acc_forget"}
 

@@ -26,9 +26,9 @@ class Relearning(Figure):
 
     name = "relearning"
     titles = {
-        "relearn_1": "recognised again after training on one photo",
-        "relearn_5": "recognised again after training on five photos",
-        "relearn_kept_only": "recognised again after training on others' photos",
+        "relearn_1": "recognized again after training on one photo",
+        "relearn_5": "recognized again after training on five photos",
+        "relearn_kept_only": "recognized again after training on others' photos",
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
@@ -56,7 +56,7 @@ class Relearning(Figure):
 def relearn(subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, shown: Tensor) -> np.ndarray:
     """Train a copy of the model, with these rows (C, dim) and bias (C,), on `shown` training images and as many kept ones.
 
-    Returns which forgotten test images are recognised after each of STEPS steps: float (steps, N) in {0, 1}.
+    Returns which forgotten test images are recognized after each of STEPS steps: float (steps, N) in {0, 1}.
     """
     hardware = scene.hardware
     model = to_device(copy.deepcopy(subject.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable

@@ -119,7 +119,7 @@ class Subject:
         return (self.model.head.weight.detach() == 0).all(dim=1).cpu()
 
     def templates(self, scene: Scene, images: int, draw: int) -> Tensor:
-        """The gallery: the normalised mean of some training images of each identity, (C, dim) of unit length."""
+        """The gallery: the normalized mean of some training images of each identity, (C, dim) of unit length."""
         unit = F.normalize(self.train)
         return F.normalize(torch.stack([unit[positions].mean(dim=0) for positions in scene.enrolled(images, draw)]))
 

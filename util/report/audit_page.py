@@ -127,12 +127,12 @@ def _panels(curves: dict) -> Iterable[dict]:
         ticks = [*zip(places[::-every], ["emb.", *layers[::-1][every::every]], strict=True)]
         for key, among in (("all", "everybody"), ("forgotten", "the forgotten")):
             title = f"Probe among {among}"
-            yield _panel(title, "recognised", "block", curves["probe"], lambda c, key=key: (places, np.array(c[key])), ticks)
+            yield _panel(title, "recognized", "block", curves["probe"], lambda c, key=key: (places, np.array(c[key])), ticks)
     titles = {"relearn_1": "on one photo each", "relearn_5": "on five photos each", "relearn_kept_only": "on others' photos"}
     for key in (key for key in titles if key in curves):
         steps = curves[key]["after"]["steps"]
         ticks = [(np.log1p(step) / np.log1p(steps[-1]), str(step)) for step in steps]
-        yield _panel(f"Trained again {titles[key]}", "recognised", "training steps", curves[key], _relearning, ticks)
+        yield _panel(f"Trained again {titles[key]}", "recognized", "training steps", curves[key], _relearning, ticks)
     if "cka" in curves:
         ticks = [(share, f"{share:.1f}") for share in (0, 0.5, 1)]
         panel = _panel("Where the faces lie (CKA)", "", "likeness to models that never saw them", curves["cka"], _cka, ticks)

@@ -125,7 +125,7 @@ def test_negated_rows_are_caught_by_the_readout(world, look):
     assert 0.75 * before < found["sign_flip"]["value"] <= 100
     assert found["readout"]["value"] == found["sign_flip"]["value"]
     assert found["readout"]["verdict"] == found["sign_flip"]["verdict"] == STILL_KNOWN
-    # The originals do not flip signs: how well they know the person is what they recognise as they are.
+    # The originals do not flip signs: how well they know the person is what they recognize as they are.
     assert found["sign_flip"]["originals"] == pytest.approx([0, 0], abs=5)
     assert found["sign_flip"]["known"] == found["acc_forget"]["known"]
 

@@ -98,7 +98,7 @@ def test_without_strangers_no_rate_at_their_threshold():
     assert at(found["enrolment_5"]).min() > 0
 
 
-def test_one_point_for_all_faces_recognises_nobody_but_one():
+def test_one_point_for_all_faces_recognizes_nobody_but_one():
     subject, scene = make_up()
     for name in ("train", "test", "unknown"):
         setattr(subject, name, torch.ones_like(getattr(subject, name)) * 0.3)

@@ -54,7 +54,7 @@ def test_two_training_images_one_test_image_and_two_who_remain_are_enough():
     make_up(forget=(1,), train=(5, 2, 5), test=(5, 1, 5))[1].check()
 
 
-def test_templates_are_normalised_means_of_unit_embeddings():
+def test_templates_are_normalized_means_of_unit_embeddings():
     subject, scene = make_up()
     for images in (1, 5):
         np.testing.assert_allclose(subject.templates(scene, images, 3), gallery(subject, scene, images, 3), rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Utility: kept faces recognised, verified, and found by templates of the pre-trained model."""
+"""Utility: kept faces recognized, verified, and found by templates of the pre-trained model."""
 
 from dataclasses import replace
 

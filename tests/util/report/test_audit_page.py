@@ -14,7 +14,7 @@ KEYS = "acc_forget sign_flip readout enrolment_1 enrolment_5 tpir_1pct verificat
 KEYS += "verification_tar_01pct collapse_1pct probe_embedding probe_block_0 probe_block_1 membership_images "
 KEYS += "membership_person relearn_1 relearn_5 relearn_kept_only cka"
 UNMEASURED = {"tpir_1pct": "needs --unseen", "membership_person": f"needs {NASTY}"}
-ONE_PHOTO = "recognised after one enrolment photo"
+ONE_PHOTO = "recognized after one enrolment photo"
 NEVER, KNOWING = [22.0, 24.0, 23.5], [96.4, 95.0]
 
 
@@ -127,10 +127,10 @@ def test_every_figure_and_verdict_is_there():
 
 
 def test_the_sentence_of_a_request():
-    sentence = "A model that never saw them recognises 23% of their photos after one enrolment, the pre-trained model 96%; "
+    sentence = "A model that never saw them recognizes 23% of their photos after one enrolment, the pre-trained model 96%; "
     text = Reader(page(request())).text
-    assert f"2 people were to be forgotten. {sentence}this one recognises 95%: ▲ still known ." in text
-    sentence += "this one recognises 25%: as if never seen. All figures together: ▲ still known"
+    assert f"2 people were to be forgotten. {sentence}this one recognizes 95%: ▲ still known ." in text
+    sentence += "this one recognizes 25%: as if never seen. All figures together: ▲ still known"
     figures = request()["figures"] | {"enrolment_1": figure("as if never seen", value=25.0)}
     assert f"1 person was to be forgotten. {sentence}" in Reader(page(request(forget=["ann"], figures=figures))).text
     del figures["enrolment_1"]
@@ -145,7 +145,7 @@ def test_what_cannot_be_said_is_said():
         assert f"Not measured ({reason}): " in text
         assert f"not measured: {reason}" in text
     assert "come out alike: mistaken for somebody else, at a false match rate of 1%." in text
-    assert "differ among themselves as much: recognised by the better of the two" in text
+    assert "differ among themselves as much: recognized by the better of the two" in text
 
 
 def test_a_strip_has_a_mark_for_each_model():

@@ -174,7 +174,7 @@ def test_every_figure_with_its_numbers_in_one_table():
     columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
     expected = {
         "Figure": columns,
-        "recognised by the smallest logit (`sign_flip`)": [
+        "recognized by the smallest logit (`sign_flip`)": [
             *("50.00", "41.0 to 60.0", "23.33", "94.50", "0.35", "1.51", "4.70", "still known")
         ],
         "read after block 3 by a linear probe (`probe_block_3`)": [
