@@ -102,7 +102,9 @@ def _rank_correlations(models: Sequence[tuple[str, dict | None, dict]], keys: Se
     told = []
     for key in keys:
         rhos = pd.Series([request["figures"][key]["rho"] for *_, request in models], dtype=float)
-        told.append(f"`{key}` {percent(h_means.corr(rhos, method='spearman'))}")
+        both = pd.DataFrame({"h": h_means, "rho": rhos}).dropna()
+        varies = len(both) and both.nunique().min() > 1  # of what is constant there is no rank
+        told.append(f"`{key}` {percent(both['h'].corr(both['rho'], method='spearman') if varies else None)}")
     return ", ".join(told)
 
 
