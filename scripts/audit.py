@@ -28,7 +28,7 @@ from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, recipe_of, reference_job, train_references
 from util.audit import FIGURES
-from util.audit.audit import LEAST_REFERENCES, Audit, audit, check_scene
+from util.audit.audit import LEAST_REFERENCES, Audit, audit, check_unseen
 from util.audit.pictures import pictures
 from util.audit.subject import Scene
 from util.cli import options
@@ -112,7 +112,10 @@ def load_data(
 ) -> tuple[tuple[ImageSet, ImageSet], ImageSet | None]:
     """Training and test set, and people in none of them; runs of one data set share them."""
     args = argparse.Namespace(**dict(where))
-    return build_datasets(args, image_size, device), build_unseen(args, image_size, device)
+    data, unseen = build_datasets(args, image_size, device), build_unseen(args, image_size, device)
+    if unseen is not None:
+        check_unseen(unseen, data[0])
+    return data, unseen
 
 
 load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained model and the references
@@ -136,7 +139,7 @@ class Trail:
         for case in self.cases:  # what is wrong is found before references are trained
             self.load(case.after)
             people = tuple(sorted(case.forget)), tuple(self._remain(case))
-            check_scene(Scene(*self.data, *people, self.unseen, None, (), self.hardware))
+            Scene(*self.data, *people, self.unseen, None, (), self.hardware).check()
 
     def _cases_of_run(self) -> list[Case]:
         tasks = self.results["tasks"]

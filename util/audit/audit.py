@@ -89,7 +89,9 @@ def audit(
     never = [_shared(model, weights_sha256(model), *data, unseen, hardware, False) for model in references]
     people = tuple(sorted(forget)), tuple(sorted(remain))
     scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
-    check_scene(scene)
+    scene.check()
+    if unseen is not None:
+        check_unseen(unseen, train_set)
     store = Store(cache, scene)
     found = {}
     for number, other in enumerate([*never, *known], start=1):
@@ -123,13 +125,6 @@ def check_references(references: Sequence[Recognizer], forget: Sequence[int], cl
                 f"reference {number} was trained with {len(seen)} of the {len(forget)} forgotten identities, "
                 f"{classes[seen[0]]!r} first: it cannot tell what never seen means"
             )
-
-
-def check_scene(scene: Scene) -> None:
-    """Raise UsageError for too few images, or never-seen faces that are in the training set."""
-    scene.check()
-    if scene.unseen is not None:
-        check_unseen(scene.unseen, scene.train_set)
 
 
 def check_unseen(unseen: ImageSet, train_set: ImageSet) -> None:
