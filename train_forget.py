@@ -17,7 +17,7 @@ from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests
 from methods import METHODS, method_class
-from methods.base import Method
+from methods.base import PRESETS, Method
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
 from util.cli.main import run_main
@@ -54,11 +54,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def add_method_choice(parser: options.Parser) -> None:
     parser.add_argument("--method", default="gs_lora", help=f"{', '.join(METHODS)}; with --help, its options")
     parser.add_argument(
-        "--as-published", action="store_true", help="the published code's values for the method; further options still count"
+        "--as-published",
+        nargs="?",
+        const="table",
+        choices=PRESETS,
+        help="as the published code ran the method, for its 4-task table or few-shot; further options still count",
     )
 
 
-def build_parser(method: type[Method], as_published: bool) -> options.Parser:
+def build_parser(method: type[Method], as_published: str | None) -> options.Parser:
     """The shared options and those of `method`."""
     parser = options.Parser(description=__doc__.splitlines()[0])
     add_config_option(parser)
@@ -80,6 +84,12 @@ def build_parser(method: type[Method], as_published: bool) -> options.Parser:
     group.add_argument("--few-shot", type=count, metavar="N", help="exactly N images a class instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
     options.add_optimization(parser, epochs=100)
+    parser.add_argument(
+        "--epoch-over",
+        choices=("longest", "forget", "remain"),
+        default="longest",
+        help="whose pass an epoch is, of the paired streams of D_f and D_r",
+    )
     parser.add_argument(
         "--min-updates", type=options.number(int, 0), default=0, help="more epochs where a task makes fewer updates"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from backbone.heads import HEADS
-from backbone.published import to_published
+from backbone.published import initialize_as_published, to_published
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops, to_device
 from data import build_datasets
 from data.image_set import ImageSet
@@ -41,7 +41,7 @@ from util.training.resume import LastState, add_resume_options, needed_bytes, pr
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
 # The options that a pre-trained model depends on, beside the data, the classes left out and the seed.
 RECIPE = ("model", "image_size", "depth", "head", "drop_rate", "weights", "pretrained", "epochs", "warmup_epochs")
-RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad")
+RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad", "sched", "decay_on", "init", "mirror")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -49,6 +49,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     parser.use_defaults(saved_arguments(argv))
     args = parser.parse_args(argv)
+    if args.init == "published" and args.pretrained:
+        raise UsageError("--init published starts from random weights: it excludes --pretrained")
     if args.epochs is not None:
         choose_epochs(args, 1)  # finds what is wrong before the data are read
     return args
@@ -69,9 +71,11 @@ def build_parser() -> options.Parser:
     group.add_argument(
         "--drop-rate", type=options.number(float, 0, 0.99), help="of the embedding and in blocks (default: the model's)"
     )
+    group.add_argument("--init", choices=("timm", "published"), default="timm", help="random weights to start from")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
     options.add_optimization(parser, lr=1e-3, warmup_epochs=None)
+    parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")
     group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
@@ -96,6 +100,8 @@ def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> 
     torch.manual_seed(derived_seed(args.seed))
     architecture = Architecture(args.model, num_classes, image_size, args.head, sizes)
     model = build_recognizer(architecture, args.pretrained)
+    if args.init == "published":
+        initialize_as_published(model.backbone)
     if args.weights is not None:
         load_backbone(model, args.weights)
     return model

@@ -44,6 +44,12 @@ def mid_features(backbone: nn.Module, images: Tensor, depth: int) -> Tensor:
     return torch.cat([mid[1], mid[0]], dim=1) if isinstance(mid, tuple) else mid
 
 
+def stop_dropout_above(backbone: nn.Module, depth: int) -> None:
+    """Put what is above the first `depth` blocks into evaluation mode."""
+    for part in (*backbone.blocks[depth:], backbone.head_drop):
+        part.eval()
+
+
 def upper_half(backbone: nn.Module, tokens: Tensor, depth: int) -> Tensor:
     """Tokens (B, tokens, dim) after the first `depth` blocks → embeddings (B, dim)."""
     for block in backbone.blocks[depth:]:

@@ -22,17 +22,17 @@ MATRICES = ("lora_A", "lora_B")
 class LoRALinear(nn.Linear):
     """`linear`, frozen (its parameters are shared), with a trained low-rank update.
 
-    A starts Kaiming uniform with a = √5 and B at zero, so a new adapter changes nothing.
+    A starts Kaiming uniform with a = √`slope` and B at zero, so a new adapter changes nothing.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, slope: float = 5.0) -> None:
         weight, bias = linear.weight.requires_grad_(False), linear.bias
         out_features, in_features = weight.shape
         super().__init__(in_features, out_features, bias is not None, weight.device, weight.dtype)
         self.weight, self.bias = weight, None if bias is None else bias.requires_grad_(False)
         self.lora_A = nn.Parameter(weight.new_empty(rank, in_features))
         self.lora_B = nn.Parameter(weight.new_zeros(out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+        nn.init.kaiming_uniform_(self.lora_A, a=slope**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) + self.update(x, self.lora_B)
@@ -58,12 +58,12 @@ def layers_to_adapt(backbone: nn.Module, rank: int, place: str) -> dict[str, nn.
     return layers
 
 
-def add_adapters(backbone: nn.Module, rank: int, place: str = "ffn") -> None:
-    """Put a fresh adapter on every layer of `place`, and freeze all else."""
+def add_adapters(backbone: nn.Module, rank: int, place: str = "ffn", slope: float = 5.0) -> None:
+    """Put a fresh adapter on every layer of `place`, its A with `slope`, and freeze all else."""
     layers = layers_to_adapt(backbone, rank, place)
     backbone.requires_grad_(False)
     for name, layer in layers.items():
-        backbone.set_submodule(name, LoRALinear(layer, rank))
+        backbone.set_submodule(name, LoRALinear(layer, rank, slope))
 
 
 def adapted_layers(backbone: nn.Module) -> dict[str, LoRALinear]:
@@ -87,7 +87,8 @@ def group_of(layer: str, matrix: str, grouping: str) -> str:
 
 def group_norms(groups: dict[str, list[nn.Parameter]]) -> Tensor:
     """‖θ_g‖₂ of every group, (number of groups,), differentiable and with a finite gradient at zero."""
-    squares = [sum(parameter.square().sum() for parameter in parameters) for parameters in groups.values()]
+    norms = torch.stack(torch._foreach_norm([parameter for group in groups.values() for parameter in group]))
+    squares = [part.sum() for part in norms.square().split([len(group) for group in groups.values()])]
     return (torch.stack(squares) + 1e-12).sqrt()
 
 

@@ -12,7 +12,7 @@ import math
 
 import torch
 from timm.models import is_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.lora import MATRICES, LoRALinear, layers_to_adapt
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, misfits
@@ -81,6 +81,23 @@ def to_published(model: Recognizer) -> State:
     if width != HEAD_DIM:
         raise UsageError(f"the published layout has attention heads {HEAD_DIM} wide, this model {width}")
     return state
+
+
+@torch.no_grad()
+def initialize_as_published(backbone: nn.Module) -> None:
+    """New weights as the published code starts: torch's defaults for every layer, N(0, 1) for class token and positions.
+
+    Query rows are divided by (number of heads)^½, since the published attention multiplies q·k by dim^-0.5.
+    """
+    for module in backbone.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
+            module.reset_parameters()
+    for name, parameter in backbone.named_parameters():
+        if name in ("cls_token", "pos_embed"):
+            parameter.normal_()
+    for block in backbone.blocks:
+        rows = block.attn.qkv.weight.chunk(3)[0]
+        rows /= block.attn.num_heads**0.5
 
 
 def _without_prefix(state_dict: dict) -> dict:

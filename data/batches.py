@@ -17,16 +17,18 @@ from data.image_set import ImageSet
 class Pass:
     """One pass of an epoch over `streams` (name → positions in the training set), `batch_size` images of each a step.
 
-    It lasts as long as its longest stream; shorter ones start over in a new order.
+    It lasts as long as the stream `over`, or the longest one; shorter ones start over in a new order.
     """
 
     streams: dict[str, Tensor]
     batch_size: int
     name: str = "train"
+    over: str = "longest"
 
     @property
     def steps(self) -> int:
-        return max(-(-len(indices) // self.sizes[name]) for name, indices in self.streams.items())
+        steps = {name: -(-len(indices) // self.sizes[name]) for name, indices in self.streams.items()}
+        return steps.get(self.over, max(steps.values()))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -25,13 +25,15 @@ class Option:
     """`--name` on the command line, `args.name` in the method (`args.lambda_` for a word of Python's own).
 
     Its type is the default's; a list takes one value or more. Numbers range from `low` to `high`. `published` is what
-    --as-published sets, where that is not the default. Without `help` it is another default for a shared option (lr, …).
+    --as-published sets, where that is not the default, and `few_shot` what --as-published few-shot does, where that differs.
+    Without `help` it is another default for a shared option (lr, …).
     """
 
     name: str
     default: Any
     help: str = ""
     published: Any = None
+    few_shot: Any = None
     choices: Sequence[str] | None = None
     low: float = 0
     high: float = float("inf")
@@ -39,6 +41,16 @@ class Option:
     @property
     def dest(self) -> str:
         return f"{self.name}_" if iskeyword(self.name) else self.name
+
+    def value(self, preset: str | None) -> Any:
+        """The default, or what it is with `--as-published preset`."""
+        values = {None: [], "table": [self.published], "few-shot": [self.few_shot, self.published]}[preset]
+        return next((value for value in values if value is not None), self.default)
+
+
+PRESETS = ("table", "few-shot")  # of the published code: its 4-task table, and that with four images a class
+# Of all methods.
+SHARED_OPTIONS = (Option("sched", "cosine", published="cosine-by-epoch"), Option("few_shot", None, few_shot=4))
 
 
 @dataclass
@@ -83,7 +95,8 @@ class Method(ABC):
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         """What epoch `epoch` (from 0) of `epochs` runs: by default one pass of paired batches of D_f and D_r."""
-        return [Pass({"forget": task.forget_indices, "remain": task.remain_indices}, self.args.batch_size)]
+        streams = {"forget": task.forget_indices, "remain": task.remain_indices}
+        return [Pass(streams, self.args.batch_size, over=self.args.epoch_over)]
 
     def begin_epoch(self, model: Recognizer, epoch: int) -> None:
         """Before each epoch: schedules of coefficients."""

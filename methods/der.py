@@ -1,5 +1,7 @@
 """DER and DER++: dark experience replay (Buzzega et al., NeurIPS 2020, arXiv 2004.07211)."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
@@ -19,6 +21,7 @@ class DER(RelabelAndMatch):
     title = "DER"
     source = "arXiv 2004.07211"
     options = [
+        *RelabelAndMatch.options,
         Option("lr", 2e-3, published=1e-3),
         Option("lambda", 0.01, "weight λ of the matched outputs"),
         Option("distill_on", "logits", "what is matched", published="embeddings", choices=("logits", "embeddings")),
@@ -54,4 +57,4 @@ class DERpp(DER):
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         (plan,) = super().passes(task, epoch, epochs)
-        return [Pass(plan.streams | {"replay": task.remain_indices}, plan.batch_size)]
+        return [replace(plan, streams=plan.streams | {"replay": task.remain_indices})]

@@ -1,5 +1,8 @@
 """What the methods with a teacher share: its outputs, computed once a task, and the distance between two outputs."""
 
+import copy
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,14 +10,18 @@ from torch import Tensor
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method
-from methods.relabel import wrong_labels
+from methods.base import Method, Option
+from methods.relabel import WRONG_LABELS, draw_labels
 from util.evaluation.evaluate import embed_images
 from util.runtime.hardware import Hardware
 
+KD_LOGITS = Option(
+    "kd_logits", "label-free", "logits that KL compares", published="training", choices=("label-free", "training")
+)
+
 
 class Teacher:
-    """Outputs of θ₀, the model as it enters the task, on the training images at `indices`.
+    """Outputs of a model θ₀ on the training images at `indices`.
 
     θ₀ is in evaluation mode and the images are not augmented, so its outputs are constants of the task: computed here,
     once, and looked up by the images' positions in the training set, (B,).
@@ -37,16 +44,32 @@ class Teacher:
         return self._logits[self.rows[indices]]
 
 
-class RelabelAndMatch(Method):
+class Distillation(Method):
+    """A method with a teacher θ₀: the model that enters the task or, as published, the pre-trained one in all tasks."""
+
+    options = (Option("teacher", "task", "as it enters the task, or the run", published="run", choices=("task", "run")),)
+
+    def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+        self.pretrained = copy.deepcopy(model) if self.args.teacher == "run" else None
+
+    def teacher_of(self, model: Recognizer) -> Recognizer:
+        """θ₀, where `model` is the one that enters the task."""
+        return model if self.pretrained is None else self.pretrained
+
+
+class RelabelAndMatch(Distillation):
     """What LwF, DER and FDR share: D_f is relabelled, and a teacher's outputs on D_r are matched."""
+
+    options = (*Distillation.options, WRONG_LABELS, Option("epoch_over", "longest", published="forget"))
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
-        self.teacher = Teacher(model, train_set, task.remain_indices, self.hardware)
+        self.teacher = Teacher(self.teacher_of(model), train_set, task.remain_indices, self.hardware)
 
     def forget_loss(self, model: Recognizer, logits: Tensor, labels: Tensor) -> Tensor:
         """CE(z_f, ỹ), from label-free logits (B, classes) and the true labels (B,)."""
-        return model.head.loss_of_logits(logits, wrong_labels(labels, logits.shape[1]))
+        wrong = draw_labels(self.args.wrong_labels, labels, self.task, logits.shape[1])
+        return model.head.loss_of_logits(logits, wrong)
 
 
 def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

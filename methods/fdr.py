@@ -19,6 +19,7 @@ class FDR(RelabelAndMatch):
     title = "FDR"
     source = "arXiv 1805.08289"
     options = [
+        *RelabelAndMatch.options,
         Option("lr", 1e-3),
         Option("lambda", 10.0, "weight λ of the distance", published=50.0),
         Option("distill_on", "probabilities", "what is matched", published="logits", choices=("probabilities", "logits")),

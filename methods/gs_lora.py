@@ -25,15 +25,24 @@ class GSLoRA(Method):
     source = "arXiv 2403.11530"
     options = [
         Option("lr", 2e-2, published=1e-2),
+        Option("batch_size", 48, few_shot=4),
+        Option("epoch_over", "longest", published="remain"),
         Option("rank", 8, "rank r of the adapters", low=1),
         Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
         Option("grouping", "block", "what the penalty selects or drops", choices=lora.GROUPINGS),
+        Option("later_slope", 5.0, "in tasks after the first, A starts with a = √ of this", published=50.0),
         Option("alpha", 1e-4, "weight α of the group-sparse penalty"),
         Option("sparsity_warmup_epochs", 2, "first epochs of each task, with α = 0 (paper, single task: 20)", published=0),
-        Option("beta", [0.2], "weight β of forgetting, for all tasks or one each", published=[0.2, 0.25, 0.25, 0.2]),
+        Option(
+            "beta",
+            [0.2],
+            "weight β of forgetting, for all tasks or one each",
+            published=[0.2, 0.25, 0.25, 0.2],
+            few_shot=[0.3, 0.4, 0.28, 0.2],
+        ),
         Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
         # Dropped: set to zero at the task's end, unless that changes a prediction on the task's training images.
-        Option("negligible", 1e-2, "a group is dropped if its update is below this share of its weights' norm"),
+        Option("negligible", 1e-2, "groups with an update below this share of their weights' norm", published=0.0),
     ]
 
     def check_model(self, model: Recognizer) -> None:
@@ -41,7 +50,8 @@ class GSLoRA(Method):
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
-        lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
+        slope = 5.0 if task.number == 1 else self.args.later_slope
+        lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place, slope)
         self.groups = lora.adapter_groups(model.backbone, self.args.grouping)
         self.alpha, self.beta = self.args.alpha, per_task(self.args.beta, task)
 

@@ -22,6 +22,8 @@ class GSLoRApp(GSLoRA):
     p_c is the mean embedding of class c under the pre-trained model, over the images that the first task shows; both
     sides of KL go through a softmax over the embedding's dimensions, averaged over the batch. From epoch `ema_start` on
     the adapters are averaged once an epoch, and the average is what the task leaves.
+
+    Published, prototypes are those of the model that enters the task, over the task's images, and no average is left.
     """
 
     name = "gs_lora_pp"
@@ -29,24 +31,37 @@ class GSLoRApp(GSLoRA):
     source = "arXiv 2501.09705"
     options = [
         *GSLoRA.options,
-        Option("lambda_forget", [0.01], "weight λ_f of forgotten images' distance to prototypes, for all tasks or one each"),
+        Option(
+            "lambda_forget",
+            [0.01],
+            "weight λ_f of forgotten images' distance to prototypes, for all tasks or one each",
+            few_shot=[0.015, 0.06, 0.025, 0.012],
+        ),
         Option("lambda_remain", 10.0, "weight λ_r of the distance of remaining images to theirs", published=0.0),
-        Option("prototype_bound", 18.0, "BND_p, the KL beyond which an image is far enough"),
-        Option("ema_decay", 0.9, "decay of the moving average, per epoch", high=1),
+        Option("prototype_bound", 18.0, "BND_p, the KL beyond which an image is far enough", few_shot=50.0),
+        Option("prototypes", "run", "of what enters the run, or the task", published="task", choices=("run", "task")),
+        # 0 leaves the last weights: the published code keeps an average beside them (0.9 from epoch 30) and saves them.
+        Option("ema_decay", 0.9, "decay of the moving average, per epoch", published=0.0, high=1),
         Option("ema_start", 2, "epoch (from 0) that averaging starts with; shorter tasks have none", published=30),
     ]
 
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
-        first = tasks[0]
-        seen = torch.cat([first.forget_indices, first.remain_indices])
+        if self.args.prototypes == "run":
+            self.prototypes = self._class_means(model, tasks[0], train_set)
+
+    def _class_means(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet) -> Tensor:
+        """The mean embedding of every class over the task's images, (classes, dim)."""
+        seen = torch.cat([task.forget_indices, task.remain_indices])
         embeddings = embed_images(model, train_set, self.hardware, seen).clone()
         labels = train_set.labels[seen.to(train_set.labels.device)].to(embeddings.device)
         sums = embeddings.new_zeros(len(train_set.classes), embeddings.shape[1]).index_add(0, labels, embeddings)
         # Classes without images have no prototype, and are never asked for one.
         counts = torch.bincount(labels, minlength=len(sums)).clamp(min=1)
-        self.prototypes = sums / counts[:, None]
+        return sums / counts[:, None]
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        if self.args.prototypes == "task":
+            self.prototypes = self._class_means(model, task, train_set)
         super().begin_task(model, task, train_set, epochs)
         self.lambda_forget = per_task(self.args.lambda_forget, task)
         self.adapters = nn.ParameterList([p for group in self.groups.values() for p in group])

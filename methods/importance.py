@@ -29,7 +29,8 @@ def mean_importance(
 ) -> Importance:
     """The mean over **single images** of measure(∂ objective / ∂θ_i), for every trained parameter, by name.
 
-    With `batch_size` the published code's approximation: the mean over **batches** of measure(gradient of the batch's mean).
+    With `batch_size` the published code's approximation: the mean over shuffled **batches**, the last one as it comes, of
+    measure(gradient of the batch's objective).
     `objective` takes label-free logits (B, classes) and labels (B,), `measure` is elementwise (square, abs). The model is in
     evaluation mode.
     """
@@ -51,6 +52,8 @@ def mean_importance(
     model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in constants.items()}
     chunk = batch_size or max(1, GRADIENT_BYTES // sum(4 * parameter.numel() for parameter in trained.values()))
+    if batch_size is not None:  # class by class, gradients of a batch would not cancel as those of a mixed one do
+        indices = indices[torch.randperm(len(indices))]
     chunks = indices.to(image_set.images.device).split(chunk)
     # Fused attention has no batching rule: vmap would call it image by image.
     with plain_attention(model) if batch_size is None else contextlib.nullcontext():

@@ -4,33 +4,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.halves import half_depth, lower_half, mid_features, upper_half
+from backbone.halves import half_depth, lower_half, mid_features, stop_dropout_above, upper_half
 from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, Option, TaskOutput
-from methods.distillation import Teacher, kl_divergence
-from methods.relabel import wrong_labels
+from methods.base import Option, TaskOutput
+from methods.distillation import KD_LOGITS, Distillation, Teacher, kl_divergence
+from methods.relabel import WRONG_LABELS, draw_labels
 from util.evaluation.evaluate import map_images
 from util.runtime.distributed import sharded
 
 
-class LIRF(Method):
+class LIRF(Distillation):
     """L = (1−κ) · CE(z_f, ỹ) + κ · w_kd · KL_T(h_f^teacher ‖ h_f) on the remaining classes' logits
           − w_at · AT(m_f, m_f^teacher) + w_re · CE(z_r, y_r)
           + w_dep · [κ · KL_T(h_f^teacher ‖ h_f^deposit) on the forgotten classes' logits + (1−κ) · CE(z_f^deposit, y_f)]
 
-    Student and deposit are two lower halves of the network; the upper half is the teacher's, frozen and shared. m are
-    the tokens between the halves, AT the mean squared difference of their attention maps (arXiv 1612.03928): squared
-    activations averaged over the channels, scaled to unit length. h are label-free logits. The deposit is saved: with
-    it in the student's place the forgotten classes are known again.
+    Student and deposit are two lower halves of the network; the upper half is the teacher's, frozen, without dropout, and
+    shared. m are the tokens between the halves, AT the mean squared difference of their attention maps (arXiv 1612.03928):
+    squared activations averaged over the channels, scaled to unit length. h are label-free logits. The deposit is saved:
+    with it in the student's place the forgotten classes are known again.
+
+    Published, the distilled logits have the margin at ỹ on both sides, the deposit is never trained, and the maps are
+    averaged over the tokens, their entries below 0.005 set to zero.
     """
 
     name = "lirf"
     title = "LIRF"
     source = "arXiv 2207.08224"
     options = [
+        *Distillation.options,
+        WRONG_LABELS,
+        Option("epoch_over", "longest", published="forget"),
         Option("lr", 1e-3, published=1e-4),
         Option("temperature", 10.0, "temperature T of the distillations", low=0.01),
         Option("kd_share", 0.1, "κ, distillation's share beside CE", high=1),
@@ -40,6 +46,9 @@ class LIRF(Method):
         Option("replay_weight", 5.0, "weight w_re of the replay"),
         # Slices: the columns from, or up to, the number of forgotten classes, which in a shuffled order are others.
         Option("kd_columns", "classes", "logits distilled", published="slices", choices=("classes", "slices")),
+        KD_LOGITS,
+        Option("attention_map", "tokens", "over what", published="channels", choices=("tokens", "channels")),
+        Option("deposit", "trained", "or left as it was", published="frozen", choices=("trained", "frozen")),
     ]
 
     def check_model(self, model: Recognizer) -> None:
@@ -48,21 +57,25 @@ class LIRF(Method):
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
         self.depth = half_depth(model.backbone)
-        self.teacher = Teacher(model, train_set, task.forget_indices, self.hardware)
+        teacher = self.teacher_of(model)
+        self.teacher = Teacher(teacher, train_set, task.forget_indices, self.hardware)
 
         def maps_of(images: Tensor) -> Tensor:
-            return self._maps_and_embeddings(model, model.backbone, images)[0]
+            return self._maps_and_embeddings(teacher, teacher.backbone, images)[0]
 
-        self.teacher_maps = map_images(model, maps_of, train_set, self.hardware, task.forget_indices).clone()
+        self.teacher_maps = map_images(teacher, maps_of, train_set, self.hardware, task.forget_indices).clone()
         columns, count = range(len(train_set.classes)), len(task.forget)
         by_class = self.args.kd_columns == "classes"
         forgotten, remaining = (task.forget, task.remain) if by_class else (columns[:count], columns[count:])
         self.forgotten, self.remaining = (torch.tensor(c, device=self.hardware.device) for c in (forgotten, remaining))
         model.requires_grad_(False)
         # Part of the model while the task runs: optimized, moved to the device and saved for --resume with it.
-        model.deposit = lower_half(model.backbone).requires_grad_(True)
+        model.deposit = lower_half(teacher.backbone).requires_grad_(self.args.deposit == "trained")
         for name, _ in model.deposit.named_parameters():
             model.backbone.get_parameter(name).requires_grad_(True)
+
+    def begin_epoch(self, model: Recognizer, epoch: int) -> None:
+        stop_dropout_above(model.backbone, self.depth)
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         args = self.args
@@ -71,28 +84,35 @@ class LIRF(Method):
         labels, indices = batch.split(batch.labels), batch.split(batch.indices)["forget"]
         teacher = self.teacher.logits(indices)
 
-        wrong = wrong_labels(labels["forget"], len(self.train_set.classes))
+        wrong = draw_labels(args.wrong_labels, labels["forget"], self.task, len(self.train_set.classes))
         forget = model.head.loss_of_logits(logits["forget"], wrong)
-        kd = self._distillation(teacher, logits["forget"], self.remaining)
+        both = teacher, logits["forget"]
+        if args.kd_logits == "training":
+            both = [model.head.add_margin(each, wrong) for each in both]
+        kd = self._distillation(*both, self.remaining)
         attention = (batch.split(maps)["forget"] - self.teacher_maps[self.teacher.rows[indices]]).square().mean()
         replay = model.head.loss_of_logits(logits["remain"], labels["remain"])
+        total = (1 - args.kd_share) * forget + args.kd_weight * args.kd_share * kd + args.replay_weight * replay
+        total = total - args.attention_weight * attention
+        parts = {"total": total, "forget": forget, "kd": kd, "attention": attention, "replay": replay}
+        if args.deposit == "frozen":
+            return parts
 
         _, kept = self._maps_and_embeddings(model, model.deposit, batch.split(batch.images)["forget"])
         kept_logits = model.head(kept)
         deposit = args.kd_share * self._distillation(teacher, kept_logits, self.forgotten)
         deposit = deposit + (1 - args.kd_share) * model.head.loss_of_logits(kept_logits, labels["forget"])
-
-        total = (1 - args.kd_share) * forget + args.kd_weight * args.kd_share * kd + args.replay_weight * replay
-        total = total - args.attention_weight * attention + args.deposit_weight * deposit
-        parts = {"forget": forget, "kd": kd, "attention": attention, "replay": replay, "deposit": deposit}
-        return {"total": total, **parts}
+        return parts | {"total": total + args.deposit_weight * deposit, "deposit": deposit}
 
     def _maps_and_embeddings(self, model: Recognizer, lower: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W) through `lower` and the model's upper half → attention maps (B, tokens), embeddings."""
+        """Images (B, 3, H, W) through `lower` and the model's upper half → attention maps (B, tokens or dim), embeddings."""
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
             mid = mid_features(lower, model.normalize(part), self.depth)
-            maps = F.normalize(mid.float().square().mean(dim=2))  # arXiv 1612.03928, equation 2
+            if self.args.attention_map == "tokens":
+                maps = F.normalize(mid.float().square().mean(dim=2))  # arXiv 1612.03928, equation 2
+            else:
+                maps = F.threshold(F.normalize(mid.float().square().mean(dim=1)), 0.005, 0.0)
             return maps, upper_half(model.backbone, mid, self.depth)
 
         return sharded(of, images)

@@ -11,13 +11,14 @@ from methods.distillation import RelabelAndMatch, kl_divergence
 class LwF(RelabelAndMatch):
     """L = CE(z_f, ỹ) + λ_r · CE(z_r, y_r) + λ_kd · KL_T(teacher(x_r) ‖ student(x_r))
 
-    The teacher is θ₀, the model that enters the task; distilled are the label-free logits.
+    The teacher is θ₀, by default the model that enters the task; distilled are the label-free logits.
     """
 
     name = "lwf"
     title = "LwF"
     source = "arXiv 1606.09282"
     options = [
+        *RelabelAndMatch.options,
         Option("lr", 1e-3, published=1e-4),
         Option("lambda_remain", 1.0, "weight λ_r of the replay", published=10.0),
         # The published distillation takes the logarithm of a log-softmax, which is NaN, and sets NaN to 0.

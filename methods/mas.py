@@ -6,7 +6,7 @@ from torch import Tensor
 from backbone.recognizer import Recognizer
 from methods.base import Option
 from methods.importance import Importance, mean_importance
-from methods.penalty import QuadraticPenalty
+from methods.penalty import IMPORTANCE_DATA, QuadraticPenalty
 
 
 class MAS(QuadraticPenalty):
@@ -20,13 +20,15 @@ class MAS(QuadraticPenalty):
     title = "MAS*"
     source = "arXiv 1711.09601"
     options = [
+        *QuadraticPenalty.options,
+        IMPORTANCE_DATA,
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 1e-5, "weight λ of the penalty", published=0.005),
         Option("importance", "image", "gradients of images, or batch means", published="batch", choices=("image", "batch")),
     ]
 
     def importance_of(self, model: Recognizer) -> Importance:
-        data = (torch.abs, self.train_set, self.task.remain_indices, self.hardware)
+        data = (torch.abs, self.train_set, self.importance_indices(), self.hardware)
         if self.args.importance == "image":
             return mean_importance(model, lambda logits, labels: logits.square().sum(dim=1).mean(), *data)
 

@@ -10,9 +10,17 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method
+from methods.base import Method, Option
 from methods.importance import Importance
-from methods.relabel import wrong_labels
+from methods.relabel import WRONG_LABELS, draw_labels
+
+IMPORTANCE_DATA = Option(
+    "importance_data",
+    "sampled",
+    "images of the importance: D_r, or after the first task all of what remains",
+    published="all",
+    choices=("sampled", "all"),
+)
 
 
 class QuadraticPenalty(Method):
@@ -22,8 +30,12 @@ class QuadraticPenalty(Method):
     much each parameter matters to it. The sum runs over the tasks so far (`accumulates`), or holds this task's term alone.
     """
 
-    accumulates = True
+    options = (WRONG_LABELS,)
     importance: Importance | None = None
+
+    @property
+    def accumulates(self) -> bool:
+        return True
 
     @abstractmethod
     def importance_of(self, model: Recognizer) -> Importance:
@@ -39,13 +51,14 @@ class QuadraticPenalty(Method):
         else:
             self.importance, self.centre = importance, centre
             self.constant = torch.zeros((), device=self.hardware.device)
+        self._take_roots()
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         union = torch.cat([task.forget_indices, task.remain_indices])
         return [Pass({"all": union}, self.args.batch_size)]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
-        wrong = wrong_labels(batch.labels, len(self.train_set.classes))
+        wrong = draw_labels(self.args.wrong_labels, batch.labels, self.task, len(self.train_set.classes))
         labels = torch.where(torch.isin(batch.labels, self.forgotten), wrong, batch.labels)
         relabelled = model.head.loss(model.embed(batch.images), labels)
         penalty = self.penalty(model)
@@ -53,8 +66,13 @@ class QuadraticPenalty(Method):
 
     def penalty(self, model: Recognizer) -> Tensor:
         """Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²"""
-        moved = [(self.importance[n] * (p - self.centre[n]).square()).sum() for n, p in self._trained(model)]
-        return torch.stack(moved).sum() + self.constant
+        names, parameters = zip(*self._trained(model), strict=True)
+        moved = torch._foreach_sub(parameters, [self.centre[name] for name in names])
+        weighted = torch._foreach_mul(moved, [self.roots[name] for name in names])
+        return torch.stack(torch._foreach_norm(weighted)).square().sum() + self.constant
+
+    def _take_roots(self) -> None:
+        self.roots = {name: value.sqrt() for name, value in self.importance.items()}
 
     def _add_term(self, importance: Importance, centre: dict[str, Tensor]) -> None:
         """Keep one quadratic for all terms: a(x−u)² + b(x−v)² = (a+b)(x − (au+bv)/(a+b))² + ab/(a+b) (u−v)²."""
@@ -64,6 +82,13 @@ class QuadraticPenalty(Method):
             share = torch.where(total > 0, b / total, 0.0)
             self.constant = self.constant + (a * share * (u - v).square()).sum()
             self.importance[name], self.centre[name] = total, torch.lerp(u, v, share)
+
+    def importance_indices(self) -> Tensor:
+        """The images of Ω: D_r, or, as published after the first task, all training images of the remaining classes."""
+        if self.args.importance_data == "sampled" or self.task.number == 1:
+            return self.task.remain_indices
+        lending = torch.tensor([c for c in self.task.remain if c not in self.task.missing])
+        return torch.isin(self.train_set.labels.cpu(), lending).nonzero()[:, 0]
 
     @staticmethod
     def _trained(model: Recognizer) -> list[tuple[str, Tensor]]:
@@ -80,3 +105,4 @@ class QuadraticPenalty(Method):
             self.importance = {name: tensor.to(device) for name, tensor in state["importance"].items()}
             self.centre = {name: tensor.to(device) for name, tensor in state["centre"].items()}
             self.constant = state["constant"].to(device)
+            self._take_roots()

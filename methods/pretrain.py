@@ -11,7 +11,7 @@ from methods.base import Method, TaskOutput
 
 
 class Pretrain(Method):
-    """L = CE(z, y), z the training logits of randomly mirrored images; trains backbone and head.
+    """L = CE(z, y), z the training logits of (randomly mirrored) images; trains backbone and head.
 
     Classes left out of the task (`task.old`) have no part in the loss: their rows are no class to tell the others from.
     """
@@ -28,7 +28,8 @@ class Pretrain(Method):
         return [Pass({"train": task.remain_indices}, self.args.batch_size)]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
-        logits, labels = model(random_flip(batch.images)), batch.labels
+        images = random_flip(batch.images) if self.args.mirror == "on" else batch.images
+        logits, labels = model(images), batch.labels
         if self.task.old:
             logits, labels = logits[:, self.rows], torch.searchsorted(self.rows, labels)
         return {"total": model.head.loss_of_logits(logits, labels)}

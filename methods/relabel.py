@@ -3,7 +3,28 @@
 import torch
 from torch import Tensor
 
+from data.tasks import ForgettingTask
+from methods.base import Option
+
+WRONG_LABELS = Option(
+    "wrong_labels", "all", "drawn among all other classes, or as published", published="modulo", choices=("all", "modulo")
+)
+
 
 def wrong_labels(labels: Tensor, num_classes: int) -> Tensor:
     """ỹ: for each label (B,) one of the other classes, uniformly, drawn anew at every call."""
     return (labels + torch.randint(1, num_classes, labels.shape, device=labels.device)) % num_classes
+
+
+def modulo_labels(labels: Tensor, num_forgotten: int) -> Tensor:
+    """The published ỹ: (y + 1…100) modulo the number of classes *forgotten now*, or (y + 1) modulo it where that is y.
+
+    With 20 forgotten classes only the ids 0 to 19 are ever drawn, whoever they are.
+    """
+    drawn = (labels + torch.randint(1, 101, labels.shape, device=labels.device)) % num_forgotten
+    return torch.where(drawn == labels, (labels + 1) % num_forgotten, drawn)
+
+
+def draw_labels(kind: str, labels: Tensor, task: ForgettingTask, num_classes: int) -> Tensor:
+    """By `kind`, a choice of WRONG_LABELS."""
+    return wrong_labels(labels, num_classes) if kind == "all" else modulo_labels(labels, len(task.forget))

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from backbone.published import initialize_as_published
 from backbone.recognizer import Recognizer, build_recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
@@ -10,16 +11,28 @@ from methods.base import Method, Option
 
 
 class Retrain(Method):
-    """L = CE(z_r, y_r) on D_r, from random weights, backbone and head, for as many epochs as the other methods get."""
+    """L = CE(z_r, y_r) on D_r, from random weights, backbone and head, for as many epochs as the other methods get.
+
+    Published: the first task alone starts from random weights, and its random head is not trained.
+    """
 
     name = "retrain"
     title = "Retrain"
-    options = [Option("lr", 1e-3, published=3e-4), Option("warmup_epochs", 1, published=5)]
+    options = [
+        Option("lr", 1e-3, published=3e-4),
+        Option("warmup_epochs", 1, published=5),
+        Option("init", "timm", "random weights to start from", published="published", choices=("timm", "published")),
+        Option("restart", "task", "start anew each task, or once", published="run", choices=("task", "run")),
+    ]
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
-        model.load_state_dict(build_recognizer(model.architecture).state_dict())
-        model.requires_grad_(True)
+        if self.args.restart == "task" or task.number == 1:
+            fresh = build_recognizer(model.architecture)
+            if self.args.init == "published":
+                initialize_as_published(fresh.backbone)
+            model.load_state_dict(fresh.state_dict())
+        model.head.requires_grad_(self.args.restart == "task")
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return [Pass({"remain": task.remain_indices}, self.args.batch_size)]

@@ -1,5 +1,7 @@
 """SCRUB and SCRUB-S: scalable remembering and unlearning unbound (Kurmanji et al., NeurIPS 2023, arXiv 2302.09880)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -8,40 +10,41 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, Option, TaskOutput
-from methods.distillation import Teacher, kl_divergence
+from methods.base import Option, TaskOutput
+from methods.distillation import KD_LOGITS, Distillation, Teacher, kl_divergence
 
 AVERAGE_WEIGHT = 0.1  # of the newest weights in SCRUB-S's running average
 
 
-class SCRUB(Method):
+class SCRUB(Distillation):
     """max pass over D_f:  L = −KL_T(teacher ‖ student)
     min pass over D_r:  L = γ · CE(z_r, y_r) + a · KL_T(teacher ‖ student)
 
     A round is a first half of epochs with a max and a min pass each, and a second half of epochs with a min pass alone;
-    the published 100 epochs are ten rounds of 5 + 5. The teacher is θ₀, the model that enters the task.
+    the published 100 epochs are ten rounds of 5 + 5. The teacher is θ₀, by default the model that enters the task.
     """
 
     name = "scrub"
     title = "SCRUB"
     source = "arXiv 2302.09880"
     options = [
+        *Distillation.options,
         Option("lr", 2e-4, published=1e-4),
+        Option("sched", "cosine", published="step"),
         Option("weight_decay", 5e-4),
+        Option("decay_on", "matrices", published="all"),
         Option("opt", "adam"),
         Option("gamma", 0.99, "weight γ of the replay"),
         Option("kd_weight", 0.1, "weight a of the min pass's KL", published=0.001),
         Option("temperature", 2.0, "temperature T of KL", low=0.01),
         Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
-        Option(
-            "kd_logits", "label-free", "logits that KL compares", published="training", choices=("label-free", "training")
-        ),
+        KD_LOGITS,
     ]
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
         seen = torch.cat([task.forget_indices, task.remain_indices])
-        self.teacher = Teacher(model, train_set, seen, self.hardware)
+        self.teacher = Teacher(self.teacher_of(model), train_set, seen, self.hardware)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         minimize = Pass({"remain": task.remain_indices}, self.args.batch_size, "min")
@@ -69,23 +72,33 @@ class SCRUB(Method):
 class SCRUBS(SCRUB):
     """SCRUB with + ρ · Σ ‖θ − θ_avg‖₂ in both passes, the sum over parameter tensors.
 
-    θ_avg starts as θ₀ and takes in a tenth of θ after each round.
+    θ_avg starts as θ₀ and takes in a tenth of θ after each round. Published, it starts once, with the run, and the first
+    round's end replaces it.
     """
 
     name = "scrub_s"
     title = "SCRUB-S"
-    options = [*SCRUB.options, Option("rho", 0.1, "weight ρ of the distance to the running average")]
+    options = [
+        *SCRUB.options,
+        Option("rho", 0.1, "weight ρ of the distance to the running average"),
+        Option("average_over", "task", "what the running average lasts", published="run", choices=("task", "run")),
+    ]
+    saved: dict[str, Any] = {}  # an earlier task's average, of a resumed run
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
         self.trained = nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
-        self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(1 - AVERAGE_WEIGHT))
-        self.average.update_parameters(self.trained)  # the first call copies
+        if self.average is None:
+            self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(1 - AVERAGE_WEIGHT))
+            if self.args.average_over == "task":
+                self.average.update_parameters(self.trained)  # the first call copies
+        super().load_state_dict(self.saved)
+        self.saved = {}
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         losses = super().loss(model, batch)
-        pairs = zip(self.trained, self.average.module, strict=True)
-        distance = torch.stack([torch.linalg.vector_norm(p - average.detach()) for p, average in pairs]).sum()
+        differences = torch._foreach_sub([*self.trained], [average.detach() for average in self.average.module])
+        distance = torch.stack(torch._foreach_norm(differences)).sum()
         return losses | {"total": losses["total"] + self.args.rho * distance, "distance": distance}
 
     def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
@@ -94,5 +107,12 @@ class SCRUBS(SCRUB):
         return {}
 
     def end_task(self, model: Recognizer) -> TaskOutput:
-        self.average = None
+        if self.args.average_over == "task":
+            self.average = None
         return super().end_task(model)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.average is None:
+            self.saved = state
+        else:
+            super().load_state_dict(state)

@@ -25,7 +25,7 @@ from data.cache import cache_folder
 from data.image_set import ImageSet
 from data.tasks import named_classes
 from methods import METHODS
-from scripts.jobs import Job
+from scripts.jobs import Job, add_job_options
 from scripts.references import DATA_OPTIONS, recipe_of, reference_job, train_references
 from util.audit import FIGURES
 from util.audit.audit import LEAST_REFERENCES, Audit, audit, check_unseen
@@ -59,7 +59,12 @@ def build_parser() -> options.Parser:
     parser.add_argument("--unseen", type=Path, metavar="DIR", help="<identity>/<image> of people in no training set")
     group = parser.add_argument_group("what is audited")
     group.add_argument(
-        "--requests", choices=("first", "all"), default="first", help="the first, or each after its task and after the last"
+        "--requests",
+        type=request_number,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="these, each after its task; all: each after its task and after the last",
     )
     group.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES), help="which")
     group.add_argument("--quick", action="store_true", help="the first three figures, 3 references, no pictures")
@@ -72,8 +77,7 @@ def build_parser() -> options.Parser:
     group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given ones: none is trained")
     group.add_argument("--originals", type=Path, nargs="+", default=[], metavar="FILE", help="beside given references")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="config.json of the pre-training, where it is unknown")
-    group.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to train references on")
-    group.add_argument("--jobs-per-gpu", type=count, default=1, metavar="N", help="references side by side on each")
+    add_job_options(group)
     options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: RUN/audit, or exps/audit-<checkpoint>")
     return parser
@@ -90,6 +94,10 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
     if (files != (None,) * 3) if args.runs else (None in files):
         raise UsageError("name the folders of runs, or --before, --after and --forget-classes")
     return args
+
+
+def request_number(text: str) -> int | str:
+    return text if text == "all" else options.number(int, 1)(text)
 
 
 @dataclass
@@ -146,9 +154,12 @@ class Trail:
         if not tasks or tasks[0]["task"] != 1:
             raise UsageError(f"{self.run.path} does not begin with the first task: audit the run that it continues")
         forget = [task["forget_classes"] for task in tasks]
-        count, moments = len(tasks), [(1, 1)]
-        if self.args.requests == "all":
-            moments = [(n, n) for n in range(1, count + 1)] + [(n, count) for n in range(1, count)]
+        count, numbers = len(tasks), [*dict.fromkeys(self.args.requests)]
+        moments = [(n, n) for n in (range(1, count + 1) if "all" in numbers else numbers)]
+        if "all" in numbers:
+            moments += [(n, count) for n in range(1, count)]
+        elif max(numbers) > count:
+            raise UsageError(f"--requests {max(numbers)}: {self.run.path} has finished {count} tasks")
         return [
             Case(self.run.checkpoint(after), task, after, forget[task - 1], sorted(chain(*forget[:after])))
             for task, after in moments
@@ -284,16 +295,16 @@ def main(argv: list[str] | None) -> None:
         trails = [Trail(args, args.before)]
     if args.references is None:
         jobs = [job for trail in trails for case in trail.cases for group in trail.reference_jobs(case) for job in group]
-        train_references(jobs, args.gpus * args.jobs_per_gpu)
+        train_references(jobs, args)
     tables, width = [], max(len(trail.label) for trail in trails)
     for seed, group in groupby(trails, lambda trail: trail.results and trail.results["seed"]):  # who is forgotten
         audits = []
         for trail in group:
             audits.append((trail.label, trail.results, trail.write()))
-            if args.requests == "first":
+            if len(trail.cases) == 1:
                 lines = overview(audits[-1:], width)
                 print(*lines if len(audits) == 1 else lines[-1:], sep="\n", flush=True)
-        if args.requests == "all":
+        if len(audits[0][2]["requests"]) > 1:
             print(*overview(audits, width), sep="\n")
         tables.append(f"## Seed {seed}\n\n{comparison_markdown(audits)}")
     if len(args.runs) == 1 and len(trails) > 1:

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_forget
 from methods import METHODS, method_class
-from scripts.jobs import Job, deal_out
+from scripts.jobs import Job, add_job_options, deal_out, places
 from util.cli import options
 from util.cli.main import run_main
 from util.report.results import load_results
@@ -111,10 +111,7 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument(
         "--options", nargs=2, action="append", default=[], metavar=("NAME", "STRING"), help='for one method: ewc "--lr 1e-3"'
     )
-    parser.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
-    parser.add_argument(
-        "--jobs-per-gpu", type=options.number(int, 1), default=1, metavar="N", help="runs side by side on each device"
-    )
+    add_job_options(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
     parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
     parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
@@ -126,7 +123,7 @@ def main(argv: list[str] | None) -> None:
     finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs, {len(finished)} of them finished before → {args.output_dir}\n", flush=True)
     with end_on_sigterm():
-        ended = chain(finished, run_all(waiting, (args.gpus or [""]) * args.jobs_per_gpu))
+        ended = chain(finished, run_all(waiting, places(args, len(waiting))))
         print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 
     failures = {job.label: job.failure for job in jobs if job.failure}

@@ -1,5 +1,6 @@
 """Runs of the top scripts, each a process of its own, dealt out over devices."""
 
+import argparse
 import os
 import queue
 import subprocess
@@ -10,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import torch
+
+from util.cli.options import number
 from util.storage.folders import OutputFolder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +35,30 @@ class Job:
         return (self.folder.path / "log.txt").open("a")
 
 
-def deal_out(jobs: list[Job], gpus: list[str], environment: dict[str, str] | None = None) -> Iterator[Job]:
+def add_job_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
+    group.add_argument(
+        "--jobs-per-gpu",
+        type=number(int, 1),
+        metavar="N",
+        help="runs side by side on each device (default: 1; on a CPU, one on each core)",
+    )
+
+
+def places(args: argparse.Namespace, count: int) -> list[str]:
+    """Where `count` runs may run at once: GPUs by name, "" for the device that a run finds itself."""
+    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return (args.gpus or [""]) * (args.jobs_per_gpu or (1 if args.gpus else max(1, min(cores, count))))
+
+
+def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
     """Yield each job as it ends. A run is a process that sees one of the `gpus` ("": all of them).
 
-    A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle.
+    A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle. A CPU
+    that does shares its cores out among them.
     """
+    threads = max(1, (os.cpu_count() or 1) // len(gpus))
+    environment = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(threads)}
     running: set[subprocess.Popen] = set()
     free: queue.Queue[str] = queue.Queue()
     for gpu in gpus:
@@ -43,7 +66,7 @@ def deal_out(jobs: list[Job], gpus: list[str], environment: dict[str, str] | Non
 
     def run(job: Job) -> Job:
         gpu = free.get()
-        variables = os.environ | (environment or {}) | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        variables = environment | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         with job.open_log() as log:
             command = [sys.executable, str(ROOT / job.script), *job.arguments]
             process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.PIPE, text=True)

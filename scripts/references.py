@@ -7,7 +7,6 @@ What is there is not trained again; what was interrupted is continued.
 import argparse
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from data.cache import cache_folder
 from data.image_set import ImageSet
-from scripts.jobs import Job, deal_out
+from scripts.jobs import Job, deal_out, places
 from train_pretrain import RECIPE
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
@@ -71,18 +70,15 @@ def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, w
     return Job(label, folder, "train_pretrain.py", arguments, finished=folder.finished)
 
 
-def train_references(jobs: Sequence[Job], gpus: list[str]) -> None:
-    """Train what the cache does not have, side by side on `gpus`, or on the cores of a CPU."""
+def train_references(jobs: Sequence[Job], args: argparse.Namespace) -> None:
+    """Train what the cache does not have, side by side where `args` says (`add_job_options`)."""
     jobs = [*{job.folder.path: job for job in jobs}.values()]
     missing, start = [job for job in jobs if not job.finished], time.perf_counter()
     if not missing:
         return
-    cores = os.cpu_count() or 1
-    side_by_side = gpus or [""] * (1 if torch.cuda.is_available() else min(cores, len(missing)))
-    environment = {} if gpus else {"OMP_NUM_THREADS": str(max(1, cores // len(side_by_side)))}
     print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
     with end_on_sigterm():
-        for done, job in enumerate(deal_out(missing, side_by_side, environment), start=1):
+        for done, job in enumerate(deal_out(missing, places(args, len(missing))), start=1):
             if job.failure:
                 raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
             seconds = time.perf_counter() - start

@@ -17,4 +17,4 @@ for word in "$@"; do # paths are relative to where the script was called from
   case "$word" in -* | /*) ;; *) [ ! -e "$_caller/$word" ] || word="$_caller/$word" ;; esac
   arguments+=("$word")
 done
-"$PYTHON" scripts/audit.py "${arguments[@]}" --gpus ${GPUS:-} --jobs-per-gpu "${JOBS_PER_GPU:-1}"
+"$PYTHON" scripts/audit.py "${arguments[@]}" --gpus ${GPUS:-} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU}

@@ -34,7 +34,7 @@ for name in ${!OPTIONS_@}; do
 done
 output=${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$(basename "$DATA")}
 "$PYTHON" scripts/compare.py --methods ${METHODS:-all} --seeds ${SEEDS:-$SEED} --gpus ${GPUS:-} \
-  --jobs-per-gpu "${JOBS_PER_GPU:-1}" "${options[@]}" --output-dir "$output" -- \
+  ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU} "${options[@]}" --output-dir "$output" -- \
   --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 4 $FORGET "$@"
 code=$?
 
@@ -42,5 +42,5 @@ code=$?
 [ "$AUDIT" != off ] && [ "$code" -lt 2 ] || exit "$code"
 [ -z "${UNSEEN:-}" ] || look+=(--unseen "$(_absolute "$UNSEEN")")
 echo
-"$PYTHON" scripts/audit.py "$output" "${look[@]}" --gpus ${GPUS:-} --jobs-per-gpu "${JOBS_PER_GPU:-1}" || exit $?
+"$PYTHON" scripts/audit.py "$output" "${look[@]}" --gpus ${GPUS:-} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU} || exit $?
 exit "$code"

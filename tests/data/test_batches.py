@@ -30,6 +30,15 @@ def test_a_pass_shows_every_image_of_the_longest_stream_and_cycles_the_shorter(m
     assert sorted(seen["forget"][:10]) == list(range(10))
 
 
+@pytest.mark.parametrize(("over", "steps"), [("longest", 7), ("remain", 7), ("forget", 2)])
+def test_a_pass_may_last_as_long_as_one_stream(over, steps):
+    plan = Pass({"forget": torch.arange(0, 10), "remain": torch.arange(10, 60)}, batch_size=8, over=over)
+    assert plan.steps == steps
+    columns = plan.schedule(generator()).split([8, 8], dim=1)
+    assert {*columns[0].flatten().tolist()} == set(range(10))
+    assert len(columns[1].flatten().unique()) == min(50, 8 * steps)
+
+
 def test_streams_smaller_than_a_batch_are_taken_whole():
     plan = Pass({"forget": torch.arange(5), "remain": torch.arange(5, 25)}, batch_size=8)
     assert plan.sizes == {"forget": 5, "remain": 8}

@@ -44,10 +44,11 @@ def move(model: Recognizer, seed: int = 3, std: float = 0.05) -> None:
 
 @dataclass
 class Begun:
-    """A method within a task; `before` is a copy of the model that entered the task."""
+    """A method within a task; `pretrained` and `before` are copies of the models that entered the run and the task."""
 
     method: Method
     model: Recognizer
+    pretrained: Recognizer
     before: Recognizer
     images: ImageSet
     tasks: list[ForgettingTask]
@@ -85,19 +86,29 @@ def begin(make_recognizer, make_images, cpu) -> Callable[..., Begun]:
     """begin(name, *options) → a method in a task, its weights moved away from those that entered the task."""
 
     def begin(
-        name: str, *options: str, number: int = 1, tasks: int = 2, moved: bool = True, classes: int = 6, **model_options
+        name: str,
+        *options: str,
+        number: int = 1,
+        tasks: int = 2,
+        moved: bool = True,
+        entered_moved: bool = False,
+        classes: int = 6,
+        **model_options,
     ) -> Begun:
         images = make_images(num_classes=classes)
         model = to_device(make_recognizer(num_classes=classes, dtype=torch.float64, **model_options).eval(), cpu)
-        before = copy.deepcopy(model)
+        pretrained = copy.deepcopy(model)
         method = METHODS[name](arguments(name, *options), cpu)
         all_tasks = tasks_over(images, tasks)
         method.begin_run(model, all_tasks, images)
+        if entered_moved:
+            move(model, seed=5)
+        before = copy.deepcopy(model)
         torch.manual_seed(11)
         method.begin_task(model, all_tasks[number - 1], images, method.args.epochs)
         if moved:
             move(model)
-        return Begun(method, model, before, images, all_tasks)
+        return Begun(method, model, pretrained, before, images, all_tasks)
 
     return begin
 
@@ -106,13 +117,12 @@ def begin(make_recognizer, make_images, cpu) -> Callable[..., Begun]:
 def shift_labels(monkeypatch) -> Callable:
     """Make wrong labels known: the next class."""
 
-    def shift(module) -> None:
+    def shift() -> None:
         def next_class(labels: Tensor, num_classes: int) -> Tensor:
             assert num_classes == 6
             return (labels + 1) % num_classes
 
-        monkeypatch.setattr(module, "wrong_labels", next_class, raising=False)
-        monkeypatch.setattr("methods.distillation.wrong_labels", next_class)
+        monkeypatch.setattr("methods.relabel.wrong_labels", next_class)
 
     return shift
 

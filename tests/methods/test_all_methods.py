@@ -1,7 +1,6 @@
 """What holds for every method."""
 
 import io
-import sys
 
 import pytest
 import torch
@@ -71,9 +70,7 @@ def test_beginning_a_task_changes_no_output_but_retrains(begin, name):
 @pytest.mark.parametrize(("name", "pass_number"), [*((name, 0) for name in METHODS), ("scrub", 1), ("scrub_s", 1)])
 def test_the_gradient_is_that_of_the_loss(begin, monkeypatch, name, pass_number):
     """Along the gradient the total rises as fast as the gradient is long, whatever its parts detach."""
-    monkeypatch.setattr(sys.modules[METHODS[name].__module__], "wrong_labels", lambda y, n: (y + 1) % n, raising=False)
-    for shared in ("penalty", "distillation"):
-        monkeypatch.setattr(f"methods.{shared}.wrong_labels", lambda y, n: (y + 1) % n)
+    monkeypatch.setattr("methods.relabel.wrong_labels", lambda y, n: (y + 1) % n)
     begun = begin(name, *SHORT.get(name, ()))
     batch = begun.batch(pass_number)
     trained = [p for p in begun.model.parameters() if p.requires_grad]
@@ -198,6 +195,9 @@ def test_impossible_options_are_refused(name, options):
         parse_arguments(["--method", name, "--checkpoint", "x", *options])
 
 
+SHARED = {"lr", "weight_decay", "warmup_epochs", "opt", "sched", "decay_on", "epoch_over", "batch_size"}
+
+
 def published_of(name: str) -> dict:
     options = {option.name: option for option in METHODS[name].options}.values()
     return {option.dest: option.published for option in options if option.published is not None}
@@ -219,7 +219,7 @@ def test_published_values_are_of_the_options_kind(name):
     for option in options:
         assert option.choices is None or {option.default, option.published} - {None} <= {*option.choices}
         assert option.published is None or type(option.published) is type(option.default)
-        assert option.help or option.name in {"lr", "weight_decay", "warmup_epochs", "opt"}
+        assert option.help or option.name in SHARED
 
 
 @ALL
@@ -231,7 +231,7 @@ def test_as_published_sets_them(name):
 @ALL
 def test_an_explicit_option_wins_over_the_published_value(name):
     published = published_of(name)
-    actions = {action.dest: action for action in build_parser(METHODS[name], False)._actions}
+    actions = {action.dest: action for action in build_parser(METHODS[name], None)._actions}
     for key, value in published.items():
         action = actions[key]
         if action.choices is not None:
@@ -252,6 +252,9 @@ def test_without_as_published_the_readings_are_the_papers(name):
     args = parse_arguments(["--method", name, "--checkpoint", "x"])
     readings = {"fisher": "image", "importance": "image", "kd_logits": "label-free", "kd_columns": "classes"}
     readings["distill_on"] = "probabilities" if name == "fdr" else "logits"
+    readings |= {"teacher": "task", "prototypes": "run", "wrong_labels": "all", "importance_data": "sampled"}
+    readings |= {"terms": "last", "average_over": "task", "deposit": "trained", "attention_map": "tokens"}
+    readings |= {"init": "timm", "restart": "task", "epoch_over": "longest", "later_slope": 5.0}
     assert {key: getattr(args, key) for key in readings if hasattr(args, key)} == {
         key: value for key, value in readings.items() if hasattr(args, key)
     }

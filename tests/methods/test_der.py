@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from methods import der
-
 
 @pytest.mark.parametrize("distill_on", ["logits", "embeddings"])
 @pytest.mark.parametrize("name", ["der", "der_pp"])
 def test_the_loss_is_its_formula(begin, shift_labels, arithmetic, name, distill_on):
-    shift_labels(der)
+    shift_labels()
     replayed = ("--lambda-replay", "0.3") if name == "der_pp" else ()
     begun = begin(name, "--lambda", "0.02", "--distill-on", distill_on, *replayed)
     batch = begun.batch()

@@ -1,12 +1,10 @@
 import numpy as np
 import pytest
 
-from methods import fdr
-
 
 @pytest.mark.parametrize("distill_on", ["probabilities", "logits"])
 def test_the_loss_is_its_formula(begin, shift_labels, arithmetic, distill_on):
-    shift_labels(fdr)
+    shift_labels()
     begun = begin("fdr", "--lambda", "4", "--distill-on", distill_on)
     batch = begun.batch()
     losses = begun.method.loss(begun.model, batch)

@@ -57,10 +57,12 @@ def test_the_mean_over_images_is_that_of_a_plain_loop(model, make_images, cpu, m
 
 @MEASURES
 @pytest.mark.parametrize("batch_size", [3, 4])
-def test_the_mean_over_batches_is_that_of_a_plain_loop(model, make_images, cpu, measure, plain, batch_size):
+def test_the_mean_over_shuffled_batches_is_that_of_a_plain_loop(model, make_images, cpu, measure, plain, batch_size):
     images = make_images()
+    torch.manual_seed(5)
     found = mean_importance(model, squared_error, measure, images, INDICES, cpu, batch_size)
-    assert_equal(found, plain_loop(model, plain, images, INDICES.split(batch_size)))
+    shuffled = INDICES[torch.randperm(len(INDICES), generator=torch.Generator().manual_seed(5))]
+    assert_equal(found, plain_loop(model, plain, images, shuffled.split(batch_size)))
 
 
 def test_chunks_have_the_size_that_fits(model, make_images, cpu, monkeypatch):

@@ -45,7 +45,7 @@ def without_deposit():
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("kd_columns", ["classes", "slices"])
 def test_the_loss_is_its_formula(begin, shift_labels, arithmetic, without_deposit, kd_columns, number):
-    shift_labels(lirf)
+    shift_labels()
     weights = {"attention": 30.0, "kd": 7.0, "deposit": 0.3, "replay": 2.0}
     options = [text for name, value in weights.items() for text in (f"--{name}-weight", str(value))]
     options += ["--temperature", "5", "--kd-share", "0.2", "--kd-columns", kd_columns]
@@ -148,3 +148,16 @@ def test_the_totals_gradient_moves_the_student_away_from_the_teachers_attention(
     for i, total in enumerate(torch.autograd.grad(losses["total"], trained)):
         expected = sum(share * gradients[part][i] for part, share in shares.items())
         torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_frozen_half_drops_nothing_out(begin):
+    """Student and deposit train with dropout, the teacher's upper half answers as it is."""
+    begun = begin("lirf", proj_drop_rate=0.5)
+    begun.model.train()
+    begun.method.begin_epoch(begun.model, 0)
+    blocks, deposit = begun.model.backbone.blocks, begun.model.deposit.blocks
+    assert blocks[0].mlp.drop1.training and deposit[0].mlp.drop1.training
+    assert not blocks[1].training and not blocks[1].mlp.drop1.training
+    tokens = torch.randn(3, 17, begun.model.backbone.embed_dim, dtype=torch.float64)
+    first, second = (lirf.upper_half(begun.model.backbone, tokens, 1) for _ in range(2))
+    assert torch.equal(first, second)

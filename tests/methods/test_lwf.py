@@ -1,11 +1,9 @@
 import pytest
 
-from methods import lwf
-
 
 @pytest.mark.parametrize("temperature", [2.0, 5.0])
 def test_the_loss_is_its_formula(begin, shift_labels, arithmetic, temperature):
-    shift_labels(lwf)
+    shift_labels()
     begun = begin("lwf", "--lambda-remain", "3", "--lambda-kd", "0.6", "--temperature", str(temperature))
     batch = begun.batch()
     losses = begun.method.loss(begun.model, batch)

@@ -1,16 +1,18 @@
 """Pre-training."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from data.tasks import whole_set
 from methods import pretrain
-from tests.methods.conftest import arguments, first_batch
+from tests.methods.conftest import first_batch
 
 
 def test_the_loss_is_its_formula(make_recognizer, make_images, arithmetic, cpu, monkeypatch):
     monkeypatch.setattr(pretrain, "random_flip", lambda images: images.flip(-1))
     images, model = make_images(), make_recognizer().eval()
-    method = pretrain.Pretrain(arguments("retrain"), cpu)
+    method = pretrain.Pretrain(SimpleNamespace(batch_size=8, mirror="on"), cpu)
     method.begin_task(model, whole_set(images.labels, 6), images, 1)
     batch = first_batch(method, images)
     expected = arithmetic.cross_entropy(arithmetic.logits(model, batch.images.flip(-1)), batch.labels)

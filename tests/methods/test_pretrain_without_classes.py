@@ -1,12 +1,14 @@
 """Pre-training without some classes: their rows have no part in the loss."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from backbone.heads import HEADS
 from data.tasks import whole_set
 from methods import pretrain
-from tests.methods.conftest import arguments, first_batch
+from tests.methods.conftest import first_batch
 
 ABSENT = [4, 1]
 PRESENT = [0, 2, 3, 5]
@@ -19,7 +21,7 @@ def begun(make_recognizer, make_images, cpu, monkeypatch):
 
     def begun(without, **options):
         images, model = make_images(), make_recognizer(**options).eval()
-        method = pretrain.Pretrain(arguments("retrain"), cpu)
+        method = pretrain.Pretrain(SimpleNamespace(batch_size=8, mirror="on"), cpu)
         method.begin_task(model, whole_set(images.labels, 6, without), images, 1)
         return method, model, first_batch(method, images)
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from data import SYNTHETIC
-from methods.base import Method, Option
+from methods.base import SHARED_OPTIONS, Method, Option
 from util.runtime import distributed
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware, choose_hardware, keep_freed_memory
+
+SCHEDULES = ("cosine", "cosine-by-epoch", "step")
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,6 +138,8 @@ def add_optimization(parser: Parser, **defaults: Any) -> None:
     group.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")
     group.add_argument("--warmup-epochs", type=number(int, 0), default=0, help="epochs of linear warm-up")
     group.add_argument("--opt", default="adamw", help="optimizer, a name of timm's")
+    group.add_argument("--sched", choices=SCHEDULES, default="cosine", help="learning rate: by updates, by epochs, or steps")
+    group.add_argument("--decay-on", choices=("matrices", "all"), default="matrices", help="what weight decay acts on")
     group.add_argument("--clip-grad", type=number(float, 1e-12), help="clip the gradient's norm to this (default: no)")
     group.add_argument("--seed", type=number(int, 0), default=1337, help="seeds class order, samples, batches and dropout")
     parser.set_defaults(**defaults)
@@ -146,12 +150,11 @@ def check_warmup(args: argparse.Namespace) -> None:
         raise UsageError(f"--warmup-epochs {args.warmup_epochs} is out of range: at most --epochs, {args.epochs}")
 
 
-def add_method(parser: Parser, method: type[Method], as_published: bool) -> None:
-    """The method's table of options; the published values as defaults with `as_published`."""
+def add_method(parser: Parser, method: type[Method], as_published: str | None) -> None:
+    """The method's table of options; the published values as defaults with `as_published`, one of PRESETS."""
     group = parser.add_argument_group(f"{method.title} ({method.source})" if method.source else method.title)
-    for option in {option.name: option for option in method.options}.values():
-        published = option.default if option.published is None else option.published
-        default = published if as_published else option.default
+    for option in {option.name: option for option in (*SHARED_OPTIONS, *method.options)}.values():
+        default = option.value(as_published)
         if option.help:
             group.add_argument(f"--{option.name.replace('_', '-')}", default=default, **_keywords(option))
         else:

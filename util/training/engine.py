@@ -68,6 +68,7 @@ class Trainer:
     def train_one_epoch(self, monitor: Monitor, stop: Stop, save: Callable[["Trainer"], None]) -> None:
         epoch = self.position.epoch
         self.model.train()
+        self.scheduler.step(epoch)
         self.method.begin_epoch(self.model, epoch)
         monitor.begin_epoch(epoch, self.position.step)
         for batch in self.batches_left():

@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -31,6 +32,8 @@ class Schedule:
     opt: str
     clip_grad: float | None
     seed: int
+    sched: str = "cosine"
+    decay_on: str = "matrices"
 
     @classmethod
     def of(cls, args: argparse.Namespace, epochs: int | None = None) -> "Schedule":
@@ -51,21 +54,33 @@ def epochs_for(method: Method, task: ForgettingTask, epochs: int, min_updates: i
 
 def make_optimizer(model: nn.Module, schedule: Schedule, hardware: Hardware) -> Optimizer:
     """The optimizer named by `schedule.opt`, one fused kernel a step where it has that. Raises UsageError if unknown."""
-    fused = {"fused": True} if hardware.fused_optimizer and schedule.opt in FUSED_OPTIMIZERS else {}
+    options = {"fused": True} if hardware.fused_optimizer and schedule.opt in FUSED_OPTIMIZERS else {}
+    # Handed the module, timm leaves frozen parameters out, and spares biases and norms the weight decay by default.
+    options |= {"weight_decay": schedule.weight_decay, "filter_bias_and_bn": schedule.decay_on == "matrices"}
     try:
-        # Handed the module, timm spares biases and norms the weight decay and leaves frozen parameters out.
-        return create_optimizer_v2(model, opt=schedule.opt, lr=schedule.lr, weight_decay=schedule.weight_decay, **fused)
+        return create_optimizer_v2(model, opt=schedule.opt, lr=schedule.lr, **options)
     except ValueError as error:
         raise UsageError(f"--opt {schedule.opt}: {error}") from None
 
 
-def make_scheduler(optimizer: Optimizer, schedule: Schedule, steps: list[int]) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine, by updates; `steps` of them in each epoch."""
-    warmup = sum(steps[: schedule.warmup_epochs])
+def make_scheduler(optimizer: Optimizer, schedule: Schedule, steps: list[int]) -> Scheduler:
+    """The learning rate over a training of `steps` updates in each epoch.
+
+    `cosine`: linear warm-up, then a cosine, by updates. `cosine-by-epoch`: timm's of the published code, a stair. `step`:
+    constant, and a tenth of it in the last 30% of the epochs (the last three of SCRUB's ten published rounds).
+    """
+    lr_min, warmup_epochs = min(schedule.min_lr, schedule.lr), schedule.warmup_epochs
+    if schedule.sched == "step":
+        # timm's milestones count from 1.
+        return MultiStepLRScheduler(optimizer, [round(0.7 * schedule.epochs) + 1], decay_rate=0.1, warmup_t=warmup_epochs)
+    if schedule.sched == "cosine-by-epoch":
+        warmup = {"warmup_t": warmup_epochs, "warmup_lr_init": 1e-6}
+        return CosineLRScheduler(optimizer, t_initial=schedule.epochs, lr_min=lr_min, **warmup)
+    warmup = sum(steps[:warmup_epochs])
     return CosineLRScheduler(
         optimizer,
         t_initial=max(1, sum(steps) - warmup),
-        lr_min=min(schedule.min_lr, schedule.lr),
+        lr_min=lr_min,
         warmup_t=warmup,
         warmup_lr_init=0.0,
         warmup_prefix=True,

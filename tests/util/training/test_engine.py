@@ -24,7 +24,7 @@ def schedule(**changes) -> Schedule:
 
 
 def trainer_for(model, images, hardware, method=Pretrain, **changes) -> Trainer:
-    chosen = method(SimpleNamespace(batch_size=16), hardware)
+    chosen = method(SimpleNamespace(batch_size=16, mirror="on", epoch_over="longest"), hardware)
     task, planned = whole_set(images.labels, len(images.classes)), schedule(**changes)
     chosen.begin_task(model, task, images, planned.epochs)
     return Trainer(model, chosen, task, images, planned)
@@ -71,9 +71,7 @@ def test_a_run_repeats_bit_for_bit_and_a_resumed_one_too(make_recognizer, make_i
 # Updates of three epochs of four, six and six steps: within a pass, at its end, at an epoch's end, and twice.
 @pytest.mark.parametrize("moments", [[2], [6], [7], [4], [10], [16], [3, 5], [1, 2]])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_training_after_a_step_and_it_resumes_there(
-    moments, number, make_recognizer, make_images, cpu
-):
+def test_a_signal_ends_the_training_after_a_step_and_it_resumes_there(moments, number, make_recognizer, make_images, cpu):
     images = make_images()
     options = {"method": TwoPasses, "epochs": 3, "clip_grad": 1.0}
     whole = make_recognizer(pos_drop_rate=0.1)
