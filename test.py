@@ -46,7 +46,7 @@ def build_parser() -> options.Parser:
     subject.add_argument("--checkpoint", type=Path, metavar="FILE", help="ours or published layout")
     parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="to add, in the order of tasks")
     parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
-    parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
+    options.add_published(parser)
     options.add_data(parser)
     group = parser.add_argument_group("groups of classes")
     named = group.add_mutually_exclusive_group()
@@ -102,7 +102,7 @@ def main(argv: list[str] | None) -> None:
     if args.verify_record is not None:
         return confirm(args)
     hardware = options.hardware_of(args)
-    checkpoint = load_checkpoint(args.checkpoint, args.head)
+    checkpoint = load_checkpoint(args.checkpoint, args.head, args.published_adapters)
     for path in args.adapters:
         apply_adapters(checkpoint.model.backbone, load_tensors(path), path)
     if args.deposit is not None:

@@ -68,7 +68,7 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     add_config_option(parser)
     add_method_choice(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the pre-trained recognizer")
-    parser.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
+    options.add_published(parser)
     options.add_data(parser)
     group = parser.add_argument_group("forgetting protocol")
     count, ratio = options.number(int, 1), options.number(float, 1e-12, 1)
@@ -140,7 +140,7 @@ def make_tasks(args: argparse.Namespace, train_set: ImageSet) -> list[Forgetting
 
 def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     """All parts of a run. Raises UsageError if they do not fit together."""
-    checkpoint = load_checkpoint(args.checkpoint, args.head)
+    checkpoint = load_checkpoint(args.checkpoint, args.head, args.published_adapters)
     if checkpoint.forgotten:
         count = sum(map(len, checkpoint.forgotten))
         raise UsageError(

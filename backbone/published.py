@@ -4,8 +4,8 @@ Only names and layouts differ, and one scale: the published attention multiplies
 head_dim^-0.5, so the query rows of `qkv` are divided by (dim / 64)^½ on the way in and multiplied by it on the way out.
 There and back moves a query weight by at most one unit in the last place, and nothing else.
 
-A file is read as the published model reads it, with W apart from its adapters' (1/r) B A. (The published training loop
-writes its checkpoints in evaluation mode, where B A has already been added to W; a file does not say which it is.)
+A file with adapters does not say whether W already contains (1/r) B A. The published training loop writes its checkpoints
+in evaluation mode, where it does; its model, reading them, would add it once more.
 """
 
 import math

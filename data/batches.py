@@ -4,6 +4,7 @@ An epoch is one or more passes; a pass runs one or more streams of training imag
 in the training set. Every batch of a pass holds as many images of each stream, so that shapes never change within a pass.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,18 +18,19 @@ from data.image_set import ImageSet
 class Pass:
     """One pass of an epoch over `streams` (name → positions in the training set), `batch_size` images of each a step.
 
-    It lasts as long as the stream `over`, or the longest one; shorter ones start over in a new order.
+    It lasts as long as the stream `over`, or the longest one, at most `most_steps`; shorter ones start over in a new order.
     """
 
     streams: dict[str, Tensor]
     batch_size: int
     name: str = "train"
     over: str = "longest"
+    most_steps: int = sys.maxsize
 
     @property
     def steps(self) -> int:
         steps = {name: -(-len(indices) // self.sizes[name]) for name, indices in self.streams.items()}
-        return steps.get(self.over, max(steps.values()))
+        return min(self.most_steps, steps.get(self.over, max(steps.values())))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -54,7 +54,7 @@ def build_parser() -> options.Parser:
     group.add_argument("--before", type=Path, metavar="FILE", help="the pre-trained recognizer")
     group.add_argument("--after", type=Path, metavar="FILE", help="the one that was to forget")
     group.add_argument("--forget-classes", metavar="LIST", help="whom: ids or names, separated by commas")
-    group.add_argument("--head", help="head of a published checkpoint, which does not name its own (default: cosface)")
+    options.add_published(group)
     options.add_data(parser)
     parser.add_argument("--unseen", type=Path, metavar="DIR", help="<identity>/<image> of people in no training set")
     group = parser.add_argument_group("what is audited")
@@ -134,7 +134,7 @@ class Trail:
 
     def __init__(self, args: argparse.Namespace, before: Path, run: RunFolder | None = None) -> None:
         self.args, self.path, self.run, self.hardware = args, before, run, options.hardware_of(args)
-        self.before = load_once(before, args.head)
+        self.before = load_once(before, args.head, args.published_adapters)
         where = {key: getattr(args, key) for key in (*DATA_OPTIONS, "unseen", "images")}
         size = self.before.model.architecture.image_size
         self.data, self.unseen = load_data(tuple(where.items()), size, self.hardware.device)
@@ -183,7 +183,7 @@ class Trail:
         )
 
     def load(self, path: Path) -> Checkpoint:
-        checkpoint = load_once(path, self.args.head)
+        checkpoint = load_once(path, self.args.head, self.args.published_adapters)
         check_classes(checkpoint, self.data[0], path)
         return checkpoint
 

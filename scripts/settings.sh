@@ -10,7 +10,8 @@
 #   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any plain ViT
 #   EPOCHS      epochs of a forgetting task; PRETRAIN_EPOCHS those of pre-training
 #   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh deals its runs out over them; default: the first one
-#   JOBS_PER_GPU  of these runs, how many share a device; default 1. Small steps leave a large GPU idle: try 4
+#   JOBS_PER_GPU  of these runs, how many share a device; default: 1 on a GPU (small steps leave it idle: try 4), and
+#               without one a run on each core
 # Arguments after -- go to the Python script as they are.
 
 _caller=$PWD
@@ -32,9 +33,10 @@ if [ -z "${SETTING:-}" ]; then
 fi
 
 case "$SETTING" in
-paper) # arXiv 2403.11530 and 2501.09705
+paper) # arXiv 2403.11530 and 2501.09705, as their published code runs them
   MODEL=${MODEL:-face_vit_p8s8_d6}
   PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-1200} --batch-size 480 --lr 3e-4 --warmup-epochs 10"
+  PRETRAIN+=" --sched cosine-by-epoch --init published --mirror off"
   FORGET="--as-published ${EPOCHS:+--epochs $EPOCHS}"
   SINGLE_STEP="--alpha 1e-2 --sparsity-warmup-epochs 20 --bound 110 --beta 0.15" # of GS-LoRA
   ;;

@@ -216,6 +216,34 @@ def test_the_published_layout_goes_out_and_comes_back(colours, command, tmp_path
     assert found["published"]["acc"] == found["checkpoint"]["acc"]
 
 
+def test_a_published_checkpoint_with_adapters_is_not_guessed_at(colours, command, tmp_path):
+    model = ("--model", "face_vit_p8s8_d6", "--image-size", 16, "--depth", 1)
+    command("train_pretrain.py", "--data", colours, *model, "--epochs", 1, "--published-layout", "--output-dir", tmp_path)
+    state = torch.load(tmp_path / "published.pth", weights_only=True)
+    layer = "transformer.layers.0.1.fn.fn.net.0."
+    adapters = {f"{layer}lora_A": torch.randn(2, 512), f"{layer}lora_B": torch.randn(2048, 2)}
+    torch.save(state | adapters, tmp_path / "adapted.pth")
+    test = ("test.py", "--checkpoint", tmp_path / "adapted.pth", "--data", colours, "--output-dir", tmp_path / "t")
+    code, _, err = command(*test)
+    assert code == 2 and err.count("\n") == 1
+    assert "adapted.pth has adapters" in err and "add --published-adapters merged" in err
+    code, _, err = command(*test, "--published-adapters", "merged")
+    assert code == 0, err
+    forget = (
+        "train_forget.py",
+        "--checkpoint",
+        tmp_path / "adapted.pth",
+        "--data",
+        colours,
+        "--num-tasks",
+        1,
+        "--epochs",
+        1,
+    )
+    code, _, err = command(*forget, "--published-adapters", "apart", "--output-dir", tmp_path / "run")
+    assert code == 0, err
+
+
 def test_a_forgetting_run_in_the_published_layout(colours, command, tmp_path):
     model = ("--model", "face_vit_p12s8_d6", "--image-size", 16, "--depth", 1)
     command("train_pretrain.py", "--data", colours, *model, "--epochs", 1, "--output-dir", tmp_path)

@@ -12,9 +12,10 @@ def test_the_loss_is_the_cross_entropy_of_what_remains(begin, arithmetic):
     assert losses["total"].item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_one_pass_shows_each_remaining_image_once(begin):
-    begun = begin("retrain")
-    (plan,) = begun.method.passes(begun.method.task, 0, begun.method.epochs)
+def test_each_pass_of_an_epoch_shows_each_remaining_image_once(begin):
+    begun = begin("retrain", "--passes", "3")
+    plan, *others = begun.method.passes(begun.method.task, 0, begun.method.epochs)
+    assert others == [plan, plan]
     (stream,) = plan.streams.values()
     assert sorted(stream.tolist()) == sorted(begun.task.remain_indices.tolist())
 

@@ -1,5 +1,6 @@
 """SCRUB and SCRUB-S."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -57,6 +58,16 @@ def test_a_max_pass_shows_what_is_forgotten_and_a_min_pass_what_remains(begin, n
     (forget,), (remain,) = maximize.streams.values(), minimize.streams.values()
     assert sorted(forget.tolist()) == sorted(begun.task.forget_indices.tolist())
     assert sorted(remain.tolist()) == sorted(begun.task.remain_indices.tolist())
+
+
+@NAMES
+def test_where_more_is_forgotten_than_remains_a_max_pass_is_as_long_as_a_min_pass(begin, name):
+    for options, bounded in (((), True), (("--max-pass", "full"), False)):
+        begun = begin(name, "--batch-size", "2", *options, number=2, tasks=2)  # 2 classes are forgotten, 2 remain
+        task = replace(begun.task, remain_indices=begun.task.remain_indices[:5])
+        maximize, minimize = begun.method.passes(task, 0, begun.method.epochs)
+        assert minimize.steps == 3 < len(task.forget_indices) / 2
+        assert maximize.steps == (3 if bounded else -(-len(task.forget_indices) // 2))
 
 
 def distance(begun, arithmetic) -> float:

@@ -91,6 +91,16 @@ def add_data(parser: Parser) -> None:
     )
 
 
+def add_published(group: argparse._ActionsContainer) -> None:
+    """What a published checkpoint does not tell."""
+    group.add_argument("--head", help="margin head of a published checkpoint (default: cosface)")
+    group.add_argument(
+        "--published-adapters",
+        choices=("merged", "apart"),
+        help="whether the weights of a published checkpoint with adapters contain them already; its authors' files do",
+    )
+
+
 def add_hardware(parser: Parser) -> None:
     """The options of every script that runs a model."""
     group = parser.add_argument_group("hardware")

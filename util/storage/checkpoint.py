@@ -47,18 +47,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     torch_save(path, data)
 
 
-def load_checkpoint(path: Path, head: str | None = None) -> Checkpoint:
+def load_checkpoint(path: Path, head: str | None = None, adapters: str | None = None) -> Checkpoint:
     """Load one of our checkpoints or a published one, on the CPU.
 
     A published file does not say which margin head it was trained with; `head` does (default: cosface, or softmax
-    where the head has a bias).
+    where the head has a bias). Nor does one with adapters say whether its weights contain them: `adapters` ("merged" or
+    "apart") does. Raises UsageError if it is needed and not given.
     """
     data = torch_load(path)
     with readable(path):
         if isinstance(data, dict) and data.get("format") == FORMAT:
             return _load_own(path, data, head)
         if isinstance(data, dict) and is_published(data):
-            return _load_published(path, data, head)
+            return _load_published(path, data, head, adapters)
     raise UsageError(f"{path} is no checkpoint of a face recognizer, neither this project's nor a published one")
 
 
@@ -94,7 +95,7 @@ def _architecture(fields: dict) -> Architecture:
     return a
 
 
-def _load_published(path: Path, data: dict, head: str | None) -> Checkpoint:
+def _load_published(path: Path, data: dict, head: str | None, merged_or_apart: str | None) -> Checkpoint:
     _check_sizes(data, path)
     try:
         architecture, state, adapters = from_published(data, head)
@@ -102,7 +103,13 @@ def _load_published(path: Path, data: dict, head: str | None) -> Checkpoint:
         raise UsageError(f"{path}: {error}") from None
     model = build_recognizer(architecture)
     load_weights(model, state, path)
-    apply_adapters(model.backbone, adapters, path)
+    if merged_or_apart is None and any(tensor.any() for name, tensor in adapters.items() if name.endswith("lora_B")):
+        raise UsageError(
+            f"{path} has adapters, and does not say whether its weights contain them: add --published-adapters merged "
+            f"(the published training loop saves them so) or apart"
+        )
+    if merged_or_apart != "merged":
+        apply_adapters(model.backbone, adapters, path)
     return Checkpoint(model)
 
 

@@ -163,6 +163,25 @@ def test_published_checkpoints_too(tmp_path):
             load_checkpoint(tmp_path / "bad.pth")
 
 
+@pytest.mark.parametrize("said", ["merged", "apart"])
+def test_a_published_checkpoint_with_adapters_asks_whether_its_weights_contain_them(tmp_path, said):
+    model = small_recognizer(embed_dim=64, num_heads=1, depth=1)
+    state, layer = to_published(model), "transformer.layers.0.1.fn.fn.net.0."
+    a, b = torch.randn(4, 64), torch.randn(256, 4)
+    update = b @ a / 4  # as loralib scales it, with its default of 1
+    torch_save(tmp_path / "fresh.pth", state | {f"{layer}lora_A": a, f"{layer}lora_B": 0 * b})
+    weights = load_checkpoint(tmp_path / "fresh.pth").model.state_dict()  # B = 0: nothing to ask
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+    if said == "merged":  # what loralib's eval() leaves in the weights
+        state[f"{layer}weight"] = state[f"{layer}weight"] + update
+    torch_save(tmp_path / "trained.pth", state | {f"{layer}lora_A": a, f"{layer}lora_B": b})
+    with pytest.raises(UsageError, match="add --published-adapters merged"):
+        load_checkpoint(tmp_path / "trained.pth")
+    found = load_checkpoint(tmp_path / "trained.pth", adapters=said).model.backbone.blocks[0].mlp.fc1.weight
+    torch.testing.assert_close(found, model.backbone.blocks[0].mlp.fc1.weight + update, rtol=1e-5, atol=1e-5)
+
+
 def test_adapters_that_are_not_finite(tmp_path):
     save_file({"blocks.0.mlp.fc1.lora_A": torch.full((2, 32), float("inf"))}, tmp_path / "bad.safetensors")
     with pytest.raises(RunError, match="not finite"):
