@@ -133,7 +133,7 @@ def make_step(trainer: Trainer, undone: Collection[str]) -> Callable[[Batch], ob
     embed, teacher = trainer.model.embed, None
     if TEACHER in undone:  # its outputs are computed beside those that are looked up
         teacher = copy.deepcopy(trainer.model).eval()
-        trainer.hardware.compile_blocks(teacher)
+        trainer.hardware.compile_backbone(teacher)
 
     def step(batch: Batch) -> object:
         if FORWARD in undone:

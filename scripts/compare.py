@@ -19,6 +19,8 @@ from pathlib import Path
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import torch
+
 import train_forget
 from methods import METHODS, method_class
 from scripts.jobs import Job, add_job_options, deal_out, places
@@ -67,6 +69,7 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
 
 def run_here(job: Job) -> None:
     """Run in this process, which spares the start-up. What it prints goes to its log."""
+    torch.compiler.reset()  # what was compiled for the run before counts against the limit of this one's
     with job.open_log() as log, contextlib.redirect_stdout(log):
         try:
             train_forget.main(job.arguments)

@@ -115,8 +115,8 @@ def add_hardware(parser: Parser) -> None:
 def add_fast_path(parser: Parser) -> None:
     """Further ones of the scripts that train."""
     group = parser.add_argument_group("fast path")
-    _add_choice(group, "compile", ("on", "off"), "torch.compile the blocks; auto: if the run is long enough to gain")
-    _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where blocks are compiled for CUDA")
+    _add_choice(group, "compile", ("on", "off"), "torch.compile the backbone; auto: if the run is long enough to gain")
+    _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where the backbone is compiled for CUDA")
     _add_choice(group, "dropout", ("fast", "torch"), "how masks are drawn; auto: fast on a CPU, torch's on CUDA")
     _add_choice(group, "fused-optimizer", ("on", "off"), "one kernel a step; auto: where torch has one")
     group.add_argument("--deterministic", action="store_true", help="on CUDA: the same bits every time, slower; a CPU's are")

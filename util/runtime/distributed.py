@@ -10,6 +10,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from util.runtime.errors import UsageError
+
+# The first process may decode a large data set, or write it over a slow network, while the others wait.
+TIMEOUT = timedelta(hours=12)
 
 _alone = False
 
@@ -40,13 +44,13 @@ def start(device: str) -> str:
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device}: torchrun gives each process its own; use auto, cpu or cuda")
     if device == "cpu":
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=TIMEOUT)
     elif local >= count:
         raise UsageError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, but {count} CUDA devices; start fewer")
     else:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
-        dist.init_process_group("nccl", device_id=torch.device(device))
+        dist.init_process_group("nccl", device_id=torch.device(device), timeout=TIMEOUT)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  until the process ends
     return device

@@ -46,20 +46,21 @@ class Hardware:
         graphs = compiles and self.device.type == "cuda" and self.cuda_graphs is not False
         return replace(self, compile=compiles, cuda_graphs=graphs)
 
-    def compile_blocks(self, model: torch.nn.Module) -> None:
-        """Compile the transformer blocks, in place and each at its first call."""
+    def compile_backbone(self, model: torch.nn.Module) -> None:
+        """Compile the backbone, in place and at its first call; and its blocks, for whoever calls them one by one."""
         if not self.compile:
             return
         # All blocks share one function, compiled anew for each kind of block and shape of batch: 8 times is torch's limit.
         torch._dynamo.config.recompile_limit = 64
         mode = "reduce-overhead" if self.cuda_graphs else None
         for module in model.modules():
-            for block in getattr(module, "blocks", ()):
-                # Static: a shape's code does not depend on those before it, so a resumed run computes what the first did.
-                block.compile(mode=mode, dynamic=False)
+            if hasattr(module, "blocks"):
+                for part in (module, *module.blocks):
+                    # Static: a shape's code does not depend on those before it: a resumed run computes what the first did.
+                    part.compile(mode=mode, dynamic=False)
 
     def eager(self) -> contextlib.AbstractContextManager:
-        """Inside, compiled blocks run eagerly: for shapes that come once, and under `torch.func`."""
+        """Inside, what is compiled runs eagerly: for shapes that come once, and under `torch.func`."""
         return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
 
     def begin_step(self) -> None:
@@ -82,7 +83,7 @@ class Hardware:
         parts = ["bf16 autocast" if self.bf16 else "fp32", f"{'fused' if self.fused_attention else 'plain'} attention"]
         parts += ["class-token-only last block"] * self.cls_only_last_block
         parts += ["fast dropout"] * self.fast_dropout + ["fused optimizer"] * self.fused_optimizer
-        parts += ["compiled blocks"] * bool(self.compile) + ["CUDA graphs"] * bool(self.cuda_graphs)
+        parts += ["compiled"] * bool(self.compile) + ["CUDA graphs"] * bool(self.cuda_graphs)
         parts += [f"{distributed.world_size()} processes"] * (distributed.world_size() > 1)
         return f"{self.device.type} ({name}), {', '.join(parts)}"
 

@@ -41,7 +41,7 @@ class Trainer:
         self.position = Position()
         self.optimizer = make_optimizer(model, schedule, self.hardware)
         self.scheduler = make_scheduler(self.optimizer, schedule, steps_of_epochs(method, task, schedule.epochs))
-        self.hardware.compile_blocks(model)
+        self.hardware.compile_backbone(model)
         self.loss = parallel(Loss(model, method))
 
     @property
