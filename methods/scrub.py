@@ -1,6 +1,5 @@
 """SCRUB and SCRUB-S: scalable remembering and unlearning unbound (Kurmanji et al., NeurIPS 2023, arXiv 2302.09880)."""
 
-import sys
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ class SCRUB(Distillation):
     min pass over D_r:  L = γ · CE(z_r, y_r) + a · KL_T(teacher ‖ student)
 
     A round is a first half of epochs with a max and a min pass each, and a second half of epochs with a min pass alone;
-    the published 100 epochs are ten rounds of 5 + 5. A max pass is no longer than a min pass (its source forgets few images
-    of many): where more is forgotten than remains, the model would collapse. The teacher is θ₀.
+    the published 100 epochs are ten rounds of 5 + 5. A max pass is shorter than a min pass, as its source has it, which forgets
+    few images of many: else the model collapses. The teacher is θ₀.
     """
 
     name = "scrub"
@@ -40,9 +39,7 @@ class SCRUB(Distillation):
         Option("kd_weight", 0.1, "weight a of the min pass's KL", published=0.001),
         Option("temperature", 2.0, "temperature T of KL", low=0.01),
         Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
-        Option(
-            "max_pass", "bounded", "no longer than a min pass, or all of D_f", published="full", choices=("bounded", "full")
-        ),
+        Option("max_share", 1.0, "steps of a max pass, at most this share of a min pass's", published=1e9),
         KD_LOGITS,
     ]
 
@@ -55,7 +52,7 @@ class SCRUB(Distillation):
         minimize = Pass({"remain": task.remain_indices}, self.args.batch_size, "min")
         if 2 * self._place_in_round(epoch, epochs) >= epochs:
             return [minimize]
-        most = minimize.steps if self.args.max_pass == "bounded" else sys.maxsize
+        most = max(1, int(self.args.max_share * minimize.steps))
         return [Pass({"forget": task.forget_indices}, self.args.batch_size, "max", most_steps=most), minimize]
 
     def _place_in_round(self, epoch: int, epochs: int) -> int:

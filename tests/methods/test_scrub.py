@@ -61,13 +61,13 @@ def test_a_max_pass_shows_what_is_forgotten_and_a_min_pass_what_remains(begin, n
 
 
 @NAMES
-def test_where_more_is_forgotten_than_remains_a_max_pass_is_as_long_as_a_min_pass(begin, name):
-    for options, bounded in (((), True), (("--max-pass", "full"), False)):
-        begun = begin(name, "--batch-size", "2", *options, number=2, tasks=2)  # 2 classes are forgotten, 2 remain
-        task = replace(begun.task, remain_indices=begun.task.remain_indices[:5])
-        maximize, minimize = begun.method.passes(task, 0, begun.method.epochs)
-        assert minimize.steps == 3 < len(task.forget_indices) / 2
-        assert maximize.steps == (3 if bounded else -(-len(task.forget_indices) // 2))
+@pytest.mark.parametrize(("share", "steps"), [("1", 3), ("0.7", 2), ("0.1", 1), ("1e9", None)])
+def test_a_max_pass_takes_a_share_of_a_min_passes_steps(begin, name, share, steps):
+    begun = begin(name, "--batch-size", "2", "--max-share", share, number=2)
+    task = replace(begun.task, remain_indices=begun.task.remain_indices[:5])
+    maximize, minimize = begun.method.passes(task, 0, begun.method.epochs)
+    assert minimize.steps == 3
+    assert maximize.steps == (steps or -(-len(task.forget_indices) // 2))
 
 
 def distance(begun, arithmetic) -> float:
