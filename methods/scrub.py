@@ -21,7 +21,7 @@ class SCRUB(Distillation):
     min pass over D_r:  L = γ · CE(z_r, y_r) + a · KL_T(teacher ‖ student)
 
     A round is a first half of epochs with a max and a min pass each, and a second half of epochs with a min pass alone;
-    the published 100 epochs are ten rounds of 5 + 5. A max pass is shorter than a min pass, as its source has it, which forgets
+    the published 100 epochs are ten rounds of 5 + 5. A max pass is shorter than a min pass, as in the source, which forgets
     few images of many: else the model collapses. The teacher is θ₀.
     """
 

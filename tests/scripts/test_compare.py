@@ -16,6 +16,12 @@ from tests.conftest import ROOT, results_of
 from util.storage.folders import RunFolder
 
 
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch):
+    """Runs share this process, which spares start-ups."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+
 @pytest.fixture
 def extra_args(trained, colours):
     """What goes to train_forget.py: two tasks of one epoch."""
@@ -178,15 +184,26 @@ def test_wrong_requests_end_before_anything_runs(command, extra_args, tmp_path):
         assert not [*tmp_path.iterdir()]
 
 
-
-@pytest.mark.parametrize("dealt", [(), ("--jobs-per-gpu", "2")])
-def test_sigterm_ends_all_runs_saved(command, extra_args, tmp_path, dealt):
+@pytest.mark.parametrize("side_by_side", [1, 2])
+def test_sigterm_ends_all_runs_saved(command, extra_args, tmp_path, side_by_side):
     """In one process, and dealt out: the runs at hand save and end, none is started after them."""
-    words = ["--methods", "l2", "gs_lora", "ewc", *dealt, "--output-dir", tmp_path, *extra_args, "--epochs", 3000]
+    words = [
+        "--methods",
+        "l2",
+        "gs_lora",
+        "ewc",
+        "--jobs-per-gpu",
+        side_by_side,
+        "--output-dir",
+        tmp_path,
+        *extra_args,
+        "--epochs",
+        3000,
+    ]
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "compare.py", *map(str, words)], stderr=subprocess.PIPE, text=True
     )
-    started = ["l2"] if not dealt else ["l2", "gs_lora"]
+    started = ["l2", "gs_lora"][:side_by_side]
     end = time.monotonic() + 300
     while not all((tmp_path / f"{name}-seed1337" / "checkpoints" / "last.pth").exists() for name in started):
         assert time.monotonic() < end and process.poll() is None

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.resume import LastState
 
+ONE_DEVICE = Namespace(gpus=[], jobs_per_gpu=1)
+
 
 @pytest.fixture
 def early(colours, command, tmp_path_factory) -> Path:
@@ -45,7 +48,7 @@ def here(monkeypatch) -> list[str]:
     """References are trained in this process, which spares start-ups: the labels of those that were."""
     trained = []
 
-    def deal_out(jobs, gpus, environment):
+    def deal_out(jobs, gpus):
         for job in jobs:
             trained.append(job.label)
             with job.open_log() as log, contextlib.redirect_stdout(log):
@@ -136,7 +139,7 @@ def test_any_name_of_a_class_is_left_out(colours, recipe):
 
 def test_what_the_cache_has_is_not_trained_again(colours, recipe, here, capsys):
     jobs = [job_of(colours, recipe, (2, 7), seed) for seed in (1, 2, 1)]
-    train_references(jobs, [])
+    train_references(jobs, ONE_DEVICE)
     assert here == ["colours without 2 classes, seed 1", "colours without 2 classes, seed 2"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "references: 2 needed, 0 in the cache"
@@ -149,7 +152,7 @@ def test_what_the_cache_has_is_not_trained_again(colours, recipe, here, capsys):
         assert not checkpoint["model"]["head.weight"][[2, 7]].any()
     again = [job_of(colours, recipe, (7, 2), seed) for seed in (1, 2)]
     assert all(job.finished for job in again)
-    train_references(again, [])
+    train_references(again, ONE_DEVICE)
     assert len(here) == 2
     assert capsys.readouterr().out == ""
 
@@ -170,9 +173,9 @@ def test_an_interrupted_reference_is_continued_to_the_same_end(colours, recipe, 
     monkeypatch.setattr(Trainer, "train_one_epoch", note)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LastState, "after_epoch", cut)
-        train_references([job], [])
+        train_references([job], ONE_DEVICE)
     assert job.folder.last.exists() and not job.folder.finished
-    train_references([job_of(colours, recipe, (3,), seed=5)], [])
+    train_references([job_of(colours, recipe, (3,), seed=5)], ONE_DEVICE)
     assert epochs == [*range(5), *range(5, 7)]
     whole = ["" if word == str(job.folder.path) else word for word in job.arguments]
     whole[whole.index("")] = str(tmp_path / "whole")
@@ -181,21 +184,6 @@ def test_an_interrupted_reference_is_continued_to_the_same_end(colours, recipe, 
         torch.load(path, weights_only=True)["model"] for path in (job.folder.results, tmp_path / "whole" / "checkpoint.pth")
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
-
-
-@pytest.mark.parametrize("gpus", [[], ["0"], ["0", "1", "0", "1"]])
-def test_devices_or_cores_are_shared_out(gpus, colours, recipe, monkeypatch):
-    dealt = []
-
-    def deal_out(jobs, gpus, environment):
-        dealt.append((len(jobs), gpus, environment))
-        return iter(jobs)
-
-    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    train_references([job_of(colours, recipe, (9,), seed) for seed in (1, 2, 3)], gpus)
-    assert dealt == [(3, gpus, {}) if gpus else (3, ["", "", ""], {"OMP_NUM_THREADS": "2"})]
 
 
 def test_one_that_fails_is_named_in_one_line(early, colours, command, tmp_path):

@@ -34,7 +34,14 @@ def script(copy, colours, tmp_path, monkeypatch):
 
     def run(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         data = os.path.relpath(colours, tmp_path)
-        fast = {"PYTHON": sys.executable, "EPOCHS": "1", "PRETRAIN_EPOCHS": "1", "DATA": data, "SETTING": "small"}
+        fast = {
+            "PYTHON": sys.executable,
+            "EPOCHS": "1",
+            "PRETRAIN_EPOCHS": "1",
+            "DATA": data,
+            "SETTING": "small",
+            "JOBS_PER_GPU": "1",
+        }
         return subprocess.run(
             ["bash", copy / "scripts" / name, *arguments],
             env={**os.environ, **fast, **variables},

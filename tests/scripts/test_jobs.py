@@ -1,0 +1,44 @@
+"""Where runs go that share a machine."""
+
+import os
+from argparse import Namespace
+
+import pytest
+import torch
+
+from scripts.jobs import Job, deal_out, places
+from util.storage.folders import PretrainFolder
+
+
+@pytest.mark.parametrize(
+    ("gpus", "jobs_per_gpu", "cuda", "expected"),
+    [
+        ([], None, False, ["", "", ""]),  # a core each, of seven; no more than there are runs
+        ([], 2, False, ["", ""]),
+        ([], None, True, [""]),
+        ([], 2, True, ["", ""]),
+        (["0"], None, True, ["0"]),
+        (["0", "1"], 2, True, ["0", "1", "0", "1"]),
+    ],
+)
+def test_devices_or_cores_are_shared_out(monkeypatch, gpus, jobs_per_gpu, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert places(Namespace(gpus=gpus, jobs_per_gpu=jobs_per_gpu), 3) == expected
+
+
+@pytest.mark.parametrize(("own", "threads"), [(None, "3"), ("5", "5")])
+def test_runs_side_by_side_share_the_cores_and_see_one_gpu(monkeypatch, tmp_path, own, threads):
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.environ['OMP_NUM_THREADS'], os.environ.get('CUDA_VISIBLE_DEVICES'))")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if own:  # what the user says counts
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    jobs = [Job(name, PretrainFolder(tmp_path / name), str(script), []) for name in ("one", "two", "three")]
+    done = {job.label: (job.folder.path / "log.txt").read_text().split() for job in deal_out(jobs, ["", "4"])}
+    assert done.keys() == {"one", "two", "three"}
+    assert {seen[0] for seen in done.values()} == {threads}
+    assert {seen[1] for seen in done.values()} == {"None", "4"}
