@@ -21,7 +21,7 @@ class FDR(RelabelAndMatch):
     options = [
         *RelabelAndMatch.options,
         Option("lr", 1e-3),
-        Option("lambda", 10.0, "weight λ of the distance", published=50.0),
+        Option("lambda", 20.0, "weight λ of the distance", published=50.0),
         Option("distill_on", "probabilities", "what is matched", published="logits", choices=("probabilities", "logits")),
     ]
 

@@ -20,7 +20,7 @@ class LwF(RelabelAndMatch):
     options = [
         *RelabelAndMatch.options,
         Option("lr", 1e-3, published=1e-4),
-        Option("lambda_remain", 1.0, "weight λ_r of the replay", published=10.0),
+        Option("lambda_remain", 2.0, "weight λ_r of the replay", published=10.0),
         # The published distillation takes the logarithm of a log-softmax, which is NaN, and sets NaN to 0.
         Option("lambda_kd", 0.5, "weight λ_kd of the distillation", published=0.0),
         Option("temperature", 2.0, "temperature T of the distillation", low=0.01),

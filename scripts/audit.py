@@ -97,7 +97,9 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
 
 
 def request_number(text: str) -> int | str:
-    return text if text == "all" else options.number(int, 1)(text)
+    if text == "all" or (text.isdecimal() and int(text)):
+        return text if text == "all" else int(text)
+    raise argparse.ArgumentTypeError(f"{text} is neither the number of a request nor all")
 
 
 @dataclass

@@ -235,6 +235,17 @@ def test_all_requests_each_after_its_task_and_after_the_last(whole, run, here, c
     assert heads == ["Request 1", "Request 2", "Request 1, after task 2"]
 
 
+def test_requests_by_number_are_audited_after_their_tasks(run, here, command, tmp_path):  # noqa: F811
+    options = ("--figures", "readout", "--num-references", 3, "--num-originals", 1, "--output-dir", tmp_path)
+    code, _, err = command("scripts/audit.py", run, "--requests", 2, *options)
+    assert code == 0, err
+    (request,) = audit_of(tmp_path)["requests"]
+    assert (request["task"], request["after_task"], request["forget"]) == (2, 2, SECOND)
+    code, _, err = command("scripts/audit.py", run, "--requests", 1, 3, *options)
+    assert code == 2
+    assert err.startswith("audit.py: error: --requests 3: ") and err.endswith(" has finished 2 tasks\n")
+
+
 def test_a_first_look_is_three_figures_beside_three_references(whole, run, here, command, tmp_path):  # noqa: F811
     code, out, err = command("scripts/audit.py", run, "--quick", "--output-dir", tmp_path)
     assert code == 0, err
@@ -377,7 +388,8 @@ def test_nothing_to_audit_is_refused(run, command, tmp_path):
         (["--unseen", "absent"], 2, "absent: cannot be read as <class>/<image>"),
         (["--data", "absent"], 2, "absent: cannot be read as {train,test}/<class>/<image>"),
         (["--figures", "aura"], 2, "--figures: invalid choice: 'aura'"),
-        (["--requests", "some"], 2, "--requests: invalid choice: 'some'"),
+        (["--requests", "some"], 2, "--requests: some is neither the number of a request nor all"),
+        (["--requests", "0"], 2, "--requests: 0 is neither the number of a request nor all"),
         (["--num-references", 0], 2, "--num-references: 0 is out of range"),
         (["--head", "arcface"], 2, "was trained with --head cosface, not arcface"),
         (["--output-dir", __file__], 1, "cannot write"),
@@ -466,15 +478,7 @@ def test_data_of_other_people_are_refused(files, colours, tmp_path):
     ],
 )
 def test_what_is_wrong_is_found_before_a_reference_is_trained(
-    options,
-    code,
-    message,
-    early,
-    run,
-    poor,
-    command,
-    tmp_path,
-    monkeypatch,
+    options, code, message, early, run, poor, command, tmp_path, monkeypatch  # noqa: F811
 ):
     monkeypatch.setattr("scripts.references.train_references", lambda *_: pytest.fail("references were trained first"))
     shutil.copytree(poor / "test", tmp_path / "known")
