@@ -47,8 +47,10 @@ def add_job_options(group: argparse._ActionsContainer) -> None:
 
 def places(args: argparse.Namespace, count: int) -> list[str]:
     """Where `count` runs may run at once: GPUs by name, "" for the device that a run finds itself."""
-    cores = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    return (args.gpus or [""]) * (args.jobs_per_gpu or (1 if args.gpus else max(1, min(cores, count))))
+    cores = 1 if args.gpus or torch.cuda.is_available() else os.cpu_count() or 1
+    # Three runs on two cores end sooner at once than two and then one. Without a second core there is nothing to gain.
+    at_once = count if 1 < cores <= count < 2 * cores else min(cores, count)
+    return (args.gpus or [""]) * (args.jobs_per_gpu or max(1, at_once))
 
 
 def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:

@@ -27,6 +27,16 @@ def test_devices_or_cores_are_shared_out(monkeypatch, gpus, jobs_per_gpu, cuda, 
     assert places(Namespace(gpus=gpus, jobs_per_gpu=jobs_per_gpu), 3) == expected
 
 
+WAVES = [(2, 3, 3), (2, 4, 2), (2, 13, 2), (2, 1, 1), (1, 3, 1), (1, 1, 1), (8, 13, 13)]
+
+
+@pytest.mark.parametrize(("cores", "runs", "at_once"), WAVES)
+def test_a_wave_that_would_leave_cores_idle_joins_the_one_before(monkeypatch, cores, runs, at_once):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert places(Namespace(gpus=[], jobs_per_gpu=None), runs) == [""] * at_once
+
+
 @pytest.mark.parametrize(("own", "threads"), [(None, "3"), ("5", "5")])
 def test_runs_side_by_side_share_the_cores_and_see_one_gpu(monkeypatch, tmp_path, own, threads):
     script = tmp_path / "script.py"
