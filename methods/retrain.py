@@ -21,7 +21,7 @@ class Retrain(Method):
     options = [
         Option("lr", 1e-3, published=3e-4),
         Option("warmup_epochs", 1, published=5),
-        Option("passes", 10, "passes over D_r that an epoch makes", published=1, low=1),
+        Option("passes", 4, "passes over D_r that an epoch makes", published=1, low=1),
         Option("init", "timm", "random weights to start from", published="published", choices=("timm", "published")),
         Option("restart", "task", "start anew each task, or once", published="run", choices=("task", "run")),
     ]
