@@ -49,8 +49,11 @@ class Distillation(Method):
 
     options = (Option("teacher", "task", "as it enters the task, or the run", published="run", choices=("task", "run")),)
 
+    pretrained: Recognizer | None = None
+
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
-        self.pretrained = copy.deepcopy(model) if self.args.teacher == "run" else None
+        if self.args.teacher == "run":
+            self.pretrained = copy.deepcopy(model)
 
     def teacher_of(self, model: Recognizer) -> Recognizer:
         """θ₀, where `model` is the one that enters the task."""

@@ -74,6 +74,7 @@ class Bench:
         """At the start of the task, with a rate so small that the weights last."""
         words = f"--batch-size {self.batch_size} --epochs 100 --lr 1e-6 --min-lr 0 --checkpoint none"
         args = train_forget.parse_arguments([*words.split(), "--method", name if name in METHODS else "retrain"])
+        args.mirror = "on"  # an option of pre-training
         method = METHODS.get(name, Pretrain)(args, hardware)
         model, task = untrained(self.model, hardware), self.task if name in METHODS else self.whole
         method.begin_task(model, task, self.faces, args.epochs)

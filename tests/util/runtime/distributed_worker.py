@@ -39,6 +39,7 @@ def train(
     (task,) = drawn_tasks(images.labels, 6, num_tasks=1, per_task=1, seed=0, data_ratio=1.0)
     words = ["--method", "gs_lora" if name == "pretrain" else name, "--checkpoint", "none", "--batch-size", "9"]
     args = train_forget.parse_arguments([*words, "--epochs", "2", "--lr", "1e-3"])
+    args.mirror = "on"  # an option of pre-training
     model = to_device(small_recognizer(pos_drop_rate=drop, proj_drop_rate=drop), hardware)
     method = (Pretrain if name == "pretrain" else METHODS[name])(args, hardware)
     torch.manual_seed(5)
