@@ -29,7 +29,7 @@ LEFT_OUT = {"help", "output_dir", "cache_dir", "compile", "pretrained"}
 
 def parser_of(script: str, method: str) -> argparse.ArgumentParser:
     if script == "train_forget.py":
-        return train_forget.build_parser(METHODS[method], False)
+        return train_forget.build_parser(METHODS[method], None)
     return train_pretrain.build_parser() if script == "train_pretrain.py" else test.build_parser()
 
 
