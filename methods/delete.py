@@ -1,0 +1,38 @@
+"""DELETE: decoupled distillation to erase (Zhou et al., CVPR 2025, arXiv 2503.23751)."""
+
+import torch
+from torch import Tensor
+
+from backbone.recognizer import Recognizer
+from data.batches import Batch, Pass
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import Option
+from methods.distillation import Distillation, Teacher, kl_divergence
+
+NEVER = -1e4  # a logit whose softmax is zero; with −∞ the divergence would be 0 · ∞
+
+
+class DELETE(Distillation):
+    """L = KL(teacher without its own class ‖ h_f), over D_f alone
+
+    The teacher's softmax over all other classes says what the image looks like otherwise. No remaining image is needed.
+    """
+
+    name = "delete"
+    title = "DELETE"
+    source = "arXiv 2503.23751"
+    options = [*Distillation.options, Option("lr", 1e-4)]
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
+        self.teacher = Teacher(self.teacher_of(model), train_set, task.forget_indices, self.hardware)
+
+    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+        return [Pass({"forget": task.forget_indices}, self.args.batch_size)]
+
+    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+        classes = torch.arange(model.head.weight.shape[0], device=batch.labels.device)
+        others = self.teacher.logits(batch.indices).masked_fill(classes == batch.labels[:, None], NEVER)
+        forget = kl_divergence(others, model(batch.images))
+        return {"total": forget}

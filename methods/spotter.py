@@ -1,0 +1,78 @@
+"""Spotter: masked distillation around the forgotten faces, and dispersion of them (Ha et al., arXiv 2506.01318)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backbone.recognizer import Recognizer
+from data.batches import Batch, Pass
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from methods.base import Option
+from methods.delete import NEVER
+from methods.distillation import Distillation, Teacher, kl_divergence
+
+STEP, STEPS = 0.01, 3  # of the perturbation, as published
+
+
+class Spotter(Distillation):
+    """L = λ · KL(masked teacher ‖ h_f) + (1 − λ) · KL(masked teacher ‖ h_p) + μ · mean cos(e_f, e_f′), over D_f alone
+
+    The teacher's softmax is masked at all classes forgotten now. p are forgotten images perturbed by up to ε towards θ₀'s
+    next best class, once a task; f, f′ are pairs of one identity in a batch, which are to lie apart.
+    """
+
+    name = "spotter"
+    title = "Spotter"
+    source = "arXiv 2506.01318"
+    options = [
+        *Distillation.options,
+        Option("lr", 1e-4),
+        Option("lambda", 0.7, "weight λ of the images as they are", high=1),
+        Option("dispersion", 1.0, "weight μ of the dispersion"),
+        Option("epsilon", 0.03, "largest perturbation of a pixel, of 1", high=1),
+    ]
+
+    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+        super().begin_task(model, task, train_set, epochs)
+        teacher = self.teacher_of(model)
+        self.teacher = Teacher(teacher, train_set, task.forget_indices, self.hardware)
+        home = task.forget_indices.to(train_set.images.device)
+        images, labels = (part[home].to(self.hardware.device) for part in (train_set.images, train_set.labels))
+        chunks = zip(images.split(self.hardware.eval_batch), labels.split(self.hardware.eval_batch), strict=True)
+        self.near = torch.cat([self._perturbed(teacher, *chunk) for chunk in chunks])
+        near_set = ImageSet("near", self.near, labels, train_set.classes)
+        self.near_teacher = Teacher(teacher, near_set, torch.arange(len(near_set)), self.hardware)
+        self.forgotten = torch.tensor(task.forget, device=self.hardware.device)
+
+    def _perturbed(self, teacher: Recognizer, images: Tensor, labels: Tensor) -> Tensor:
+        """Projected sign-gradient steps on uint8 images (B, 3, H, W), within ε of them; returned as uint8."""
+        original, limit = images.float(), 255 * self.args.epsilon
+        with torch.no_grad():
+            logits = teacher(images)
+            target = logits.scatter(1, labels[:, None], NEVER).argmax(dim=1)
+        moved = (original + limit * (2 * torch.rand_like(original) - 1)).clamp(0, 255)
+        for _ in range(STEPS):
+            moved.requires_grad_(True)
+            (gradient,) = torch.autograd.grad(F.cross_entropy(teacher(moved), target), moved)
+            moved = moved.detach() - 255 * STEP * gradient.sign()
+            moved = torch.minimum(torch.maximum(moved, original - limit), original + limit).clamp(0, 255)
+        return moved.round().to(torch.uint8)
+
+    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+        return [Pass({"forget": task.forget_indices}, self.args.batch_size)]
+
+    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+        rows, count = self.teacher.rows[batch.indices], len(batch)
+        embeddings = model.embed(torch.cat([batch.images, self.near[rows]]))
+        logits = model.head(embeddings)
+        as_is = kl_divergence(self._masked(self.teacher.logits(batch.indices)), logits[:count])
+        near = kl_divergence(self._masked(self.near_teacher.logits(rows)), logits[count:])
+        unit = F.normalize(embeddings[:count].float())
+        pairs = (batch.labels[:, None] == batch.labels).float().fill_diagonal_(0)
+        together = (pairs * (unit @ unit.T)).sum() / pairs.sum().clamp(min=1)
+        total = self.args.lambda_ * as_is + (1 - self.args.lambda_) * near + self.args.dispersion * together
+        return {"total": total, "forget": as_is, "near": near, "together": together}
+
+    def _masked(self, logits: Tensor) -> Tensor:
+        return logits.index_fill(1, self.forgotten, NEVER)

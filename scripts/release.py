@@ -1,0 +1,130 @@
+"""Write what may leave the house after a deletion: the model without a trace of the names and rows of the forgotten.
+
+python scripts/release.py --checkpoint RUN/checkpoints/task_2.pth --output-dir DIR
+Leaves checkpoint.pth (as of this project, with the remaining classes alone), backbone.safetensors (timm's names) and
+model.onnx (uint8 images (N, 3, H, W) → embeddings of unit length (N, dim)), and checks that all three embed alike.
+What stays behind: the run's folder. Its earlier checkpoints, adapters, deposits and states can undo the deletion.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A script's own folder, not the repository's root, is where Python looks first.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from backbone.heads import HEADS
+from backbone.recognizer import Recognizer
+from util.cli import options
+from util.cli.main import run_main
+from util.runtime.errors import RunError, UsageError
+from util.runtime.files import atomic_write, load_tensors, save_tensors
+from util.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+TOLERANCE = 1e-4  # of a coordinate of an embedding of unit length
+
+
+class Embedder(nn.Module):
+    """What is exported: images uint8 (N, 3, H, W), RGB → embeddings (N, dim) of unit length."""
+
+    def __init__(self, model: Recognizer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.normalize(self.model.embed(images))
+
+
+def released(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the rows and names of the remaining classes alone, and nothing said of others."""
+    gone = {c for task in checkpoint.forgotten for c in task}
+    count = checkpoint.model.architecture.num_classes
+    kept = [c for c in range(count) if c not in gone]
+    architecture = replace(checkpoint.model.architecture, num_classes=len(kept))
+    old = checkpoint.model.head
+    head = HEADS[architecture.head](old.weight.shape[1], len(kept), **architecture.head_options)
+    head.load_state_dict({name: rows[kept] for name, rows in old.state_dict().items()})  # all of a head's tensors are rows
+    classes = tuple(checkpoint.classes[c] for c in kept) if checkpoint.classes else ()
+    return Checkpoint(Recognizer(architecture, checkpoint.model.backbone, head), classes)
+
+
+def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    names = {"input_names": ["images"], "output_names": ["embeddings"]}
+    with tempfile.TemporaryDirectory() as folder:  # torch writes by itself, and not atomically
+        file = Path(folder) / path.name
+        batch = torch.export.Dim("images")
+        torch.onnx.export(
+            embedder, (example,), file, **names, dynamo=True, dynamic_shapes=[{0: batch}], external_data=False, verbose=False
+        )
+        content = file.read_bytes()
+    with atomic_write(path) as target:
+        target.write(content)
+
+
+def embed_with(folder: Path, checkpoint: Checkpoint, images: Tensor) -> dict[str, Tensor]:
+    """The embeddings that each of the files in `folder` gives, by file name."""
+    found = {"checkpoint.pth": Embedder(load_checkpoint(folder / "checkpoint.pth").model.eval())(images)}
+    a = checkpoint.model.architecture
+    backbone = timm.create_model(a.model, num_classes=0, img_size=a.image_size, **a.model_options).eval()
+    backbone.load_state_dict(load_tensors(folder / "backbone.safetensors"))
+    found["backbone.safetensors"] = F.normalize(backbone(checkpoint.model.normalize(images)))
+    if (folder / "model.onnx").exists():
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        found["model.onnx"] = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return found
+
+
+@torch.no_grad()
+def main(argv: list[str] | None) -> None:
+    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the model after a task, ours")
+    parser.add_argument("--output-dir", type=Path, required=True, help="an empty folder, or one to be made")
+    parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="write model.onnx")
+    args = parser.parse_args(argv)
+    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+        raise UsageError(f"{args.output_dir} is not empty: what is there would leave the house as well")
+    for package in ("onnxscript", "onnxruntime") if args.onnx else ():
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            raise UsageError("model.onnx needs further packages: pip install onnxscript onnxruntime; or --no-onnx") from None
+    checkpoint = load_checkpoint(args.checkpoint)
+    if not checkpoint.forgotten:
+        raise UsageError(f"{args.checkpoint} has forgotten nobody: give the checkpoint of a run's task")
+    model = released(checkpoint)
+    model.model.eval()
+    a = model.model.architecture
+
+    save_checkpoint(args.output_dir / "checkpoint.pth", model)
+    about = {key: value for key, value in asdict(a).items() if key in ("model", "image_size", "model_options")}
+    state = {name: tensor.contiguous() for name, tensor in model.model.backbone.state_dict().items()}
+    save_tensors(args.output_dir / "backbone.safetensors", state, {name: json.dumps(v) for name, v in about.items()})
+    if args.onnx:
+        write_onnx(args.output_dir / "model.onnx", Embedder(model.model), a.image_size)
+
+    shape = (8, 3, a.image_size, a.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = Embedder(checkpoint.model.eval())(images)
+    for name, embeddings in embed_with(args.output_dir, model, images).items():
+        error = (embeddings - expected).abs().max().item()
+        if not error <= TOLERANCE:
+            raise RunError(f"{args.output_dir / name} embeds otherwise than {args.checkpoint}: off by {error:.1g}")
+        print(f"{name}: embeds as the checkpoint does, to {error:.1g}")
+    gone = sum(map(len, checkpoint.forgotten))
+    print(f"{args.output_dir}: {a.num_classes} classes, none of the {gone} forgotten; the run's folder stays behind")
+
+
+if __name__ == "__main__":
+    run_main(main)

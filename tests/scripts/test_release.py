@@ -1,0 +1,99 @@
+"""What leaves the house after a deletion."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import SMALL, coloured_images, write_folder
+from util.storage.checkpoint import load_checkpoint
+
+NAMES = tuple(f"Person Number {letter}" for letter in "ABCDEFGHIJ")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Path:
+    train, test = (replace(coloured_images(10, 6, 32, seed=seed), classes=NAMES) for seed in (0, 1))
+    return write_folder(tmp_path_factory.mktemp("release") / "people", train, test)
+
+
+@pytest.fixture
+def forgotten(people, command, tmp_path_factory) -> Path:
+    """A run of two tasks, made once."""
+    folder = people.parent
+    run = folder / "run"
+    if not run.exists():
+        options = ("--epochs", 2, "--batch-size", 12, "--output-dir", folder / "pretrained")
+        code, _, err = command("train_pretrain.py", "--data", people, *SMALL, *options)
+        assert code == 0, err
+        who = ("--forget-classes", f"{NAMES[2]}, {NAMES[7]}", "--then", NAMES[4])
+        shared = ("--checkpoint", folder / "pretrained" / "checkpoint.pth", "--data", people, "--output-dir", run)
+        code, _, err = command("train_forget.py", *shared, *who, "--epochs", 1, "--batch-size", 6, "--data-ratio", 1)
+        assert code == 0, err
+    return run / "checkpoints" / "task_2.pth"
+
+
+def smallest_angle(content: bytes, row: np.ndarray) -> float:
+    """The largest |cosine| between `row` and any stretch of float32 numbers of its length, wherever in the file."""
+    kernel, found = torch.from_numpy(row / np.linalg.norm(row))[None, None].double(), 0.0
+    for offset in range(4):
+        count = (len(content) - offset) // 4
+        values = torch.from_numpy(np.frombuffer(content, np.float32, count, offset).copy())
+        values = torch.where(values.abs() < 1e6, values, 0.0).nan_to_num().double()[None, None]
+        dots = torch.nn.functional.conv1d(values, kernel)
+        lengths = torch.nn.functional.conv1d(values.square(), torch.ones_like(kernel)).sqrt()
+        found = max(found, (dots / lengths.clamp(min=1e-12)).abs().max().item())
+    return found
+
+
+def test_nothing_of_the_forgotten_is_released(forgotten, people, command, tmp_path):
+    out = tmp_path / "released"
+    code, stdout, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", out)
+    assert code == 0, err
+    assert "7 classes, none of the 3 forgotten" in stdout
+    files = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(files) == {"checkpoint.pth", "backbone.safetensors", "model.onnx"}
+    before = load_checkpoint(forgotten).model.head.weight.detach().numpy()
+    for name, content in files.items():
+        for c in (2, 7, 4):
+            assert NAMES[c].encode() not in content, name
+            assert smallest_angle(content, before[c]) < 0.9, name
+        assert str(people.parent).encode() not in content, name
+    # The search finds what is there.
+    assert all(smallest_angle(files["checkpoint.pth"], before[c]) > 0.999999 for c in (0, 9))
+    assert all(NAMES[c].encode() in files["checkpoint.pth"] for c in (0, 9))
+
+
+def test_the_released_checkpoint_knows_the_others_as_before(forgotten, people, command, tmp_path):
+    out = tmp_path / "released"
+    code, _, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", out, "--no-onnx")
+    assert code == 0, err
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pth", "backbone.safetensors"}
+    before, after = load_checkpoint(forgotten), load_checkpoint(out / "checkpoint.pth")
+    kept = [c for c in range(10) if c not in (2, 4, 7)]
+    assert after.classes == tuple(NAMES[c] for c in kept)
+    assert (after.forgotten, after.info) == ([], {})
+    images = coloured_images(10, 2, 32).images
+    torch.testing.assert_close(after.model.eval()(images), before.model.eval()(images)[:, kept])
+
+
+def test_a_model_that_forgot_nobody_and_a_full_folder_are_refused(forgotten, people, command, tmp_path):
+    pretrained = people.parent / "pretrained" / "checkpoint.pth"
+    code, _, err = command("scripts/release.py", "--checkpoint", pretrained, "--output-dir", tmp_path / "new")
+    assert code == 2
+    assert "has forgotten nobody" in err
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "notes.txt").write_text("names")
+    code, _, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", tmp_path)
+    assert code == 2
+    assert "is not empty" in err
+
+
+def test_without_onnxs_packages_one_line_says_what_to_install(forgotten, command, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    code, _, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", tmp_path / "new")
+    assert code == 2
+    assert "pip install" in err
+    assert not (tmp_path / "new").exists()
