@@ -9,7 +9,7 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
 from methods.importance import mean_importance
-from methods.relabel import wrong_labels
+from methods.relabel import draw_labels
 
 
 class SalUn(Method):
@@ -41,7 +41,8 @@ class SalUn(Method):
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, labels = batch.split(model(batch.images)), batch.split(batch.labels)
-        forget = model.head.loss_of_logits(logits["forget"], wrong_labels(labels["forget"], len(self.train_set.classes)))
+        wrong = draw_labels("all", labels["forget"], self.task, len(self.train_set.classes))
+        forget = model.head.loss_of_logits(logits["forget"], wrong)
         remain = model.head.loss_of_logits(logits["remain"], labels["remain"])
         return {"total": forget + self.args.lambda_ * remain, "forget": forget, "remain": remain}
 

@@ -54,7 +54,7 @@ def released(checkpoint: Checkpoint) -> Checkpoint:
     head = HEADS[architecture.head](old.weight.shape[1], len(kept), **architecture.head_options)
     head.load_state_dict({name: rows[kept] for name, rows in old.state_dict().items()})  # all of a head's tensors are rows
     classes = tuple(checkpoint.classes[c] for c in kept) if checkpoint.classes else ()
-    return Checkpoint(Recognizer(architecture, checkpoint.model.backbone, head), classes)
+    return Checkpoint(Recognizer(architecture, checkpoint.model.backbone, head).eval(), classes)
 
 
 def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
@@ -104,7 +104,6 @@ def main(argv: list[str] | None) -> None:
     if not checkpoint.forgotten:
         raise UsageError(f"{args.checkpoint} has forgotten nobody: give the checkpoint of a run's task")
     model = released(checkpoint)
-    model.model.eval()
     a = model.model.architecture
 
     save_checkpoint(args.output_dir / "checkpoint.pth", model)
@@ -112,7 +111,7 @@ def main(argv: list[str] | None) -> None:
     state = {name: tensor.contiguous() for name, tensor in model.model.backbone.state_dict().items()}
     save_tensors(args.output_dir / "backbone.safetensors", state, {name: json.dumps(v) for name, v in about.items()})
     if args.onnx:
-        write_onnx(args.output_dir / "model.onnx", Embedder(model.model), a.image_size)
+        write_onnx(args.output_dir / "model.onnx", Embedder(model.model).eval(), a.image_size)
 
     shape = (8, 3, a.image_size, a.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

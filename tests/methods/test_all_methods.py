@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backbone.recognizer import to_device
-from methods import METHODS
+from methods import METHODS, PUBLISHED
 from train_forget import build_parser, parse_arguments
 from util.runtime.errors import UsageError
 from util.training.engine import Trainer
@@ -14,6 +14,10 @@ from util.training.monitor import Monitor
 from util.training.optim import Schedule, derived_seed
 
 ALL = pytest.mark.parametrize("name", list(METHODS))
+TRAINED = [name for name in METHODS if name != "ssd"]  # which makes no pass
+TRAINING = pytest.mark.parametrize("name", TRAINED)
+PUBLISHED_ONES = pytest.mark.parametrize("name", [method.name for method in PUBLISHED])
+ADAPTERS = ("gs_lora", "gs_lora_pp", "unseen")
 # Of the methods that keep something over epochs: settings by which it matters within four epochs.
 SHORT = {
     "gs_lora": ("--sparsity-warmup-epochs", "1", "--alpha", "0.1", "--negligible", "0"),
@@ -31,12 +35,12 @@ def expected_trainable(name: str, model) -> set[str]:
     if name == "lirf":
         lower = ("cls_token", "pos_embed", "patch_embed.", "blocks.0.")
         return {n for n in names if n.startswith("deposit.") or n.removeprefix("backbone.").startswith(lower)}
-    if name.startswith("gs_lora"):
+    if name in ADAPTERS:
         return {n for n in names if n.endswith(("lora_A", "lora_B"))}
     return {n for n in names if n.startswith("backbone.")}
 
 
-@ALL
+@TRAINING
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_method_trains_what_it_should_and_moves_no_head(begin, name, number):
     begun = begin(name, *SHORT.get(name, ()), number=number)
@@ -67,7 +71,7 @@ def test_beginning_a_task_changes_no_output_but_retrains(begin, name):
     assert same == (name != "retrain")
 
 
-@pytest.mark.parametrize(("name", "pass_number"), [*((name, 0) for name in METHODS), ("scrub", 1), ("scrub_s", 1)])
+@pytest.mark.parametrize(("name", "pass_number"), [*((name, 0) for name in TRAINED), ("scrub", 1), ("scrub_s", 1)])
 def test_the_gradient_is_that_of_the_loss(begin, monkeypatch, name, pass_number):
     """Along the gradient the total rises as fast as the gradient is long, whatever its parts detach."""
     monkeypatch.setattr("methods.relabel.wrong_labels", lambda y, n: (y + 1) % n)
@@ -127,7 +131,7 @@ def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]
     assert not [name for name in first if not torch.equal(first[name], second[name])]
 
 
-@ALL
+@TRAINING
 @pytest.mark.parametrize("epochs_done", [1, 2, 3])
 def test_a_task_continues_from_its_saved_state_as_if_never_interrupted(make_trainer, name, epochs_done):
     states, weights = [], []
@@ -153,7 +157,7 @@ def test_a_task_continues_from_its_saved_state_as_if_never_interrupted(make_trai
         assert_equal(second[kind], values)
 
 
-@ALL
+@TRAINING
 def test_training_leaves_the_head_and_what_is_frozen(make_trainer, name):
     trainer = make_trainer(name)
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -212,7 +216,7 @@ def test_the_defaults_and_zero_weights_are_possible(name):
     assert all(getattr(args, option.dest) in (0, [0]) for option in weights)
 
 
-@ALL
+@PUBLISHED_ONES
 def test_published_values_are_of_the_options_kind(name):
     options = {option.name: option for option in METHODS[name].options}.values()
     assert published_of(name)
@@ -222,13 +226,13 @@ def test_published_values_are_of_the_options_kind(name):
         assert option.help or option.name in SHARED
 
 
-@ALL
+@PUBLISHED_ONES
 def test_as_published_sets_them(name):
     args = parse_arguments(["--method", name, "--checkpoint", "x", "--as-published"])
     assert {key: getattr(args, key) for key in published_of(name)} == published_of(name)
 
 
-@ALL
+@PUBLISHED_ONES
 def test_an_explicit_option_wins_over_the_published_value(name):
     published = published_of(name)
     actions = {action.dest: action for action in build_parser(METHODS[name], None)._actions}
