@@ -29,18 +29,14 @@ class SSD(Method):
     def loss(self, model: Recognizer, batch: Batch) -> dict:
         raise NotImplementedError("SSD makes no pass")
 
-    @torch.no_grad()
     def end_task(self, model: Recognizer) -> TaskOutput:
-        task = self.task
-        seen = torch.cat([task.forget_indices, task.remain_indices])
-        of_all, of_forget = (self._fisher(model, indices) for indices in (seen, task.forget_indices))
-        for name, forget in of_forget.items():
-            factor = (self.args.dampening * of_all[name] / forget.clamp(min=1e-30)).clamp(max=1)
-            chosen = forget > self.args.selection * of_all[name]
-            model.get_parameter(name).mul_(torch.where(chosen, factor, 1.0))
+        forget, remain = self.task.forget_indices, self.task.remain_indices
+        what = model, model.head.loss_of_logits, torch.square, self.train_set
+        of_forget, of_remain = (mean_importance(*what, indices, self.hardware) for indices in (forget, remain))
+        share = len(forget) / (len(forget) + len(remain))
+        for name, own in of_forget.items():
+            of_all = share * own + (1 - share) * of_remain[name]
+            factor = (self.args.dampening * of_all / own.clamp(min=1e-30)).clamp(max=1)
+            parameter = model.get_parameter(name).detach()
+            parameter.mul_(torch.where(own > self.args.selection * of_all, factor, 1.0))
         return TaskOutput()
-
-    def _fisher(self, model: Recognizer, indices: torch.Tensor) -> dict[str, torch.Tensor]:
-        with torch.enable_grad():
-            data = self.train_set, indices, self.hardware
-            return mean_importance(model, model.head.loss_of_logits, torch.square, *data)

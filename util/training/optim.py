@@ -81,7 +81,7 @@ def make_scheduler(optimizer: Optimizer, schedule: Schedule, steps: list[int]) -
     warmup = sum(steps[:warmup_epochs])
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, sum(steps) - warmup),
+        t_initial=max(2, sum(steps) - warmup),  # of 1, timm warns
         lr_min=lr_min,
         warmup_t=warmup,
         warmup_lr_init=0.0,
