@@ -60,13 +60,16 @@ def released(checkpoint: Checkpoint) -> Checkpoint:
 def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     names = {"input_names": ["images"], "output_names": ["embeddings"]}
-    with tempfile.TemporaryDirectory() as folder:  # torch writes by itself, and not atomically
-        file = Path(folder) / path.name
-        batch = torch.export.Dim("images")
-        torch.onnx.export(
-            embedder, (example,), file, **names, dynamo=True, dynamic_shapes=[{0: batch}], external_data=False, verbose=False
-        )
-        content = file.read_bytes()
+    shapes = [{0: torch.export.Dim("images")}]
+    program = torch.onnx.export(embedder, (example,), **names, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    graph = program.model.graph
+    for part in (program.model, graph, *graph.all_nodes(), *graph.initializers.values()):
+        part.metadata_props.clear()  # the exporter's notes name the files of this machine
+        for value in getattr(part, "outputs", ()):
+            value.metadata_props.clear()
+    with tempfile.TemporaryDirectory() as folder:  # the exporter writes by itself, and not atomically
+        program.save(Path(folder) / path.name, external_data=False)
+        content = (Path(folder) / path.name).read_bytes()
     with atomic_write(path) as target:
         target.write(content)
 

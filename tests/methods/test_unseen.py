@@ -46,7 +46,9 @@ def expected_targets(begun, arithmetic, person: float, likeness: float, sharpnes
     return unit((1 - likeness) * erased + likeness * unit(weights @ e_r))
 
 
-@pytest.mark.parametrize(("person", "likeness", "sharpness"), [(0.4, 0.6, 0.5), (0.0, 0.0, 0.5), (1.0, 0.3, 2.0), (0.5, 1.0, 0.1)])
+@pytest.mark.parametrize(
+    ("person", "likeness", "sharpness"), [(0.4, 0.6, 0.5), (0.0, 0.0, 0.5), (1.0, 0.3, 2.0), (0.5, 1.0, 0.1)]
+)
 def test_targets_are_their_formula(begin, arithmetic, person, likeness, sharpness):
     options = ("--person", str(person), "--likeness", str(likeness), "--sharpness", str(sharpness))
     begun = begin("unseen", *options, moved=False)

@@ -60,6 +60,7 @@ def test_nothing_of_the_forgotten_is_released(forgotten, people, command, tmp_pa
         for c in (2, 7, 4):
             assert NAMES[c].encode() not in content, name
             assert smallest_angle(content, before[c]) < 0.9, name
+        assert b".py" not in content, name  # nor where it was made
         assert str(people.parent).encode() not in content, name
     # The search finds what is there.
     assert all(smallest_angle(files["checkpoint.pth"], before[c]) > 0.999999 for c in (0, 9))
