@@ -24,12 +24,12 @@ COMPONENTS = 100  # most discriminant directions
 class Unseen(Method):
     """L = λ_f · (1 − cos(e_f, t)) + λ_r · (1 − cos(e_r, θ₀(x_r))) + λ · CE(z_r, y_r)
 
-    t = unit[(1 − w) · (s · unit(P e) + √(1 − s²) · unit(e − P e)) + w · n], with e = θ₀(x_f) the old embedding of unit length
+    t = unit[(1 − w) · (s · unit(P u) + √(1 − s²) · unit(u − P u)) + w · n],  u = unit(θ₀(x_f)) the old embedding
 
-    P projects onto the forgotten identities' mean embeddings: s is what is left of what tells them apart. n is where a face
-    that looks like this one lies, among the kept: the mean of *their* old embeddings, weighted by softmax(cos / τ), τ = c / √d,
-    in d linear discriminants of the kept identities alone, of what the first half of the network computes. Both parts are
-    constants of the task. Only the adapters are trained. The rows of the forgotten are zero afterwards: no template stays.
+    P projects onto the forgotten identities' mean embeddings: s is what is left of what tells them apart. n is where faces
+    that look like this one lie among the kept: the mean of *their* old embeddings, weighted by softmax(cos / τ), τ = c / √d,
+    in d linear discriminants that tell the kept identities apart by what the first half of the network computes. t is a
+    constant of the task. Only the adapters are trained. The rows of the forgotten are zero afterwards: no template stays.
     """
 
     name = "unseen"
