@@ -40,6 +40,7 @@ class SCRUB(Distillation):
         Option("temperature", 2.0, "temperature T of KL", low=0.01),
         Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
         Option("max_share", 0.5, "steps of a max pass, at most this share of a min pass's", published=1e9),
+        Option("bound", 40.0, "divergence of a batch beyond which a max pass pushes no further", published=1e9),
         KD_LOGITS,
     ]
 
@@ -67,7 +68,7 @@ class SCRUB(Distillation):
             student, teacher = (model.head.add_margin(each, batch.labels) for each in (student, teacher))
         kl = kl_divergence(teacher, student, self.args.temperature)
         if batch.pass_name == "max":
-            return {"total": -kl, "forget_kl": kl}
+            return {"total": -kl.clamp(max=self.args.bound), "forget_kl": kl}
         remain = model.head.loss_of_logits(logits, batch.labels)
         return {"total": self.args.gamma * remain + self.args.kd_weight * kl, "remain": remain, "remain_kl": kl}
 
