@@ -22,7 +22,7 @@ class SalUn(Method):
     title = "SalUn"
     source = "arXiv 2310.12508"
     options = [
-        Option("lr", 1e-3),
+        Option("lr", 3e-4),
         Option("weight_decay", 0.0),
         Option("saliency", 0.5, "share of the weights that are trained", low=1e-6, high=1),
         Option("lambda", 2.0, "weight λ of the replay"),

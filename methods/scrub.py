@@ -30,7 +30,7 @@ class SCRUB(Distillation):
     source = "arXiv 2302.09880"
     options = [
         *Distillation.options,
-        Option("lr", 2e-4, published=1e-4),
+        Option("lr", 8e-4, published=1e-4),
         Option("sched", "cosine", published="step"),
         Option("weight_decay", 5e-4),
         Option("decay_on", "matrices", published="all"),
@@ -39,7 +39,7 @@ class SCRUB(Distillation):
         Option("kd_weight", 0.1, "weight a of the min pass's KL", published=0.001),
         Option("temperature", 2.0, "temperature T of KL", low=0.01),
         Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
-        Option("max_share", 0.5, "steps of a max pass, at most this share of a min pass's", published=1e9),
+        Option("max_share", 1.0, "steps of a max pass, at most this share of a min pass's", published=1e9),
         Option("bound", 40.0, "divergence of a batch beyond which a max pass pushes no further", published=1e9),
         KD_LOGITS,
     ]

@@ -19,7 +19,7 @@ class SSD(Method):
     title = "SSD"
     source = "arXiv 2308.07707"
     options = [
-        Option("selection", 10.0, "α: how much more a weight matters to D_f than to all, to be dampened"),
+        Option("selection", 1.2, "α: how much more a weight matters to D_f than to all, to be dampened"),
         Option("dampening", 1.0, "λ: the larger, the less it is dampened"),
     ]
 

@@ -14,7 +14,7 @@ import torch
 from backbone import lora
 from backbone.recognizer import to_device
 from data.tasks import drawn_requests, forgetting_tasks
-from methods import METHODS
+from methods import METHODS, PUBLISHED
 from methods.relabel import modulo_labels
 from methods.retrain import Retrain
 from train_forget import parse_arguments
@@ -248,7 +248,7 @@ def test_the_relabelling_methods_draw_them(begin, monkeypatch, name):
 # ---------------------------------------------------------------------------------------------------- what is trained
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [method.name for method in PUBLISHED])
 def test_the_trained_parameters(begin, name):
     begun = begin(name, "--as-published", *(("--warmup-epochs", "1") if name == "retrain" else ()), number=2)
     names = {n for n, _ in begun.model.named_parameters()}
@@ -347,7 +347,7 @@ def casia(few_shot: int | None = None):
     return forgetting_tasks(labels, 100, drawn_requests(100, 4, 20, 1337), seed=1337, few_shot=few_shot)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [method.name for method in PUBLISHED])
 def test_the_updates_of_each_task(name):
     args = published(name)
     assert (args.epochs, args.batch_size, args.min_updates) == (100, 48, 0)
@@ -382,7 +382,7 @@ def cosine(peak: float, epoch: int) -> float:
     return 1e-5 + 0.5 * (peak - 1e-5) * (1 + math.cos(math.pi * epoch / 100))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [method.name for method in PUBLISHED])
 def test_the_learning_rates(name):
     rates = rates_of(published(name))
     if name in ("scrub", "scrub_s"):

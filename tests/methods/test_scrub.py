@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 NAMES = pytest.mark.parametrize("name", ["scrub", "scrub_s"])
 
@@ -81,6 +82,7 @@ def distance(begun, arithmetic) -> float:
 @pytest.mark.parametrize("temperature", [2.0, 4.0])
 def test_the_losses_of_both_passes_are_their_formulas(begin, arithmetic, name, kd_logits, temperature):
     options = ("--gamma", "0.9", "--kd-weight", "0.05", "--temperature", str(temperature), "--kd-logits", kd_logits)
+    options += ("--bound", "1e9")
     begun = begin(name, *options, *(("--rho", "0.2") if name == "scrub_s" else ()))
     smoothing = 0.2 * distance(begun, arithmetic) if name == "scrub_s" else 0.0
     for number, part in ((0, "forget_kl"), (1, "remain_kl")):
@@ -104,6 +106,19 @@ def test_the_losses_of_both_passes_are_their_formulas(begin, arithmetic, name, k
         assert losses["total"].item() == pytest.approx(expected + smoothing, rel=1e-4)
         if name == "scrub_s":
             assert losses["distance"].item() == pytest.approx(smoothing / 0.2, rel=1e-9)
+
+
+@NAMES
+def test_a_max_pass_pushes_up_to_the_bound_and_no_further(begin, name):
+    begun = begin(name)
+    batch = begun.batch(0)
+    reached = begun.method.loss(begun.model, batch)["forget_kl"].item()
+    for bound, moves in ((0.9 * reached, False), (1.1 * reached, True)):
+        begun.method.args.bound, begun.method.args.rho = bound, 0.0
+        losses = begun.method.loss(begun.model, batch)
+        assert losses["total"].item() == pytest.approx(-min(reached, bound))
+        gradients = torch.autograd.grad(losses["total"], [p for p in begun.model.parameters() if p.requires_grad])
+        assert any(gradient.any() for gradient in gradients) == moves
 
 
 def test_smoothing_starts_at_zero_with_a_finite_gradient(begin):
