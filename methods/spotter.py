@@ -11,6 +11,7 @@ from data.tasks import ForgettingTask
 from methods.base import Option
 from methods.delete import NEVER
 from methods.distillation import Distillation, Teacher, kl_divergence
+from util.runtime.distributed import alone
 
 STEP, STEPS = 0.01, 3  # of the perturbation, as published
 
@@ -40,7 +41,8 @@ class Spotter(Distillation):
         home = task.forget_indices.to(train_set.images.device)
         images, labels = (part[home].to(self.hardware.device) for part in (train_set.images, train_set.labels))
         chunks = zip(images.split(self.hardware.eval_batch), labels.split(self.hardware.eval_batch), strict=True)
-        self.near = torch.cat([self._perturbed(teacher, *chunk) for chunk in chunks])
+        with alone():  # every process perturbs all images
+            self.near = torch.cat([self._perturbed(teacher, *chunk) for chunk in chunks])
         near_set = ImageSet("near", self.near, labels, train_set.classes)
         self.near_teacher = Teacher(teacher, near_set, torch.arange(len(near_set)), self.hardware)
         self.forgotten = torch.tensor(task.forget, device=self.hardware.device)

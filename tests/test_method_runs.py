@@ -23,7 +23,7 @@ RATES = {"scrub": "2e-3", "scrub_s": "2e-3", "lirf": "1e-3", "gs_lora": "2e-2", 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_three_epochs_of_any_method_forget(name, trained, colours, command, tmp_path):
-    own = {"lwf": ("--lambda-remain", 1), "lirf": ("--replay-weight", 1)}.get(name, ())
+    own = {"lwf": ("--lambda-remain", 1), "lirf": ("--replay-weight", 1), "ssd": ("--dampening", 0.1)}.get(name, ())
     rate = ("--lr", RATES.get(name, "1e-3"))
     code, out, err = command(*method_run(name, trained, colours, tmp_path, "--epochs", 3, *rate, *own))
     assert code == 0, err

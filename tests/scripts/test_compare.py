@@ -46,15 +46,16 @@ def test_all_methods_end_in_one_table(command, extra_args, tmp_path):
     code, out, err = command("scripts/compare.py", "--methods", "all", "--output-dir", tmp_path, *extra_args)
     assert code == 0, err
     titles = [method.title for method in METHODS.values()]
-    assert [line.split()[0] for line in printed(out)] == ["Pre-train", *titles]
+    lines = printed(out)
+    assert [line[: len(title)] for line, title in zip(lines, ["Pre-train", *titles], strict=True)] == ["Pre-train", *titles]
     for table in range(2):
         assert [row[0] for row in rows_of(tmp_path / "table.md", table)[1:]] == ["Pre-train", *titles]
     header, _, *rows = rows_of(tmp_path / "table.md")
     assert header[2:] == ["10-2 H ↑", "Acc_r ↑", "Acc_f ↓", "8-2 H ↑", "Acc_r ↑", "Acc_f ↓", "Acc_o ↓", "s"]
-    for row, line, name in zip(rows, printed(out)[1:], METHODS, strict=True):
+    for row, line, name in zip(rows, lines[1:], METHODS, strict=True):
         results = results_of(tmp_path / f"{name}-seed1337")
         h_means = [f"{task['after']['h_mean']:.2f}" for task in results["tasks"]]
-        assert line.split()[1:3] == h_means
+        assert line.removeprefix(METHODS[name].title).split()[:2] == h_means
         assert row[1] == f"{100 * results['model']['tunable_ratio']:.2f}%"
         assert row[2].strip("*") == h_means[0]
         assert row[8].strip("*") == f"{results['tasks'][1]['after']['acc_old']:.2f}"

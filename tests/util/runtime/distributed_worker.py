@@ -49,7 +49,8 @@ def train(
     model.train()
     method.begin_epoch(model, 0)
     losses = []
-    for plan in method.passes(task, 0, args.epochs):
+    plans = method.passes(task, 0, args.epochs)
+    for plan in plans if sum(plan.steps for plan in plans) > 2 else 3 * plans:
         stream = batches(images, plan, torch.Generator().manual_seed(0), hardware.device)
         for batch in itertools.islice(stream, STEPS):
             losses.append({part: value.item() for part, value in trainer.step(batch).items()})
@@ -89,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.start("cpu")
     assert distributed.world_size() == 2
-    for name in ["pretrain", *METHODS]:
+    for name in ["pretrain", *(name for name in METHODS if name != "ssd")]:  # which makes no step
         together = train(name)
         with distributed.alone():
             alone = train(name)

@@ -28,7 +28,7 @@ def comparisons() -> dict[str, dict]:
     return {line["name"]: line for line in lines}
 
 
-@pytest.mark.parametrize("name", ["pretrain", *METHODS])
+@pytest.mark.parametrize("name", ["pretrain", *(name for name in METHODS if name != "ssd")])
 def test_losses_are_those_of_one_process(comparisons, name):
     found = comparisons[name]
     assert len(found["together"]) >= 3
