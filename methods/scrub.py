@@ -17,12 +17,12 @@ AVERAGE_WEIGHT = 0.1  # of the newest weights in SCRUB-S's running average
 
 
 class SCRUB(Distillation):
-    """max pass over D_f:  L = −KL_T(teacher ‖ student)
+    """max pass over D_f:  L = −min(KL_T(teacher ‖ student), bound)
     min pass over D_r:  L = γ · CE(z_r, y_r) + a · KL_T(teacher ‖ student)
 
     A round is a first half of epochs with a max and a min pass each, and a second half of epochs with a min pass alone;
-    the published 100 epochs are ten rounds of 5 + 5. A max pass is shorter than a min pass, as in the source, which forgets
-    few images of many: else the model collapses. The teacher is θ₀.
+    the published 100 epochs are ten rounds of 5 + 5. A max pass is no longer than a min pass, and bounded, which the source
+    is not: else the model collapses. The teacher is θ₀.
     """
 
     name = "scrub"
