@@ -13,7 +13,7 @@ from util.report.tables import PRETRAINED, Comparison
 from util.runtime.files import atomic_write
 
 MARKERS = "osD^v<>PX*hdp"
-OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson"}
+OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson", "unseen": "royalblue"}
 
 
 def run_figure(comparison: Comparison) -> Figure:
