@@ -40,7 +40,7 @@ class SCRUB(Distillation):
         Option("temperature", 2.0, "temperature T of KL", low=0.01),
         Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
         Option("max_share", 1.0, "steps of a max pass, at most this share of a min pass's", published=1e9),
-        Option("bound", 40.0, "divergence of a batch beyond which a max pass pushes no further", published=1e9),
+        Option("bound", 10.0, "divergence of a batch beyond which a max pass pushes no further", published=1e9),
         KD_LOGITS,
     ]
 
