@@ -36,7 +36,7 @@ class Spotter(Distillation):
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
-        teacher = self.teacher_of(model)
+        teacher = self.teacher_of(model).eval()  # training begins with train()
         self.teacher = Teacher(teacher, train_set, task.forget_indices, self.hardware)
         home = task.forget_indices.to(train_set.images.device)
         images, labels = (part[home].to(self.hardware.device) for part in (train_set.images, train_set.labels))
