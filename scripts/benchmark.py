@@ -38,7 +38,7 @@ from backbone.recognizer import Architecture, Recognizer, build_recognizer, defa
 from data.batches import Batch, batches
 from data.synthetic_faces import synthetic_faces
 from data.tasks import forgetting_tasks, whole_set
-from methods import METHODS
+from methods import METHODS, PUBLISHED
 from methods.pretrain import Pretrain
 from scripts import compare
 from util.cli import options
@@ -56,7 +56,7 @@ FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout
 FORWARD, LOSS, TEACHER = "one forward pass", "loss left on the device", "teacher once a task"
 IDENTITIES = 8  # half of them are forgotten
 # Of the targets: methods, runs side by side, and the size of CASIA-100: identities, training and test images of each.
-TABLE = {"cuda": ([*METHODS], 4, (100, 360, 90)), "cpu": (["gs_lora"], 1, (10, 12, 3))}
+TABLE = {"cuda": ([method.name for method in PUBLISHED], 4, (100, 360, 90)), "cpu": (["gs_lora"], 1, (10, 12, 3))}
 Work = namedtuple("Work", ("run", "images", "keep_memory"), defaults=(False,))  # keep_memory: with keep_freed_memory
 
 

@@ -56,7 +56,9 @@ def test_growth_has_exponents(measure):
 def test_targets_are_set_beside_what_is_measured(measure):
     rows, out = measure("targets")
     assert [row["target"] for row in rows] == ["≤ 8 ms", "≥ 20,000 images/s", "≤ 20 minutes", "≤ 8 GB"]
-    assert all(row["measured"] > 0 for row in rows)
+    step, speed, table, memory = [row["measured"] for row in rows]
+    assert min(step, speed, memory) > 0
+    assert math.isfinite(table)  # a difference of two short runs: on a busy machine of any sign
     assert out.count("1 methods, 4 tasks of") == 3
 
 
