@@ -5,18 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass
+from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Option
-from methods.delete import NEVER
-from methods.distillation import Distillation, Teacher, kl_divergence
+from methods.delete import DELETE, NEVER
+from methods.distillation import Teacher, kl_divergence
 from util.runtime.distributed import alone
 
 STEP, STEPS = 0.01, 3  # of the perturbation, as published
 
 
-class Spotter(Distillation):
+class Spotter(DELETE):
     """L = λ · KL(masked teacher ‖ h_f) + (1 − λ) · KL(masked teacher ‖ h_p) + μ · mean cos(e_f, e_f′), over D_f alone
 
     The teacher's softmax is masked at all classes forgotten now. p are forgotten images perturbed by up to ε towards θ₀'s
@@ -27,8 +27,7 @@ class Spotter(Distillation):
     title = "Spotter"
     source = "arXiv 2506.01318"
     options = [
-        *Distillation.options,
-        Option("lr", 1e-4),
+        *DELETE.options,
         Option("lambda", 0.7, "weight λ of the images as they are", high=1),
         Option("dispersion", 1.0, "weight μ of the dispersion"),
         Option("epsilon", 0.03, "largest perturbation of a pixel, of 1", high=1),
@@ -37,7 +36,6 @@ class Spotter(Distillation):
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)
         teacher = self.teacher_of(model).eval()  # training begins with train()
-        self.teacher = Teacher(teacher, train_set, task.forget_indices, self.hardware)
         home = task.forget_indices.to(train_set.images.device)
         images, labels = (part[home].to(self.hardware.device) for part in (train_set.images, train_set.labels))
         chunks = zip(images.split(self.hardware.eval_batch), labels.split(self.hardware.eval_batch), strict=True)
@@ -60,9 +58,6 @@ class Spotter(Distillation):
             moved = moved.detach() - 255 * STEP * gradient.sign()
             moved = torch.minimum(torch.maximum(moved, original - limit), original + limit).clamp(0, 255)
         return moved.round().to(torch.uint8)
-
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
-        return [Pass({"forget": task.forget_indices}, self.args.batch_size)]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         rows, count = self.teacher.rows[batch.indices], len(batch)
