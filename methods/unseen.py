@@ -26,13 +26,13 @@ TEMPERATURE = 0.1
 class Unseen(Method):
     """L = λ_f · (1 − cos(e_f, t)) + λ_r · (1 − cos(e_r, θ₀(x_r))) + λ · CE(z_r, y_r)
 
-    t = unit[n + m · (unit(u − P u) − unit(P u))],  n = unit[r + b · unit(softmax(r Kᵀ / τ) K)],  r = unit(ridge(φ(x_f)))
+    t = unit[w · n + (1 − w) · unit(u − P u)],  n = unit[r + b · unit(softmax(r Kᵀ / τ) K)],  r = unit(ridge(φ(x_f)))
 
     φ is what the first quarter of the blocks makes of an image: too early to know the person. Ridge regression, fitted on
     the kept images alone, says from it where θ₀ would place the face; b draws the place to the kept images' old embeddings
     K nearby, as training does. u = unit(θ₀(x_f)) is where the face lies, P projects onto the forgotten identities' mean
-    embeddings: what tells them apart is turned round, against what of it the adapters leave. t is a constant of the task.
-    Only the adapters are trained. The rows of the forgotten are zero afterwards: no template stays.
+    embeddings: of what tells them apart nothing is left. t is a constant of the task. Only the adapters are trained. The rows
+    of the forgotten are zero afterwards: no template stays.
     """
 
     name = "unseen"
@@ -44,9 +44,9 @@ class Unseen(Method):
         Option("passes", 2, "passes over the longer of D_f and D_r that an epoch makes", low=1),
         Option("pull", 0.4, "b: how far the kept images nearby draw a target"),
         Option(
-            "mirror", 0.1, "m: how much of the old embedding a target has, turned round in what tells the forgotten apart"
+            "likeness", 0.85, "w: share of that place in a target; the rest is the old embedding without the person", high=1
         ),
-        Option("lambda_forget", 7.0, "weight λ_f of the forgotten images' targets"),
+        Option("lambda_forget", 3.0, "weight λ_f of the forgotten images' targets"),
         Option("lambda_remain", 1.0, "weight λ_r of the remaining images' old embeddings"),
         Option("lambda", 0.1, "weight λ of the remaining images' cross entropy"),
     ]
@@ -61,7 +61,8 @@ class Unseen(Method):
         unit = F.normalize(embed_images(model, train_set, self.hardware, seen).clone())
         forgotten, kept = unit.split([len(task.forget_indices), len(task.remain_indices)])
         labels = train_set.labels[task.forget_indices.to(train_set.labels.device)].to(unit.device)
-        target = self._place(model, seen, kept) + self.args.mirror * self._mirrored(forgotten, labels)
+        likeness, place = self.args.likeness, self._place(model, seen, kept)
+        target = likeness * place + (1 - likeness) * self._without_person(forgotten, labels)
         targets = torch.cat([F.normalize(target), kept])
         self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), targets)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
@@ -84,12 +85,11 @@ class Unseen(Method):
         near = (found @ kept.T / TEMPERATURE).softmax(dim=1) @ kept
         return F.normalize(found + self.args.pull * F.normalize(near))
 
-    def _mirrored(self, unit: Tensor, labels: Tensor) -> Tensor:
-        """The old embeddings (N, dim) of the forgotten, what tells these apart turned round; both parts of unit length."""
+    def _without_person(self, unit: Tensor, labels: Tensor) -> Tensor:
+        """The old embeddings (N, dim) of the forgotten, without what tells these apart; of unit length."""
         means = torch.stack([unit[labels == c].mean(dim=0) for c in labels.unique()])
         basis = torch.linalg.svd(means, full_matrices=False).Vh
-        person = unit @ basis.T @ basis
-        return F.normalize(unit - person) - F.normalize(person)
+        return F.normalize(unit - unit @ basis.T @ basis)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return super().passes(task, epoch, epochs) * self.args.passes

@@ -37,7 +37,7 @@ def ridge(features: np.ndarray, answers: np.ndarray, new: np.ndarray) -> np.ndar
     return centre + x_new @ x.T @ best @ (answers - centre)
 
 
-def expected_targets(begun, arithmetic, pull: float, mirror: float) -> np.ndarray:
+def expected_targets(begun, arithmetic, pull: float, likeness: float) -> np.ndarray:
     task, model, images = begun.task, begun.before, begun.images
     f, r = task.forget_indices, task.remain_indices
     e_f, e_r = (unit(arithmetic.embeddings(model, images.images[i])) for i in (f, r))
@@ -52,14 +52,14 @@ def expected_targets(begun, arithmetic, pull: float, mirror: float) -> np.ndarra
     place = unit(found + pull * unit(arithmetic.softmax(found @ e_r.T / 0.1) @ e_r))
     means = np.stack([e_f[y_f == c].mean(axis=0) for c in np.unique(y_f)])
     inside = e_f @ np.linalg.pinv(means) @ means  # onto the span of the means
-    return unit(place + mirror * (unit(e_f - inside) - unit(inside)))
+    return unit(likeness * place + (1 - likeness) * unit(e_f - inside))
 
 
-@pytest.mark.parametrize(("pull", "mirror"), [(0.4, 0.1), (0.0, 0.0), (2.0, 0.0), (0.0, 1.0)])
-def test_targets_are_their_formula(begin, arithmetic, pull, mirror):
-    begun = begin("unseen", "--pull", str(pull), "--mirror", str(mirror), moved=False)
+@pytest.mark.parametrize(("pull", "likeness"), [(0.4, 0.85), (0.0, 1.0), (2.0, 0.5), (0.0, 0.0)])
+def test_targets_are_their_formula(begin, arithmetic, pull, likeness):
+    begun = begin("unseen", "--pull", str(pull), "--likeness", str(likeness), moved=False)
     targets = arithmetic.array(begun.method.targets)
-    expected = expected_targets(begun, arithmetic, pull, mirror)
+    expected = expected_targets(begun, arithmetic, pull, likeness)
     np.testing.assert_allclose(targets[begun.task.forget_indices], expected, atol=2e-5)
     kept = unit(arithmetic.embeddings(begun.before, begun.images.images[begun.task.remain_indices]))
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
@@ -67,12 +67,12 @@ def test_targets_are_their_formula(begin, arithmetic, pull, mirror):
 
 def test_of_very_many_kept_images_every_nth_is_asked(begin, arithmetic, monkeypatch):
     monkeypatch.setattr(unseen, "AT_MOST", 8)
-    begun = begin("unseen", "--pull", "0", "--mirror", "0", moved=False)
+    begun = begin("unseen", "--pull", "0", "--likeness", "1", moved=False)
     targets = begun.method.targets[begun.task.forget_indices]
     assert len(begun.task.remain_indices) > 8
     monkeypatch.setattr(unseen, "AT_MOST", 10_000)
     assert not torch.allclose(
-        begin("unseen", "--pull", "0", "--mirror", "0", moved=False).method.targets[begun.task.forget_indices], targets
+        begin("unseen", "--pull", "0", "--likeness", "1", moved=False).method.targets[begun.task.forget_indices], targets
     )
 
 
