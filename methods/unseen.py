@@ -31,8 +31,8 @@ class Unseen(Method):
     φ is what the first quarter of the blocks makes of an image: too early to know the person. Ridge regression, fitted on
     the kept images alone, says from it where θ₀ would place the face; b draws the place to the kept images' old embeddings
     K nearby, as training does. u = unit(θ₀(x_f)) is where the face lies, P projects onto the forgotten identities' mean
-    embeddings: of what tells them apart nothing is left. t is a constant of the task. Only the adapters are trained. The rows
-    of the forgotten are zero afterwards: no template stays.
+    embeddings: of what tells them apart nothing is left. t is a constant of the task. Only the adapters are trained. The
+    rows of the forgotten are zero afterwards: no template stays.
     """
 
     name = "unseen"
