@@ -26,12 +26,13 @@ TEMPERATURE = 0.1
 class Unseen(Method):
     """L = λ_f · (1 − cos(e_f, t)) + λ_r · (1 − cos(e_r, θ₀(x_r))) + λ · CE(z_r, y_r)
 
-    t = unit[w · n + (1 − w) · unit(u − P u)],  n = unit[r + b · unit(softmax(r Kᵀ / τ) K)],  r = unit(ridge(φ(x_f)))
+    t = unit[w · n + (1 − w) · (s · unit(P u) + √(1 − s²) · unit(u − P u))],  u = unit(θ₀(x_f))
+    n = unit[r + b · unit(softmax(r Kᵀ / τ) K)],  r = unit(ridge(φ(x_f)))
 
     φ is what the first quarter of the blocks makes of an image: too early to know the person. Ridge regression, fitted on
     the kept images alone, says from it where θ₀ would place the face; b draws the place to the kept images' old embeddings
-    K nearby, as training does. u = unit(θ₀(x_f)) is where the face lies, P projects onto the forgotten identities' mean
-    embeddings: of what tells them apart nothing is left. t is a constant of the task. Only the adapters are trained. The
+    K nearby, as training does. The rest of t is the old embedding u. P projects onto the forgotten identities' mean
+    embeddings: s is what is left of what tells them apart. t is a constant of the task. Only the adapters are trained. The
     rows of the forgotten are zero afterwards: no template stays.
     """
 
@@ -46,7 +47,7 @@ class Unseen(Method):
         Option(
             "likeness", 0.85, "w: share of that place in a target; the rest is the old embedding without the person", high=1
         ),
-        Option("lambda_forget", 3.0, "weight λ_f of the forgotten images' targets"),
+        Option("lambda_forget", 5.0, "weight λ_f of the forgotten images' targets"),
         Option("lambda_remain", 1.0, "weight λ_r of the remaining images' old embeddings"),
         Option("lambda", 0.1, "weight λ of the remaining images' cross entropy"),
     ]
@@ -86,10 +87,12 @@ class Unseen(Method):
         return F.normalize(found + self.args.pull * F.normalize(near))
 
     def _without_person(self, unit: Tensor, labels: Tensor) -> Tensor:
-        """The old embeddings (N, dim) of the forgotten, without what tells these apart; of unit length."""
+        """The old embeddings (N, dim) of the forgotten, of unit length, with only s of what tells these apart."""
         means = torch.stack([unit[labels == c].mean(dim=0) for c in labels.unique()])
         basis = torch.linalg.svd(means, full_matrices=False).Vh
-        return F.normalize(unit - unit @ basis.T @ basis)
+        person = unit @ basis.T @ basis
+        share = self.args.person
+        return share * F.normalize(person) + (1 - share**2) ** 0.5 * F.normalize(unit - person)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return super().passes(task, epoch, epochs) * self.args.passes

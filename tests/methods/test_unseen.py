@@ -37,7 +37,7 @@ def ridge(features: np.ndarray, answers: np.ndarray, new: np.ndarray) -> np.ndar
     return centre + x_new @ x.T @ best @ (answers - centre)
 
 
-def expected_targets(begun, arithmetic, pull: float, likeness: float) -> np.ndarray:
+def expected_targets(begun, arithmetic, pull: float, likeness: float, person: float) -> np.ndarray:
     task, model, images = begun.task, begun.before, begun.images
     f, r = task.forget_indices, task.remain_indices
     e_f, e_r = (unit(arithmetic.embeddings(model, images.images[i])) for i in (f, r))
@@ -52,14 +52,18 @@ def expected_targets(begun, arithmetic, pull: float, likeness: float) -> np.ndar
     place = unit(found + pull * unit(arithmetic.softmax(found @ e_r.T / 0.1) @ e_r))
     means = np.stack([e_f[y_f == c].mean(axis=0) for c in np.unique(y_f)])
     inside = e_f @ np.linalg.pinv(means) @ means  # onto the span of the means
-    return unit(likeness * place + (1 - likeness) * unit(e_f - inside))
+    old = person * unit(inside) + np.sqrt(1 - person**2) * unit(e_f - inside)
+    return unit(likeness * place + (1 - likeness) * old)
 
 
-@pytest.mark.parametrize(("pull", "likeness"), [(0.4, 0.85), (0.0, 1.0), (2.0, 0.5), (0.0, 0.0)])
-def test_targets_are_their_formula(begin, arithmetic, pull, likeness):
-    begun = begin("unseen", "--pull", str(pull), "--likeness", str(likeness), moved=False)
+@pytest.mark.parametrize(
+    ("pull", "likeness", "person"), [(0.4, 0.7, 0.4), (0.0, 1.0, 0.5), (2.0, 0.5, 0.0), (0.5, 0.0, 1.0)]
+)
+def test_targets_are_their_formula(begin, arithmetic, pull, likeness, person):
+    options = ("--pull", str(pull), "--likeness", str(likeness), "--person", str(person))
+    begun = begin("unseen", *options, moved=False)
     targets = arithmetic.array(begun.method.targets)
-    expected = expected_targets(begun, arithmetic, pull, likeness)
+    expected = expected_targets(begun, arithmetic, pull, likeness, person)
     np.testing.assert_allclose(targets[begun.task.forget_indices], expected, atol=2e-5)
     kept = unit(arithmetic.embeddings(begun.before, begun.images.images[begun.task.remain_indices]))
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
