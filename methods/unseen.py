@@ -44,9 +44,8 @@ class Unseen(Method):
         Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
         Option("passes", 2, "passes over the longer of D_f and D_r that an epoch makes", low=1),
         Option("pull", 0.4, "b: how far the kept images nearby draw a target"),
-        Option(
-            "likeness", 0.85, "w: share of that place in a target; the rest is the old embedding without the person", high=1
-        ),
+        Option("likeness", 0.7, "w: share of that place in a target; the rest is the old embedding", high=1),
+        Option("person", 0.4, "s: share of what tells the forgotten apart that is left of the old embedding", high=1),
         Option("lambda_forget", 5.0, "weight λ_f of the forgotten images' targets"),
         Option("lambda_remain", 1.0, "weight λ_r of the remaining images' old embeddings"),
         Option("lambda", 0.1, "weight λ of the remaining images' cross entropy"),
