@@ -1,83 +1,62 @@
 """Unseen: targets computed once more in numpy, the loss, and what a task leaves."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import eigh
 
+from backbone.halves import mid_features
 from backbone.lora import apply_adapters
-from methods import METHODS, unseen
+from util.runtime.errors import UsageError
 
 
 def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def fields(tokens: np.ndarray) -> np.ndarray:
-    """(N, height, width, dim) → (N, dim * 9): means over 3×3 fields, which overlap where 3 does not divide the side."""
-    ends = [[(i * side // 3, -(-(i + 1) * side // 3)) for i in range(3)] for side in tokens.shape[1:3]]
-    means = [[tokens[:, y:y_, x:x_].mean(axis=(1, 2)) for x, x_ in ends[1]] for y, y_ in ends[0]]
-    return np.stack([np.stack(row, axis=-1) for row in means], axis=-2).reshape(len(tokens), -1)
+def discriminants(kept: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.ndarray:
+    """Fisher's directions as columns, from the generalized eigenvalues of the scatter between and within the classes."""
+
+    def covariance(x: np.ndarray) -> np.ndarray:
+        s = np.cov(x.T, bias=True)
+        return (1 - shrinkage) * s + shrinkage * np.trace(s) / len(s) * np.eye(len(s))
+
+    within = sum((labels == c).mean() * covariance(kept[labels == c]) for c in np.unique(labels))
+    vectors = eigh(covariance(kept) - within, within)[1][:, ::-1]
+    return vectors[:, : len(np.unique(labels)) - 1]
 
 
-def ridge(features: np.ndarray, answers: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Ridge regression whose penalty makes the least error when each image in turn is left out."""
-    mean, spread = features.mean(axis=0), features.std(axis=0)
-    spread[spread == 0] = 1
-    x, x_new = (features - mean) / spread, (new - mean) / spread
-    centre = answers.mean(axis=0)
-    errors = []
-    for penalty in 10.0 ** np.arange(-1, 5.5, 0.5):
-        inverse = np.linalg.inv(x @ x.T + penalty * np.eye(len(x)))
-        hat = x @ x.T @ inverse + 1 / len(x)
-        left_out = (answers - centre - x @ x.T @ inverse @ (answers - centre)) / (1 - np.diag(hat))[:, None]
-        errors.append(((left_out**2).mean(), inverse))
-    best = min(errors, key=lambda pair: pair[0])[1]
-    return centre + x_new @ x.T @ best @ (answers - centre)
-
-
-def expected_targets(begun, arithmetic, pull: float, likeness: float, person: float) -> np.ndarray:
+def expected_targets(begun, arithmetic, person: float, likeness: float, sharpness: float) -> np.ndarray:
     task, model, images = begun.task, begun.before, begun.images
     f, r = task.forget_indices, task.remain_indices
     e_f, e_r = (unit(arithmetic.embeddings(model, images.images[i])) for i in (f, r))
-    y_f = images.labels[f].numpy()
-
-    def features(indices) -> np.ndarray:
-        backbone, x = model.backbone, model.normalize(images.images[indices])
-        tokens = backbone.blocks[0](backbone._pos_embed(backbone.patch_embed(x)))[:, backbone.num_prefix_tokens :]
-        return fields(arithmetic.array(tokens).reshape(len(x), *backbone.patch_embed.grid_size, -1))
-
-    found = unit(ridge(features(r), e_r, features(f)))
-    place = unit(found + pull * unit(arithmetic.softmax(found @ e_r.T / 0.1) @ e_r))
+    y_f, y_r = images.labels[f].numpy(), images.labels[r].numpy()
     means = np.stack([e_f[y_f == c].mean(axis=0) for c in np.unique(y_f)])
     inside = e_f @ np.linalg.pinv(means) @ means  # onto the span of the means
-    old = person * unit(inside) + np.sqrt(1 - person**2) * unit(e_f - inside)
-    return unit(likeness * place + (1 - likeness) * old)
+    erased = person * unit(inside) + np.sqrt(1 - person**2) * unit(e_f - inside)
+
+    def features(indices) -> np.ndarray:
+        tokens = mid_features(model.backbone, model.normalize(images.images[indices]), 1)
+        return arithmetic.array(tokens[:, 1:].mean(dim=1))
+
+    phi_f, phi_r = features(f), features(r)
+    directions = discriminants(phi_r, y_r, 0.1)
+    z_f, z_r = ((phi - phi_r.mean(axis=0)) @ directions for phi in (phi_f, phi_r))
+    weights = arithmetic.softmax(unit(z_f) @ unit(z_r).T / (sharpness / np.sqrt(directions.shape[1])))
+    return unit((1 - likeness) * erased + likeness * unit(weights @ e_r))
 
 
 @pytest.mark.parametrize(
-    ("pull", "likeness", "person"), [(0.4, 0.7, 0.4), (0.0, 1.0, 0.5), (2.0, 0.5, 0.0), (0.5, 0.0, 1.0)]
+    ("person", "likeness", "sharpness"), [(0.4, 0.6, 0.5), (0.0, 0.0, 0.5), (1.0, 0.3, 2.0), (0.5, 1.0, 0.1)]
 )
-def test_targets_are_their_formula(begin, arithmetic, pull, likeness, person):
-    options = ("--pull", str(pull), "--likeness", str(likeness), "--person", str(person))
+def test_targets_are_their_formula(begin, arithmetic, person, likeness, sharpness):
+    options = ("--person", str(person), "--likeness", str(likeness), "--sharpness", str(sharpness))
     begun = begin("unseen", *options, moved=False)
     targets = arithmetic.array(begun.method.targets)
-    expected = expected_targets(begun, arithmetic, pull, likeness, person)
+    expected = expected_targets(begun, arithmetic, person, likeness, sharpness)
     np.testing.assert_allclose(targets[begun.task.forget_indices], expected, atol=2e-5)
     kept = unit(arithmetic.embeddings(begun.before, begun.images.images[begun.task.remain_indices]))
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
-
-
-def test_of_very_many_kept_images_every_nth_is_asked(begin, arithmetic, monkeypatch):
-    monkeypatch.setattr(unseen, "AT_MOST", 8)
-    begun = begin("unseen", "--pull", "0", "--likeness", "1", moved=False)
-    targets = begun.method.targets[begun.task.forget_indices]
-    assert len(begun.task.remain_indices) > 8
-    monkeypatch.setattr(unseen, "AT_MOST", 10_000)
-    assert not torch.allclose(
-        begin("unseen", "--pull", "0", "--likeness", "1", moved=False).method.targets[begun.task.forget_indices], targets
-    )
 
 
 def test_the_loss_is_its_formula(begin, arithmetic):
@@ -119,11 +98,17 @@ def test_an_epoch_makes_two_passes_over_the_longer_stream(begin):
     assert [plan.steps for plan in passes] == 2 * [-(-len(begun.task.remain_indices) // 8)]
 
 
-def test_two_kept_images_will_do(begin, make_images, make_tasks, make_recognizer, method_arguments, cpu):
+@pytest.mark.parametrize("few", [1, 2])
+def test_too_few_kept_images_are_refused(begin, few, make_images, make_tasks, make_recognizer, method_arguments, cpu):
+    from dataclasses import replace
+
+    from methods import METHODS
+
     images = make_images()
     (task, *_) = make_tasks(images, 2)
-    task = replace(task, remain_indices=task.remain_indices[:2])
-    method, model = METHODS["unseen"](method_arguments("unseen"), cpu), make_recognizer()
-    method.begin_run(model, [task], images)
-    method.begin_task(model, task, images, 1)
-    assert method.targets.isfinite().all()
+    one_each = torch.stack([task.remain_indices[images.labels[task.remain_indices] == c][0] for c in task.remain])
+    one_class = task.remain_indices[images.labels[task.remain_indices] == task.remain[0]]
+    task = replace(task, remain_indices=one_each if few == 1 else one_class)
+    method = METHODS["unseen"](method_arguments("unseen"), cpu)
+    with pytest.raises(UsageError, match="two remaining classes"):
+        method.begin_run(make_recognizer(), [task], images)
