@@ -75,10 +75,15 @@ class RelabelAndMatch(Distillation):
         return model.head.loss_of_logits(logits, wrong)
 
 
-def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL_T(p‖q) = T² · KL(softmax(p/T) ‖ softmax(q/T)), logits (B, classes) each, averaged over the batch.
+def kl_divergences(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL_T(p‖q) = T² · KL(softmax(p/T) ‖ softmax(q/T)) of each image, (B,), from logits (B, classes) each.
 
     T² keeps the gradient's size independent of the temperature (arXiv 1503.02531, section 2).
     """
     p, q = (F.log_softmax(logits.float() / temperature, dim=1) for logits in (teacher, student))
-    return temperature**2 * F.kl_div(q, p, reduction="batchmean", log_target=True)
+    return temperature**2 * F.kl_div(q, p, reduction="none", log_target=True).sum(dim=1)
+
+
+def kl_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL_T(p‖q) averaged over the batch."""
+    return kl_divergences(teacher, student, temperature).mean()
