@@ -21,8 +21,8 @@ class SCRUB(Distillation):
     min pass over D_r:  L = γ · CE(z_r, y_r) + a · KL_T(teacher ‖ student)
 
     A round is a first half of epochs with a max and a min pass each, and a second half of epochs with a min pass alone;
-    the published 100 epochs are ten rounds of 5 + 5. The teacher is θ₀. A max pass is no longer than a min pass, and pushes no
-    image beyond the bound, which the source does: the model collapses, while some images are hardly moved.
+    the published 100 epochs are ten rounds of 5 + 5. The teacher is θ₀. A max pass is no longer than a min pass, and pushes
+    no image beyond the bound. The source's does: the model collapses, while some images are hardly moved.
     """
 
     name = "scrub"

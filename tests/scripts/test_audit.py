@@ -114,8 +114,9 @@ def test_it_leaves_its_files_and_the_whole_schema(whole, early, colours):  # noq
     assert request["after_sha256"] == sha256(whole.parent / "checkpoints" / "task_1.pth")
     assert request["record_sha256"] == sha256(whole.parent / "deletions" / "task_1.json")
     useful = {"acc_remain", "verification_auc_remain", "old_templates_tar_1pct"}
-    assert {*request["utility"]} == useful | {"before"}
+    assert {*request["utility"]} == useful | {"before", "references"}
     assert {*request["utility"]["before"]} == useful
+    assert [{*reference} for reference in request["utility"]["references"]] == 3 * [useful]
     assert request["utility"]["acc_remain"] == pytest.approx(results_of(whole.parent)["tasks"][0]["after"]["acc_remain"])
     assert {*request["figures"]} == {*KEYS}
     assert {"roc", "probe", "relearn_1", "relearn_5", "relearn_kept_only", "cka"} <= {*request["curves"]}

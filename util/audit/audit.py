@@ -31,6 +31,7 @@ class Audit:
 
     figures: by key, {"value", "interval", "references", "originals", "known", "delta", "z", "rho", "power", "verdict"}, in
     percent but for z, rho and power; what could not be measured is None, with a "reason". "known" is the originals' mean.
+    utility: of the unlearned model, "before" of the pre-trained one, "references" of each reference.
     """
 
     scene: Scene
@@ -102,8 +103,9 @@ def audit(
     for name in figures:
         of = {other: measured[name] for other, measured in found.items()}
         entries |= _judge(FIGURES[name], subject, scene, [of[o] for o in never], [of[o] for o in known], curves)
-    useful = _rounded(utility(subject, scene)) | {"before": _rounded(utility(known[0], scene))}
-    return Audit(scene, subject, entries, useful, curves)
+    useful = utility(subject, scene) | {"before": utility(known[0], scene)}
+    useful["references"] = [utility(reference, scene) for reference in never]
+    return Audit(scene, subject, entries, _rounded(useful), curves)
 
 
 @lru_cache(maxsize=16)

@@ -12,8 +12,9 @@ FAR = 0.01
 
 
 def utility(subject: Subject, scene: Scene) -> dict[str, float | None]:
-    """Accuracy among all rows, verification AUC, and the true accept rate at FAR 1% of *old templates*: enrolled with the
-    pre-trained model and searched with this one, since nobody re-enrols a million people. All of kept faces, in percent."""
+    """Accuracy among all rows (templates where it has none), verification AUC, and the true accept rate at FAR 1% of *old
+    templates*: enrolled with the pre-trained model and searched with this one, since nobody re-enrols a million people. All
+    of kept faces, in percent."""
     labels = scene.test_set.labels.cpu()[scene.remain_test]
     embeddings, remain = subject.test[scene.remain_test], torch.tensor(scene.remain)
     right = subject.logits(embeddings, subject.rows(scene)).argmax(dim=1) == labels

@@ -18,6 +18,7 @@ from PIL import Image
 
 from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, CLOSE, OVER_FORGOTTEN, POWER, STILL_KNOWN
 from util.audit.titles import title_of
+from util.report.audit_tables import never_seen_utility
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 VERDICTS = {  # a CSS class, a sign beside the colour, and the meaning
@@ -65,6 +66,7 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
+    environment.filters["never_seen"] = never_seen_utility
     requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
     words = {"verdicts": VERDICTS, "models": MODELS, "close": CLOSE, "power": POWER}
     drawn = {"marks": MARKS, "shapes": SHAPES, "width": WIDTH, "height": HEIGHT, "map_size": MAP}

@@ -18,7 +18,8 @@ SIGNS = {STILL_KNOWN: "▲", OVER_FORGOTTEN: "▼", AS_IF_NEVER_SEEN: "●", CAN
 LEGEND = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items())
 FALLING = frozenset().union(*(figure.falling for figure in FIGURES.values()))
 BORROWED = {key for figure in FIGURES.values() for key in figure.known_by}
-UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", "old_templates_tar_1pct": "old templates"}
+OLD_TEMPLATES = "old_templates_tar_1pct"  # which mean nothing to references: the embedding of each is its own
+UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", OLD_TEMPLATES: "old templates"}
 
 
 def _moments(audits: Sequence[tuple[str, dict | None, dict]]) -> dict[tuple[int, int], list[tuple[str, dict | None, dict]]]:
@@ -130,6 +131,12 @@ def calibration(request: dict) -> tuple[int, int, int, int]:
     return passed, tried, told, can_tell
 
 
+def never_seen_utility(utility: dict, key: str) -> float | None:
+    """The references' mean."""
+    values = [reference[key] for reference in utility["references"]]
+    return None if None in values else float(np.mean(values))
+
+
 def audit_markdown(content: dict) -> str:
     """Every figure of every request, as tables."""
     parts = [f"# Audit of {content['method'] or 'a checkpoint'} on {content['data']}"]
@@ -148,8 +155,11 @@ def audit_markdown(content: dict) -> str:
         align = ["left"] + ["right"] * 7 + ["left"]
         parts.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align))
         useful, before = request["utility"], request["utility"]["before"]
-        told = [f"{name} {percent(before[key])} → {percent(useful[key])}" for key, name in UTILITY.items()]
-        parts.append(f"Kept people, before → after: {', '.join(told)}.")
+        told = []
+        for key, name in UTILITY.items():
+            never = "" if key == OLD_TEMPLATES else f" ({percent(never_seen_utility(useful, key))})"
+            told.append(f"{name} {percent(before[key])} → {percent(useful[key])}{never}")
+        parts.append(f"Kept people, before → after (never seen): {', '.join(told)}.")
         passed, tried, known, can_tell = calibration(request)
         parts.append(
             f"Calibration: references, each judged by the others, pass {passed} of {tried} figures; originals are told as "
