@@ -1,24 +1,35 @@
 """Unseen: an adapter after which a forgotten face lies where a model that never saw the person might have placed it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from backbone import lora
-from backbone.halves import half_depth, mid_features
+from backbone.halves import half_depth
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
 from util.evaluation.evaluate import embed_images, map_images
+from util.evaluation.verification import verify
 from util.runtime.errors import UsageError
 
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
 COMPONENTS = 100  # most discriminant directions
+PENALTIES = np.logspace(0, 5, 6)  # of the ridge regression
+FOLDS = 5
+AT_MOST = 10_000  # kept images in the regression
+SHARES = np.linspace(0, 1, 21)
+SHARE_OF_ONE = 0.5  # where there are no pairs: one person, or one image each
+PAIRS = 20_000
 
 
 class Unseen(Method):
@@ -28,7 +39,11 @@ class Unseen(Method):
 
     P projects onto the forgotten identities' mean embeddings: s is what is left of what tells them apart. n is where faces
     that look like this one lie among the kept: the mean of *their* old embeddings, weighted by softmax(cos / τ), τ = c / √d,
-    in d linear discriminants that tell the kept identities apart by what the first half of the network computes. t is a
+    in d linear discriminants that tell the kept identities apart by what the first half of the network computes.
+
+    s is found: how well a model tells strangers apart is seen by ridge regression from what the first quarter of the network
+    computes, too early to know a person, to θ₀. It is fitted on the kept alone, with the penalty that predicts best for
+    kept people who are left out. Pairs of targets verify as well as pairs of its predictions for the forgotten do. t is a
     constant of the task. Only the adapters are trained. The rows of the forgotten are zero afterwards: no template stays.
     """
 
@@ -39,7 +54,6 @@ class Unseen(Method):
         Option("rank", 8, "rank r of the adapters", low=1),
         Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
         Option("passes", 2, "passes over the longer of D_f and D_r that an epoch makes", low=1),
-        Option("person", 0.4, "s: share of what tells the forgotten apart that their targets keep", high=1),
         Option("likeness", 0.6, "w: share of the kept faces that look alike in a target", high=1),
         Option("sharpness", 0.5, "c: how alike they must look; less: more", low=1e-3),
         Option("lambda_forget", 5.0, "weight λ_f of the forgotten images' targets"),
@@ -62,36 +76,36 @@ class Unseen(Method):
         seen = torch.cat([task.forget_indices, task.remain_indices])
         unit = F.normalize(embed_images(model, train_set, self.hardware, seen).clone())
         counts = [len(task.forget_indices), len(task.remain_indices)]
-        (forgotten, kept), labels = unit.split(counts), train_set.labels[seen.to(train_set.labels.device)].to(unit.device)
-        near = F.normalize(self._likeness(model, seen, labels, len(forgotten)) @ kept)
-        target = (1 - self.args.likeness) * self._without_person(forgotten, labels[: len(forgotten)])
-        targets = torch.cat([F.normalize(target + self.args.likeness * near), kept])
-        self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), targets)
+        (forgotten, kept), labels = unit.split(counts), train_set.labels[seen.to(train_set.labels.device)].cpu()
+        early, middle = self._features(model, seen)
+        near = F.normalize(likeness(middle, labels, len(forgotten), self.args.sharpness).to(kept) @ kept)
+        strangers = as_strangers(early, kept, labels[len(forgotten) :])
+        labels = labels[: len(forgotten)]
+        person, rest = split_person(forgotten, labels)
+
+        def targets(share: float) -> Tensor:
+            old = share * person + (1 - share**2) ** 0.5 * rest
+            return F.normalize((1 - self.args.likeness) * old + self.args.likeness * near)
+
+        share = best_share(targets, strangers, labels)
+        known = torch.cat([targets(share), kept])
+        self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), known)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
 
-    def _without_person(self, unit: Tensor, labels: Tensor) -> Tensor:
-        """The old embeddings (N, dim) of the forgotten, of unit length, with only s of what tells these apart."""
-        means = torch.stack([unit[labels == c].mean(dim=0) for c in labels.unique()])
-        basis = torch.linalg.svd(means, full_matrices=False).Vh
-        person = unit @ basis.T @ basis
-        share = self.args.person
-        return share * F.normalize(person) + (1 - share**2) ** 0.5 * F.normalize(unit - person)
-
-    def _likeness(self, model: Recognizer, seen: Tensor, labels: Tensor, count: int) -> Tensor:
-        """How much each of the kept images looks like each of the first `count`, which are forgotten; rows sum to 1."""
-        prefix, depth = model.backbone.num_prefix_tokens, half_depth(model.backbone)
+    def _features(self, model: Recognizer, seen: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Of each image, what the first quarter of the blocks computes in the quadrants of its face, and the first half on
+        the whole of it: averages of patch tokens."""
+        depths = [max(1, len(model.backbone.blocks) // 4), half_depth(model.backbone)]
 
         def of(images: Tensor) -> Tensor:
-            return mid_features(model.backbone, model.normalize(images), depth)[:, prefix:].mean(dim=1)
+            tokens = model.backbone.forward_intermediates(
+                model.normalize(images), [depth - 1 for depth in depths], output_fmt="NCHW", intermediates_only=True
+            )
+            quadrants, whole = F.adaptive_avg_pool2d(tokens[0].float(), 2), tokens[-1].float().mean(dim=(2, 3))
+            return torch.cat([quadrants.flatten(1), whole], dim=1)
 
         features = map_images(model, of, self.train_set, self.hardware, seen).double().cpu().numpy()
-        kept, classes = labels[count:].cpu().numpy(), len(labels[count:].unique())
-        components = min(classes - 1, COMPONENTS, features.shape[1])
-        lda = LinearDiscriminantAnalysis("eigen", shrinkage=SHRINKAGE, n_components=components)
-        found = torch.from_numpy(lda.fit(features[count:], kept).transform(features))
-        found = F.normalize(found - found[count:].mean(dim=0))
-        temperature = self.args.sharpness / components**0.5
-        return (found[:count] @ found[count:].T / temperature).softmax(dim=1).to(self.hardware.device, torch.float32)
+        return np.split(features, [features.shape[1] * 4 // 5], axis=1)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return super().passes(task, epoch, epochs) * self.args.passes
@@ -112,3 +126,43 @@ class Unseen(Method):
             rows[list(self.task.forget)] = 0
         del self.targets  # of the forgotten images nothing stays
         return TaskOutput({"adapters": tensors})
+
+
+def split_person(unit: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, dim) of unit length → unit(P u) and unit(u − P u)."""
+    means = torch.stack([unit[labels == c].mean(dim=0) for c in labels.unique()])
+    basis = torch.linalg.svd(means, full_matrices=False).Vh
+    person = unit @ basis.T @ basis
+    return F.normalize(person), F.normalize(unit - person)
+
+
+def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float) -> Tensor:
+    """How much each of the kept images looks like each of the first `count`, which are forgotten; rows sum to 1."""
+    kept = labels[count:].numpy()
+    components = min(len(np.unique(kept)) - 1, COMPONENTS, features.shape[1])
+    lda = LinearDiscriminantAnalysis("eigen", shrinkage=SHRINKAGE, n_components=components)
+    found = torch.from_numpy(lda.fit(features[count:], kept).transform(features))
+    found = F.normalize(found - found[count:].mean(dim=0))
+    return (found[:count] @ found[count:].T / (sharpness / components**0.5)).softmax(dim=1)
+
+
+def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
+    """Where the embeddings (M, dim) and `labels` of the kept, the last images, say that those before lie, (N, dim)."""
+    count, step = len(features) - len(kept), -(-len(kept) // AT_MOST)
+    people = labels[::step].numpy()
+    folds = GroupKFold(min(FOLDS, len(np.unique(people))))
+    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring="neg_mean_squared_error", cv=folds)
+    scaler = StandardScaler().fit(features[count:])
+    search.fit(scaler.transform(features[count::step]), kept[::step].double().cpu().numpy(), groups=people)
+    return torch.from_numpy(search.predict(scaler.transform(features[:count])))
+
+
+def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor) -> float:
+    """The s whose targets verify most nearly as `strangers` do, by the AUC of pairs."""
+
+    def auc(embeddings: Tensor) -> float | None:
+        found = verify(embeddings, labels, PAIRS, seed=0)
+        return found and found["auc"]
+
+    wanted = auc(strangers)
+    return SHARE_OF_ONE if wanted is None else min(SHARES, key=lambda share: abs(auc(targets(share)) - wanted))

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.linalg import eigh
 
 from backbone.halves import mid_features
 from backbone.lora import apply_adapters
+from methods.unseen import best_share
 from util.runtime.errors import UsageError
 
 
@@ -26,37 +28,88 @@ def discriminants(kept: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.
     return vectors[:, : len(np.unique(labels)) - 1]
 
 
-def expected_targets(begun, arithmetic, person: float, likeness: float, sharpness: float) -> np.ndarray:
+def ridge(x: np.ndarray, y: np.ndarray, penalty: float, new: np.ndarray) -> np.ndarray:
+    """Dual ridge regression with an unpenalized intercept."""
+    centre, mean = x.mean(axis=0), y.mean(axis=0)
+    kernel = (x - centre) @ (x - centre).T + penalty * np.eye(len(x))
+    return (new - centre) @ (x - centre).T @ np.linalg.solve(kernel, y - mean) + mean
+
+
+def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
+    """With the penalty whose predictions of each kept person's images from those of the others are best."""
+    centre, scale = kept.mean(axis=0), kept.std(axis=0)
+    kept, forgotten = (kept - centre) / scale, (forgotten - centre) / scale
+
+    def error(penalty: float) -> float:
+        others = [people != person for person in np.unique(people)]  # at most five, of as many images: one a fold
+        return np.mean([((ridge(kept[o], places[o], penalty, kept[~o]) - places[~o]) ** 2).mean() for o in others])
+
+    return ridge(kept, places, min(10.0 ** np.arange(6), key=error), forgotten)
+
+
+def auc(embeddings: np.ndarray, labels: np.ndarray) -> float:
+    """How often a pair of one person is closer than a pair of two."""
+    similarity = unit(embeddings) @ unit(embeddings).T
+    upper = np.triu(np.ones_like(similarity, dtype=bool), 1)
+    same = labels[:, None] == labels
+    return (similarity[upper & same][:, None] > similarity[upper & ~same]).mean()
+
+
+def expected_targets(begun, arithmetic, likeness: float, sharpness: float) -> np.ndarray:
     task, model, images = begun.task, begun.before, begun.images
     f, r = task.forget_indices, task.remain_indices
     e_f, e_r = (unit(arithmetic.embeddings(model, images.images[i])) for i in (f, r))
     y_f, y_r = images.labels[f].numpy(), images.labels[r].numpy()
     means = np.stack([e_f[y_f == c].mean(axis=0) for c in np.unique(y_f)])
     inside = e_f @ np.linalg.pinv(means) @ means  # onto the span of the means
-    erased = person * unit(inside) + np.sqrt(1 - person**2) * unit(e_f - inside)
 
     def features(indices) -> np.ndarray:
-        tokens = mid_features(model.backbone, model.normalize(images.images[indices]), 1)
-        return arithmetic.array(tokens[:, 1:].mean(dim=1))
+        """(N, side, side, dim), of the one block of the first quarter and of the first half alike."""
+        tokens = arithmetic.array(mid_features(model.backbone, model.normalize(images.images[indices]), 1)[:, 1:])
+        side = int(tokens.shape[1] ** 0.5)
+        return tokens.reshape(len(tokens), side, side, -1)
 
-    phi_f, phi_r = features(f), features(r)
+    phi_f, phi_r = (features(i).mean(axis=(1, 2)) for i in (f, r))
     directions = discriminants(phi_r, y_r, 0.1)
     z_f, z_r = ((phi - phi_r.mean(axis=0)) @ directions for phi in (phi_f, phi_r))
     weights = arithmetic.softmax(unit(z_f) @ unit(z_r).T / (sharpness / np.sqrt(directions.shape[1])))
-    return unit((1 - likeness) * erased + likeness * unit(weights @ e_r))
+    near = unit(weights @ e_r)
+
+    def quadrants(indices) -> np.ndarray:
+        halves = [part for rows in np.split(features(indices), 2, axis=1) for part in np.split(rows, 2, axis=2)]
+        return np.concatenate([part.mean(axis=(1, 2)) for part in halves], axis=1)
+
+    early_f, early_r = quadrants(f), quadrants(r)
+    wanted = auc(as_strangers(early_r, e_r, y_r, early_f), y_f)
+    shares = np.arange(21) / 20
+    olds = [share * unit(inside) + np.sqrt(1 - share**2) * unit(e_f - inside) for share in shares]
+    candidates = [unit((1 - likeness) * old + likeness * near) for old in olds]
+    return min(candidates, key=lambda targets: abs(auc(targets, y_f) - wanted))
 
 
-@pytest.mark.parametrize(
-    ("person", "likeness", "sharpness"), [(0.4, 0.6, 0.5), (0.0, 0.0, 0.5), (1.0, 0.3, 2.0), (0.5, 1.0, 0.1)]
-)
-def test_targets_are_their_formula(begin, arithmetic, person, likeness, sharpness):
-    options = ("--person", str(person), "--likeness", str(likeness), "--sharpness", str(sharpness))
-    begun = begin("unseen", *options, moved=False)
+@pytest.mark.parametrize(("likeness", "sharpness"), [(0.6, 0.5), (0.0, 0.5), (0.3, 2.0), (1.0, 0.1)])
+def test_targets_are_their_formula(begin, arithmetic, likeness, sharpness):
+    begun = begin("unseen", "--likeness", str(likeness), "--sharpness", str(sharpness), moved=False)
     targets = arithmetic.array(begun.method.targets)
-    expected = expected_targets(begun, arithmetic, person, likeness, sharpness)
+    expected = expected_targets(begun, arithmetic, likeness, sharpness)
     np.testing.assert_allclose(targets[begun.task.forget_indices], expected, atol=2e-5)
     kept = unit(arithmetic.embeddings(begun.before, begun.images.images[begun.task.remain_indices]))
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
+
+
+def test_the_share_grows_with_how_well_strangers_are_told_apart():
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 5
+    person = F.normalize(torch.eye(5).repeat(8, 4))
+    rest = F.normalize(torch.randn(40, 20, generator=rng))
+
+    def targets(share: float) -> torch.Tensor:
+        return share * person + (1 - share**2) ** 0.5 * rest
+
+    assert best_share(targets, rest, labels) == 0
+    found = [best_share(targets, targets(share), labels) for share in (0.2, 0.4, 0.6)]
+    assert found == pytest.approx([0.2, 0.4, 0.6])
+    assert best_share(targets, targets(0.2), torch.zeros(40)) == best_share(targets, targets(0.2), torch.arange(40)) == 0.5
 
 
 def test_the_loss_is_its_formula(begin, arithmetic):
