@@ -20,7 +20,7 @@ class BadTeacher(Distillation):
         *Distillation.options,
         Option("lr", 1e-3),
         Option("temperature", 1.0, "temperature T of the distillations", low=0.01),
-        Option("lambda", 1.0, "weight λ of the incompetent teacher"),
+        Option("lambda", 0.3, "weight λ of the incompetent teacher"),
     ]
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:

@@ -20,7 +20,7 @@ class FDR(RelabelAndMatch):
     source = "arXiv 1805.08289"
     options = [
         *RelabelAndMatch.options,
-        Option("lr", 1e-3),
+        Option("lr", 5e-4, published=1e-3),
         Option("lambda", 20.0, "weight λ of the distance", published=50.0),
         Option("distill_on", "probabilities", "what is matched", published="logits", choices=("probabilities", "logits")),
     ]
