@@ -22,7 +22,7 @@ class DELETE(Distillation):
     name = "delete"
     title = "DELETE"
     source = "arXiv 2503.23751"
-    options = [*Distillation.options, Option("lr", 1e-4)]
+    options = [*Distillation.options, Option("lr", 3e-4)]
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)

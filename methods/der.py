@@ -23,7 +23,7 @@ class DER(RelabelAndMatch):
     options = [
         *RelabelAndMatch.options,
         Option("lr", 2e-3, published=1e-3),
-        Option("lambda", 0.01, "weight λ of the matched outputs"),
+        Option("lambda", 0.03, "weight λ of the matched outputs", published=0.01),
         Option("distill_on", "logits", "what is matched", published="embeddings", choices=("logits", "embeddings")),
     ]
 
