@@ -40,7 +40,7 @@ class GSLoRA(Method):
             published=[0.2, 0.25, 0.25, 0.2],
             few_shot=[0.3, 0.4, 0.28, 0.2],
         ),
-        Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
+        Option("bound", 60.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
         # Dropped: set to zero at the task's end, unless that changes a prediction on the task's training images.
         Option("negligible", 1e-2, "groups with an update below this share of their weights' norm", published=0.0),
     ]
