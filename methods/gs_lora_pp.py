@@ -31,7 +31,7 @@ class GSLoRApp(GSLoRA):
     source = "arXiv 2501.09705"
     options = [
         *GSLoRA.options,
-        Option("bound", 120.0, published=105.0),
+        Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
         Option(
             "lambda_forget",
             [0.01],
