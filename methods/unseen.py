@@ -99,7 +99,7 @@ class Unseen(Method):
 
         def of(images: Tensor) -> Tensor:
             tokens = model.backbone.forward_intermediates(
-                model.normalize(images), [depth - 1 for depth in depths], output_fmt="NCHW", intermediates_only=True
+                model.normalize(images), [d - 1 for d in depths], stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
             quadrants, whole = F.adaptive_avg_pool2d(tokens[0].float(), 2), tokens[-1].float().mean(dim=(2, 3))
             return torch.cat([quadrants.flatten(1), whole], dim=1)

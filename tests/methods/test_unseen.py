@@ -8,6 +8,7 @@ from scipy.linalg import eigh
 
 from backbone.halves import mid_features
 from backbone.lora import apply_adapters
+from methods import unseen
 from methods.unseen import best_share
 from util.runtime.errors import UsageError
 
@@ -38,8 +39,10 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float, new: np.ndarray) -> np.n
 def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
     """With the penalty whose predictions of each kept person's images from those of the others are best."""
     centre, scale = kept.mean(axis=0), kept.std(axis=0)
-    kept, forgotten = (kept - centre) / scale, (forgotten - centre) / scale
+    return choose_ridge((kept - centre) / scale, places, people, (forgotten - centre) / scale)
 
+
+def choose_ridge(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
     def error(penalty: float) -> float:
         others = [people != person for person in np.unique(people)]  # at most five, of as many images: one a fold
         return np.mean([((ridge(kept[o], places[o], penalty, kept[~o]) - places[~o]) ** 2).mean() for o in others])
@@ -95,6 +98,16 @@ def test_targets_are_their_formula(begin, arithmetic, likeness, sharpness):
     np.testing.assert_allclose(targets[begun.task.forget_indices], expected, atol=2e-5)
     kept = unit(arithmetic.embeddings(begun.before, begun.images.images[begun.task.remain_indices]))
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
+
+
+def test_of_very_many_kept_images_every_nth_is_asked(monkeypatch):
+    rng = np.random.default_rng(0)
+    features, kept, labels = rng.normal(size=(15, 4)), rng.normal(size=(12, 3)), np.repeat([0, 1], 6)
+    monkeypatch.setattr(unseen, "AT_MOST", 5)
+    found = unseen.as_strangers(features, torch.from_numpy(kept), torch.from_numpy(labels))
+    centre, scale = features[3:].mean(axis=0), features[3:].std(axis=0)
+    scaled = (features - centre) / scale
+    np.testing.assert_allclose(found, choose_ridge(scaled[3::3], kept[::3], labels[::3], scaled[:3]), atol=1e-9)
 
 
 def test_the_share_grows_with_how_well_strangers_are_told_apart():

@@ -13,7 +13,7 @@ from data.image_set import ImageSet
 from util.audit import FIGURES, Figure
 from util.audit.statistics import CANNOT_TELL, STILL_KNOWN, VERDICTS, bootstrap_interval, compare, value_of
 from util.audit.subject import Scene, Subject
-from util.audit.utility import utility
+from util.audit.utility import recognition, utility
 from util.runtime.errors import UsageError
 from util.runtime.files import read_json, write_json
 from util.runtime.hardware import Hardware
@@ -104,7 +104,7 @@ def audit(
         of = {other: measured[name] for other, measured in found.items()}
         entries |= _judge(FIGURES[name], subject, scene, [of[o] for o in never], [of[o] for o in known], curves)
     useful = utility(subject, scene) | {"before": utility(known[0], scene)}
-    useful["references"] = [utility(reference, scene) for reference in never]
+    useful["references"] = [recognition(reference, scene) for reference in never]  # whose templates are their own
     return Audit(scene, subject, entries, _rounded(useful), curves)
 
 

@@ -18,8 +18,7 @@ SIGNS = {STILL_KNOWN: "▲", OVER_FORGOTTEN: "▼", AS_IF_NEVER_SEEN: "●", CAN
 LEGEND = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items())
 FALLING = frozenset().union(*(figure.falling for figure in FIGURES.values()))
 BORROWED = {key for figure in FIGURES.values() for key in figure.known_by}
-OLD_TEMPLATES = "old_templates_tar_1pct"  # which mean nothing to references: the embedding of each is its own
-UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", OLD_TEMPLATES: "old templates"}
+UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", "old_templates_tar_1pct": "old templates"}
 
 
 def _moments(audits: Sequence[tuple[str, dict | None, dict]]) -> dict[tuple[int, int], list[tuple[str, dict | None, dict]]]:
@@ -132,8 +131,8 @@ def calibration(request: dict) -> tuple[int, int, int, int]:
 
 
 def never_seen_utility(utility: dict, key: str) -> float | None:
-    """The references' mean."""
-    values = [reference[key] for reference in utility["references"]]
+    """The references' mean, of what they have."""
+    values = [reference.get(key) for reference in utility["references"]]
     return None if None in values else float(np.mean(values))
 
 
@@ -155,10 +154,10 @@ def audit_markdown(content: dict) -> str:
         align = ["left"] + ["right"] * 7 + ["left"]
         parts.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align))
         useful, before = request["utility"], request["utility"]["before"]
-        told = []
-        for key, name in UTILITY.items():
-            never = "" if key == OLD_TEMPLATES else f" ({percent(never_seen_utility(useful, key))})"
-            told.append(f"{name} {percent(before[key])} → {percent(useful[key])}{never}")
+        told = [
+            f"{name} {percent(before[key])} → {percent(useful[key])} ({percent(never_seen_utility(useful, key))})"
+            for key, name in UTILITY.items()
+        ]
         parts.append(f"Kept people, before → after (never seen): {', '.join(told)}.")
         passed, tried, known, can_tell = calibration(request)
         parts.append(

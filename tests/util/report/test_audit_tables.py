@@ -17,7 +17,8 @@ def figure(value: float | None = 50.0, references=(10.0, 20.0, 40.0), **more) ->
 def request(task: int = 1, after_task: int = 1, verdict: str = "still known", **figures) -> dict:
     about = {"task": task, "after_task": after_task, "forget": ["ann", "bob"], "images": 8, "verdict": verdict}
     useful = {"acc_remain": 90.0, "verification_auc_remain": 80.0, "old_templates_tar_1pct": 70.0}
-    others = {"before": useful | {"acc_remain": 95.0}, "references": [useful | {"acc_remain": acc} for acc in (92.0, 94.0)]}
+    never = [{"acc_remain": acc, "verification_auc_remain": 80.0} for acc in (92.0, 94.0)]
+    others = {"before": useful | {"acc_remain": 95.0}, "references": never}
     return {**about, "figures": figures, "utility": useful | others}
 
 
@@ -189,7 +190,7 @@ def test_every_figure_with_its_numbers_in_one_table():
     assert found == expected
     assert text.split("\n\n")[3] == (
         "Kept people, before → after (never seen): Acc_r 95.00 → 90.00 (93.00), "
-        "verification AUC 80.00 → 80.00 (80.00), old templates 70.00 → 70.00."
+        "verification AUC 80.00 → 80.00 (80.00), old templates 70.00 → 70.00 (–)."
     )
 
 
