@@ -1,6 +1,7 @@
 """Unseen: an adapter after which a forgotten face lies where a model that never saw the person might have placed it."""
 
 from collections.abc import Callable, Sequence
+from math import ceil
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
 from util.evaluation.evaluate import embed_images, map_images
-from util.evaluation.verification import verify
 from util.runtime.errors import UsageError
 
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
@@ -27,9 +27,9 @@ COMPONENTS = 100  # most discriminant directions
 PENALTIES = np.logspace(0, 5, 6)  # of the ridge regression
 FOLDS = 5
 AT_MOST = 10_000  # kept images in the regression
+AT_MOST_FORGOTTEN = 2_000  # images that s is found by
 SHARES = np.linspace(0, 1, 21)
 SHARE_OF_ONE = 0.5  # where there are no pairs: one person, or one image each
-PAIRS = 20_000
 
 
 class Unseen(Method):
@@ -43,8 +43,9 @@ class Unseen(Method):
 
     s is found: how well a model tells strangers apart is seen by ridge regression from what the first quarter of the network
     computes, too early to know a person, to θ₀. It is fitted on the kept alone, with the penalty that predicts best for
-    kept people who are left out. Pairs of targets verify as well as pairs of its predictions for the forgotten do. t is a
-    constant of the task. Only the adapters are trained. The rows of the forgotten are zero afterwards: no template stays.
+    kept people who are left out. Among as many people as were forgotten so far, a target is identified by another of its
+    person as often as its predictions for the forgotten are. t is a constant of the task. Only the adapters are trained. The
+    rows of the forgotten are zero afterwards: no template stays.
     """
 
     name = "unseen"
@@ -54,7 +55,8 @@ class Unseen(Method):
         Option("rank", 8, "rank r of the adapters", low=1),
         Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
         Option("passes", 2, "passes over the longer of D_f and D_r that an epoch makes", low=1),
-        Option("likeness", 0.6, "w: share of the kept faces that look alike in a target", high=1),
+        Option("visits", 5, "more of them, where an epoch would show D_f fewer times", low=0),
+        Option("likeness", 0.55, "w: share of the kept faces that look alike in a target", high=1),
         Option("sharpness", 0.5, "c: how alike they must look; less: more", low=1e-3),
         Option("lambda_forget", 5.0, "weight λ_f of the forgotten images' targets"),
         Option("lambda_remain", 1.0, "weight λ_r of the remaining images' old embeddings"),
@@ -87,7 +89,7 @@ class Unseen(Method):
             old = share * person + (1 - share**2) ** 0.5 * rest
             return F.normalize((1 - self.args.likeness) * old + self.args.likeness * near)
 
-        share = best_share(targets, strangers, labels)
+        share = best_share(targets, strangers, labels, len(task.forget) + len(task.old))
         known = torch.cat([targets(share), kept])
         self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), known)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
@@ -108,7 +110,8 @@ class Unseen(Method):
         return np.split(features, [features.shape[1] * 4 // 5], axis=1)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
-        return super().passes(task, epoch, epochs) * self.args.passes
+        forget, longer = len(task.forget_indices), max(len(task.forget_indices), len(task.remain_indices))
+        return super().passes(task, epoch, epochs) * max(self.args.passes, ceil(self.args.visits * forget / longer))
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         embeddings = model.embed(batch.images)
@@ -157,12 +160,25 @@ def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
     return torch.from_numpy(search.predict(scaler.transform(features[:count])))
 
 
-def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor) -> float:
-    """The s whose targets verify most nearly as `strangers` do, by the AUC of pairs."""
+def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor, crowd: int) -> float:
+    """The s whose targets are identified among `crowd` people most nearly as often as `strangers` are."""
+    wanted = identified(strangers, labels, crowd)
+    return SHARE_OF_ONE if wanted is None else min(SHARES, key=lambda s: abs(identified(targets(s), labels, crowd) - wanted))
 
-    def auc(embeddings: Tensor) -> float | None:
-        found = verify(embeddings, labels, PAIRS, seed=0)
-        return found and found["auc"]
 
-    wanted = auc(strangers)
-    return SHARE_OF_ONE if wanted is None else min(SHARES, key=lambda share: abs(auc(targets(share)) - wanted))
+def identified(embeddings: Tensor, labels: Tensor, crowd: int) -> float | None:
+    """How often a photo's nearest of `crowd` photos, of a person each, is its own person's: expected, from pairs of these.
+
+    embeddings (N, dim), labels (N,). The mean over the genuine pairs of F^(crowd − 1), with F the share of the first one's
+    impostors that are less like it than the other one is (Grother & Phillips 2004). None where there are no such pairs.
+    """
+    step = -(-len(labels) // AT_MOST_FORGOTTEN)
+    unit, labels = F.normalize(embeddings[::step].float().cpu()), labels[::step]
+    same = labels[:, None] == labels
+    genuine = same.clone().fill_diagonal_(False)
+    if same.all() or not genuine.any():
+        return None
+    cosines = unit @ unit.T
+    impostors = cosines.masked_fill(same, torch.inf).sort(dim=1).values
+    below = torch.searchsorted(impostors, cosines) / (~same).sum(dim=1, keepdim=True)
+    return (below[genuine] ** (crowd - 1)).mean().item()

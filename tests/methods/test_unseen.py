@@ -50,12 +50,13 @@ def choose_ridge(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgo
     return ridge(kept, places, min(10.0 ** np.arange(6), key=error), forgotten)
 
 
-def auc(embeddings: np.ndarray, labels: np.ndarray) -> float:
-    """How often a pair of one person is closer than a pair of two."""
-    similarity = unit(embeddings) @ unit(embeddings).T
-    upper = np.triu(np.ones_like(similarity, dtype=bool), 1)
-    same = labels[:, None] == labels
-    return (similarity[upper & same][:, None] > similarity[upper & ~same]).mean()
+def identified(embeddings: np.ndarray, labels: np.ndarray, crowd: int) -> float:
+    """How often a pair of one person is closer than all of crowd − 1 impostors, drawn with replacement."""
+    similarity, chances = unit(embeddings) @ unit(embeddings).T, []
+    for photo, row in enumerate(similarity):
+        own = np.flatnonzero((labels == labels[photo]) & (np.arange(len(labels)) != photo))
+        chances += [(row[labels != labels[photo]] < row[other]).mean() ** (crowd - 1) for other in own]
+    return np.mean(chances)
 
 
 def expected_targets(begun, arithmetic, likeness: float, sharpness: float) -> np.ndarray:
@@ -83,14 +84,15 @@ def expected_targets(begun, arithmetic, likeness: float, sharpness: float) -> np
         return np.concatenate([part.mean(axis=(1, 2)) for part in halves], axis=1)
 
     early_f, early_r = quadrants(f), quadrants(r)
-    wanted = auc(as_strangers(early_r, e_r, y_r, early_f), y_f)
+    crowd = len(task.forget) + len(task.old)
+    wanted = identified(as_strangers(early_r, e_r, y_r, early_f), y_f, crowd)
     shares = np.arange(21) / 20
     olds = [share * unit(inside) + np.sqrt(1 - share**2) * unit(e_f - inside) for share in shares]
     candidates = [unit((1 - likeness) * old + likeness * near) for old in olds]
-    return min(candidates, key=lambda targets: abs(auc(targets, y_f) - wanted))
+    return min(candidates, key=lambda targets: abs(identified(targets, y_f, crowd) - wanted))
 
 
-@pytest.mark.parametrize(("likeness", "sharpness"), [(0.6, 0.5), (0.0, 0.5), (0.3, 2.0), (1.0, 0.1)])
+@pytest.mark.parametrize(("likeness", "sharpness"), [(0.55, 0.5), (0.0, 0.5), (0.3, 2.0), (1.0, 0.1)])
 def test_targets_are_their_formula(begin, arithmetic, likeness, sharpness):
     begun = begin("unseen", "--likeness", str(likeness), "--sharpness", str(sharpness), moved=False)
     targets = arithmetic.array(begun.method.targets)
@@ -119,10 +121,29 @@ def test_the_share_grows_with_how_well_strangers_are_told_apart():
     def targets(share: float) -> torch.Tensor:
         return share * person + (1 - share**2) ** 0.5 * rest
 
-    assert best_share(targets, rest, labels) == 0
-    found = [best_share(targets, targets(share), labels) for share in (0.2, 0.4, 0.6)]
+    assert best_share(targets, rest, labels, 5) == 0
+    found = [best_share(targets, targets(share), labels, 5) for share in (0.2, 0.4, 0.6)]
     assert found == pytest.approx([0.2, 0.4, 0.6])
-    assert best_share(targets, targets(0.2), torch.zeros(40)) == best_share(targets, targets(0.2), torch.arange(40)) == 0.5
+    one_person, one_photo_each = torch.zeros(40), torch.arange(40)
+    assert best_share(targets, targets(0.2), one_person, 1) == best_share(targets, targets(0.2), one_photo_each, 40) == 0.5
+
+
+def test_a_photo_is_identified_in_a_crowd_as_often_as_in_galleries_that_are_drawn(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(6), 10)
+    embeddings = rng.normal(size=(6, 8))[labels] + 1.5 * rng.normal(size=(60, 8))
+    cosines, hits = unit(embeddings) @ unit(embeddings).T, []
+    for _ in range(20_000):  # a probe, another photo of its person, and two of anybody else's
+        probe = rng.integers(60)
+        pair = rng.choice([i for i in np.flatnonzero(labels == labels[probe]) if i != probe])
+        strangers = rng.choice(np.flatnonzero(labels != labels[probe]), 2)
+        hits.append(cosines[probe, pair] > cosines[probe, strangers].max())
+    found = unseen.identified(torch.from_numpy(embeddings), torch.from_numpy(labels), 3)
+    assert found == pytest.approx(np.mean(hits), abs=0.015)
+    assert found > unseen.identified(torch.from_numpy(embeddings), torch.from_numpy(labels), 30)
+    monkeypatch.setattr(unseen, "AT_MOST_FORGOTTEN", 30)
+    found = unseen.identified(torch.from_numpy(embeddings), torch.from_numpy(labels), 3)
+    assert found == unseen.identified(torch.from_numpy(embeddings[::2]), torch.from_numpy(labels[::2]), 3)
 
 
 def test_the_loss_is_its_formula(begin, arithmetic):
@@ -158,10 +179,12 @@ def test_a_task_leaves_no_row_and_no_target_of_the_forgotten(begin, head):
     torch.testing.assert_close(begun.before.embed(begun.images.images), embeddings)
 
 
-def test_an_epoch_makes_two_passes_over_the_longer_stream(begin):
-    begun = begin("unseen")
-    passes = begun.method.passes(begun.task, 0, begun.method.epochs)
-    assert [plan.steps for plan in passes] == 2 * [-(-len(begun.task.remain_indices) // 8)]
+@pytest.mark.parametrize(("visits", "passes"), [(0, 2), (4, 2), (5, 3), (20, 10)])
+def test_an_epoch_makes_two_passes_over_the_longer_stream_or_shows_each_forgotten_image_often(begin, visits, passes):
+    begun = begin("unseen", "--visits", str(visits))
+    assert (len(begun.task.forget_indices), len(begun.task.remain_indices)) == (8, 16)
+    plans = begun.method.passes(begun.task, 0, begun.method.epochs)
+    assert [plan.steps for plan in plans] == passes * [2]
 
 
 @pytest.mark.parametrize("few", [1, 2])
