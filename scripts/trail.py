@@ -1,0 +1,197 @@
+"""A trail: what became of a pre-trained model, by a run or as two checkpoints, with all that an audit of it needs."""
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from data import build_datasets, build_unseen
+from data.cache import cache_folder
+from data.image_set import ImageSet
+from data.tasks import named_classes
+from methods import METHODS
+from scripts.jobs import Job
+from scripts.references import DATA_OPTIONS, recipe_of, reference_job
+from util.audit.audit import Audit, audit, check_unseen
+from util.audit.pictures import pictures
+from util.audit.subject import Scene
+from util.cli import options
+from util.report.audit_page import audit_page
+from util.report.audit_tables import audit_markdown
+from util.report.results import load_results
+from util.runtime.errors import UsageError
+from util.runtime.files import sha256, write_json, write_text
+from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.storage.folders import RunFolder
+from util.training.monitor import log_scalars, open_writer
+
+SCHEMA = 1
+
+
+@dataclass
+class Case:
+    """One request, after one of the tasks: class ids `forget` are audited in the checkpoint `after`.
+
+    `gone` are all that it was to forget by then: references never saw any of them.
+    """
+
+    after: Path
+    task: int
+    after_task: int
+    forget: list[int]
+    gone: list[int]
+
+
+@lru_cache(maxsize=1)
+def load_data(
+    where: tuple[tuple[str, object], ...], image_size: int, device: torch.device
+) -> tuple[tuple[ImageSet, ImageSet], ImageSet | None]:
+    """Training and test set, and people in none of them; runs of one data set share them."""
+    args = argparse.Namespace(**dict(where))
+    data, unseen = build_datasets(args, image_size, device), build_unseen(args, image_size, device)
+    if unseen is not None:
+        check_unseen(unseen, data[0])
+    return data, unseen
+
+
+load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained model and the references
+
+
+class Trail:
+    """A run, or two checkpoints, with data and models loaded: what becomes one audit.json."""
+
+    def __init__(self, args: argparse.Namespace, before: Path, run: RunFolder | None = None) -> None:
+        self.args, self.path, self.run, self.hardware = args, before, run, options.hardware_of(args)
+        self.before = load_once(before, args.head, args.published_adapters)
+        where = {key: getattr(args, key) for key in (*DATA_OPTIONS, "unseen", "images")}
+        size = self.before.model.architecture.image_size
+        self.data, self.unseen = load_data(tuple(where.items()), size, self.hardware.device)
+        check_classes(self.before, self.data[0], before)
+        self.classes = self.data[0].classes
+        self.results = load_results(run.results) if run else None
+        self.label = METHODS[self.results["method"]].title if run else args.after.stem
+        self.output = args.output_dir or (run.path / "audit" if run else Path("exps") / f"audit-{self.label}")
+        self.cases = self._cases_of_run() if run else [self._case_of_files()]
+        for case in self.cases:  # what is wrong is found before references are trained
+            self.load(case.after)
+            people = tuple(sorted(case.forget)), tuple(self._remain(case))
+            Scene(*self.data, *people, self.unseen, None, (), self.hardware).check()
+
+    def _cases_of_run(self) -> list[Case]:
+        tasks = self.results["tasks"]
+        if not tasks or tasks[0]["task"] != 1:
+            raise UsageError(f"{self.run.path} does not begin with the first task: audit the run that it continues")
+        forget = [task["forget_classes"] for task in tasks]
+        count, numbers = len(tasks), [*dict.fromkeys(self.args.requests)]
+        moments = [(n, n) for n in (range(1, count + 1) if "all" in numbers else numbers)]
+        if "all" in numbers:
+            moments += [(n, count) for n in range(1, count)]
+        elif max(numbers) > count:
+            raise UsageError(f"--requests {max(numbers)}: {self.run.path} has finished {count} tasks")
+        return [
+            Case(self.run.checkpoint(after), task, after, forget[task - 1], sorted(chain(*forget[:after])))
+            for task, after in moments
+        ]
+
+    def _case_of_files(self) -> Case:
+        forget = [*dict.fromkeys(named_classes(self.args.forget_classes, self.classes))]
+        return Case(self.args.after, 1, 1, forget, sorted(forget))
+
+    def _remain(self, case: Case) -> list[int]:
+        return [c for c in range(len(self.classes)) if c not in case.gone]
+
+    def reference_jobs(self, case: Case) -> tuple[list[Job], list[Job]]:
+        """The references and the further originals to train."""
+        recipe, args = recipe_of(self.before, self.path, self.args.recipe), self.args
+        # From 1 on, without the pre-trained model's own.
+        seeds = [s for s in range(1, args.num_references + args.num_originals + 1) if s != self.before.info.get("seed")]
+        wanted = (case.gone, args.num_references), ([], args.num_originals - 1)
+        return tuple(
+            [reference_job(args, recipe, self.data[0], without, seed) for seed in seeds[:count]] for without, count in wanted
+        )
+
+    def load(self, path: Path) -> Checkpoint:
+        checkpoint = load_once(path, self.args.head, self.args.published_adapters)
+        check_classes(checkpoint, self.data[0], path)
+        return checkpoint
+
+    def audit(self, case: Case) -> tuple[Audit, list[dict], list[dict]]:
+        """The audit of one case, and what its references and originals are."""
+        if self.args.references is None:
+            files = [[job.folder.results for job in group] for group in self.reference_jobs(case)]
+        else:
+            files = [self.args.references, self.args.originals]
+        never, known = ({path: self.load(path) for path in group} for group in files)
+        label, start, live = f"{self.label}, request {case.task}", time.perf_counter(), sys.stderr.isatty()
+
+        def progress(what: str) -> None:
+            if live:
+                print(f"\r\033[K{label}: {what}, {time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
+
+        found = audit(
+            self.before.model,
+            self.load(case.after).model,
+            [checkpoint.model for checkpoint in never.values()],
+            self.data,
+            case.forget,
+            self.unseen,
+            hardware=self.hardware,
+            originals=[checkpoint.model for checkpoint in known.values()],
+            remain=self._remain(case),
+            figures=self.args.figures,
+            seed=self.args.seed,
+            cache=(self.args.cache_dir or cache_folder()) / "audits",
+            progress=progress,
+        )
+        if live:
+            print("\r\033[K", end="", file=sys.stderr)
+        known = {self.path: self.before, **known}
+        return found, *([describe(path, checkpoint) for path, checkpoint in group.items()] for group in (never, known))
+
+    def write(self) -> dict:
+        """Audit every case and leave the files. Returns the content of audit.json."""
+        requests, drawn, others = [], [], {"references": {}, "originals": {}}
+        for case in self.cases:
+            found, never, known = self.audit(case)
+            for group, entries in zip(others.values(), (never, known), strict=True):
+                group |= {entry["sha256"]: entry for entry in entries}
+            about = {"task": case.task, "after_task": case.after_task, "after_sha256": sha256(case.after)}
+            if self.run and (record := self.run.task_file("deletions", case.after_task)).exists():
+                about["record_sha256"] = sha256(record)
+            about["references"] = [entry["sha256"] for entry in never]
+            requests.append(about | found.as_dict())
+            drawn.append(None if self.args.quick else pictures(found))
+        content = {
+            "schema": SCHEMA,
+            "data": self.data[0].name,
+            "method": self.label if self.run else None,
+            "recipe": self.before.info.get("recipe"),
+            **{name: [*group.values()] for name, group in others.items()},
+            "requests": requests,
+            "arguments": options.plain_arguments(self.args) | dict.fromkeys(("runs", "references", "originals")),
+        }
+        write_json(self.output / "audit.json", content)
+        write_text(self.output / "audit.md", audit_markdown(content) + "\n")
+        write_text(self.output / "audit.html", audit_page(content, drawn, f"{self.label} on {self.data[0].name}"))
+        if self.run:
+            self._log(requests)
+        return content
+
+    def _log(self, requests: list[dict]) -> None:
+        with open_writer(self.run.path) as writer:
+            for request in requests:
+                for what in ("value", "rho"):
+                    values = {key: entry[what] for key, entry in request["figures"].items()}
+                    log_scalars(writer, f"audit/request_{request['task']}/{what}", values, request["after_task"])
+
+
+def describe(path: Path, checkpoint: Checkpoint) -> dict:
+    info = checkpoint.info
+    without = [checkpoint.classes[c] for c in info.get("without_classes", [])]
+    about = {"seed": info.get("seed"), "sha256": sha256(path), "acc_remain": info.get("acc"), "without": without}
+    return about | {"file": str(path.resolve())}
