@@ -102,6 +102,14 @@ def test_targets_are_their_formula(begin, arithmetic, likeness, sharpness):
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
 
 
+def test_the_crowd_is_all_who_were_forgotten_so_far(begin, monkeypatch):
+    crowds = []
+    monkeypatch.setattr(unseen, "best_share", lambda *given: crowds.append(given[-1]) or 0.5)
+    for number in (1, 2):
+        begin("unseen", number=number)
+    assert crowds == [2, 4]
+
+
 def test_of_very_many_kept_images_every_nth_is_asked(monkeypatch):
     rng = np.random.default_rng(0)
     features, kept, labels = rng.normal(size=(15, 4)), rng.normal(size=(12, 3)), np.repeat([0, 1], 6)
