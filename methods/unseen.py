@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
+from sklearn.metrics import make_scorer
 from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
@@ -42,10 +43,11 @@ class Unseen(Method):
     in d linear discriminants that tell the kept identities apart by what the first half of the network computes.
 
     s is found: how well a model tells strangers apart is seen by ridge regression from what the first quarter of the network
-    computes, too early to know a person, to θ₀. It is fitted on the kept alone, with the penalty that predicts best for
-    kept people who are left out. Among as many people as were forgotten so far, a target is identified by another of its
-    person as often as its predictions for the forgotten are. t is a constant of the task. Only the adapters are trained. The
-    rows of the forgotten are zero afterwards: no template stays.
+    computes, too early to know a person, to θ₀. It is fitted on the kept alone, in the directions in which these people
+    differ, with the penalty whose predictions for people left out have the largest cosine to θ₀. Among as many people as
+    were forgotten so far, a target is identified by another of its person as often as its predictions for the forgotten are.
+    t is a constant of the task. Only the adapters are trained. The rows of the forgotten are zero afterwards: no template
+    stays.
     """
 
     name = "unseen"
@@ -133,10 +135,13 @@ class Unseen(Method):
 
 def split_person(unit: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings (N, dim) of unit length → unit(P u) and unit(u − P u)."""
-    means = torch.stack([unit[labels == c].mean(dim=0) for c in labels.unique()])
-    basis = torch.linalg.svd(means, full_matrices=False).Vh
+    basis = torch.linalg.svd(person_means(unit, labels), full_matrices=False).Vh
     person = unit @ basis.T @ basis
     return F.normalize(person), F.normalize(unit - person)
+
+
+def person_means(embeddings: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([embeddings[labels == c].mean(dim=0) for c in labels.unique()])
 
 
 def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float) -> Tensor:
@@ -150,14 +155,22 @@ def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float)
 
 
 def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
-    """Where the embeddings (M, dim) and `labels` of the kept, the last images, say that those before lie, (N, dim)."""
+    """Where the embeddings (M, dim) and `labels` of the kept, the last images, say that those before lie: (N, directions in
+    which the kept people differ)."""
     count, step = len(features) - len(kept), -(-len(kept) // AT_MOST)
-    people = labels[::step].numpy()
-    folds = GroupKFold(min(FOLDS, len(np.unique(people))))
-    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring="neg_mean_squared_error", cv=folds)
+    kept, people = kept[::step].double().cpu(), labels[::step].numpy()
+    means = person_means(kept, labels[::step])
+    directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[: len(means) - 1]
+    places = (kept - means.mean(dim=0)) @ directions.T
+    folds = GroupKFold(min(FOLDS, len(means)))
+    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring=make_scorer(mean_cosine), cv=folds)
     scaler = StandardScaler().fit(features[count:])
-    search.fit(scaler.transform(features[count::step]), kept[::step].double().cpu().numpy(), groups=people)
-    return torch.from_numpy(search.predict(scaler.transform(features[:count])))
+    search.fit(scaler.transform(features[count::step]), places.numpy(), groups=people)
+    return torch.from_numpy(search.predict(scaler.transform(features[:count])).reshape(count, -1))
+
+
+def mean_cosine(places: np.ndarray, found: np.ndarray) -> float:
+    return F.cosine_similarity(*(torch.from_numpy(x.reshape(len(x), -1)) for x in (places, found))).mean().item()
 
 
 def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor, crowd: int) -> float:

@@ -37,17 +37,23 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float, new: np.ndarray) -> np.n
 
 
 def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
-    """With the penalty whose predictions of each kept person's images from those of the others are best."""
+    """In the span of what the kept people's means differ by, with the penalty whose predictions of each one's images from
+    those of the others point there best."""
     centre, scale = kept.mean(axis=0), kept.std(axis=0)
     return choose_ridge((kept - centre) / scale, places, people, (forgotten - centre) / scale)
 
 
 def choose_ridge(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
-    def error(penalty: float) -> float:
-        others = [people != person for person in np.unique(people)]  # at most five, of as many images: one a fold
-        return np.mean([((ridge(kept[o], places[o], penalty, kept[~o]) - places[~o]) ** 2).mean() for o in others])
+    means = np.stack([places[people == person].mean(axis=0) for person in np.unique(people)])
+    apart = (means - means[0])[1:]
+    places = (places - means.mean(axis=0)) @ np.linalg.pinv(apart) @ apart  # onto their span, in the old coordinates
 
-    return ridge(kept, places, min(10.0 ** np.arange(6), key=error), forgotten)
+    def cosine(penalty: float) -> float:
+        others = [people != person for person in np.unique(people)]  # at most five, of as many images: one a fold
+        found = [unit(ridge(kept[o], places[o], penalty, kept[~o])) for o in others]
+        return np.mean([(f * unit(places[~o])).sum(axis=1).mean() for f, o in zip(found, others, strict=True)])
+
+    return ridge(kept, places, max(10.0 ** np.arange(6), key=cosine), forgotten)
 
 
 def identified(embeddings: np.ndarray, labels: np.ndarray, crowd: int) -> float:
@@ -112,12 +118,14 @@ def test_the_crowd_is_all_who_were_forgotten_so_far(begin, monkeypatch):
 
 def test_of_very_many_kept_images_every_nth_is_asked(monkeypatch):
     rng = np.random.default_rng(0)
-    features, kept, labels = rng.normal(size=(15, 4)), rng.normal(size=(12, 3)), np.repeat([0, 1], 6)
-    monkeypatch.setattr(unseen, "AT_MOST", 5)
+    features, kept, labels = rng.normal(size=(21, 4)), rng.normal(size=(18, 3)), np.repeat([0, 1, 2], 6)
+    monkeypatch.setattr(unseen, "AT_MOST", 8)
     found = unseen.as_strangers(features, torch.from_numpy(kept), torch.from_numpy(labels))
     centre, scale = features[3:].mean(axis=0), features[3:].std(axis=0)
     scaled = (features - centre) / scale
-    np.testing.assert_allclose(found, choose_ridge(scaled[3::3], kept[::3], labels[::3], scaled[:3]), atol=1e-9)
+    expected = choose_ridge(scaled[3::3], kept[::3], labels[::3], scaled[:3])
+    assert found.shape == (3, 2)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-9)  # lengths and angles: the axes are free
 
 
 def test_the_share_grows_with_how_well_strangers_are_told_apart():
