@@ -14,6 +14,7 @@ from statistics import fmean
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
 from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, CLOSE, OVER_FORGOTTEN, POWER, STILL_KNOWN
@@ -66,6 +67,7 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["number"] = _number
+    environment.filters["name"] = lambda name: Markup("_<wbr>").join(name.split("_"))
     environment.filters["never_seen"] = never_seen_utility
     requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
     words = {"verdicts": VERDICTS, "models": MODELS, "close": CLOSE, "power": POWER}
