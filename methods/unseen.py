@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
-from sklearn.metrics import make_scorer
-from sklearn.model_selection import GridSearchCV, GroupKFold
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -25,27 +24,22 @@ from util.runtime.errors import UsageError
 
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
 COMPONENTS = 100  # most discriminant directions
-PENALTIES = np.logspace(0, 5, 6)  # of the ridge regression
-FOLDS = 5
-AT_MOST = 10_000  # kept images in the regression
-AT_MOST_FORGOTTEN = 2_000  # images that s is found by
-SHARES = np.linspace(0, 1, 21)
-SHARE_OF_ONE = 0.5  # where there are no pairs: one person, or one image each
+PENALTY = 10.0  # of the ridge regression
+SHARES = np.linspace(1, 0, 21)  # the first of equals: one photo of each person says nothing of s
 
 
 class Unseen(Method):
     """L = λ_f · (1 − cos(e_f, t)) + λ_r · (1 − cos(e_r, θ₀(x_r))) + λ · CE(z_r, y_r)
 
-    t = unit[(1 − w) · (s · unit(P u) + √(1 − s²) · unit(u − P u)) + w · n],  u = unit(θ₀(x_f)) the old embedding
+    t = unit[(1 − w) · (s · v + √(1 − s²) · unit(u − P u)) + w · n],  u = unit(θ₀(x_f)) the old embedding
 
-    P projects onto the forgotten identities' mean embeddings: s is what is left of what tells them apart. n is where faces
+    v is where a stranger's eye puts the face: ridge regression from what the first quarter of the network computes, too
+    early to know a person, to θ₀, fitted on the kept alone, in the directions in which these people differ. n is where faces
     that look like this one lie among the kept: the mean of *their* old embeddings, weighted by softmax(cos / τ), τ = c / √d,
-    in d linear discriminants that tell the kept identities apart by what the first half of the network computes.
+    in d linear discriminants that tell the kept identities apart by what the first half of the network computes. P projects
+    onto the forgotten identities' mean embeddings: u − P u is what the photo shows beside the person.
 
-    s is found: how well a model tells strangers apart is seen by ridge regression from what the first quarter of the network
-    computes, too early to know a person, to θ₀. It is fitted on the kept alone, in the directions in which these people
-    differ, with the penalty whose predictions for people left out have the largest cosine to θ₀. Among as many people as
-    were forgotten so far, a target is identified by another of its person as often as its predictions for the forgotten are.
+    s is found: two targets of a person are as alike, on average, as the regression says that two strangers' photos are.
     t is a constant of the task. Only the adapters are trained. The rows of the forgotten are zero afterwards: no template
     stays.
     """
@@ -83,16 +77,15 @@ class Unseen(Method):
         (forgotten, kept), labels = unit.split(counts), train_set.labels[seen.to(train_set.labels.device)].cpu()
         early, middle = self._features(model, seen)
         near = F.normalize(likeness(middle, labels, len(forgotten), self.args.sharpness).to(kept) @ kept)
-        strangers = as_strangers(early, kept, labels[len(forgotten) :])
+        strangers = F.normalize(as_strangers(early, kept, labels[len(forgotten) :])).to(kept)
         labels = labels[: len(forgotten)]
-        person, rest = split_person(forgotten, labels)
+        rest = without_person(forgotten, labels)
 
         def targets(share: float) -> Tensor:
-            old = share * person + (1 - share**2) ** 0.5 * rest
-            return F.normalize((1 - self.args.likeness) * old + self.args.likeness * near)
+            seen_anew = share * strangers + (1 - share**2) ** 0.5 * rest
+            return F.normalize((1 - self.args.likeness) * seen_anew + self.args.likeness * near)
 
-        share = best_share(targets, strangers, labels, len(task.forget) + len(task.old))
-        known = torch.cat([targets(share), kept])
+        known = torch.cat([targets(best_share(targets, strangers, labels)), kept])
         self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), known)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
 
@@ -133,11 +126,10 @@ class Unseen(Method):
         return TaskOutput({"adapters": tensors})
 
 
-def split_person(unit: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Embeddings (N, dim) of unit length → unit(P u) and unit(u − P u)."""
+def without_person(unit: Tensor, labels: Tensor) -> Tensor:
+    """What embeddings (N, dim) of unit length have beside the span of their people's means, of unit length."""
     basis = torch.linalg.svd(person_means(unit, labels), full_matrices=False).Vh
-    person = unit @ basis.T @ basis
-    return F.normalize(person), F.normalize(unit - person)
+    return F.normalize(unit - unit @ basis.T @ basis)
 
 
 def person_means(embeddings: Tensor, labels: Tensor) -> Tensor:
@@ -155,43 +147,22 @@ def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float)
 
 
 def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
-    """Where the embeddings (M, dim) and `labels` of the kept, the last images, say that those before lie: (N, directions in
-    which the kept people differ)."""
-    count, step = len(features) - len(kept), -(-len(kept) // AT_MOST)
-    kept, people = kept[::step].double().cpu(), labels[::step].numpy()
-    means = person_means(kept, labels[::step])
+    """Where the embeddings (M, dim) and `labels` of the kept, the last images, say that those before lie, (N, dim), from the
+    mean of the kept people."""
+    count, kept = len(features) - len(kept), kept.double().cpu()
+    means = person_means(kept, labels)
     directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[: len(means) - 1]
-    places = (kept - means.mean(dim=0)) @ directions.T
-    folds = GroupKFold(min(FOLDS, len(means)))
-    search = GridSearchCV(Ridge(), {"alpha": PENALTIES}, scoring=make_scorer(mean_cosine), cv=folds)
-    scaler = StandardScaler().fit(features[count:])
-    search.fit(scaler.transform(features[count::step]), places.numpy(), groups=people)
-    return torch.from_numpy(search.predict(scaler.transform(features[:count])).reshape(count, -1))
+    regression = make_pipeline(StandardScaler(), Ridge(PENALTY))
+    regression.fit(features[count:], ((kept - means.mean(dim=0)) @ directions.T).numpy())
+    return torch.from_numpy(regression.predict(features[:count]).reshape(count, -1)) @ directions
 
 
-def mean_cosine(places: np.ndarray, found: np.ndarray) -> float:
-    return F.cosine_similarity(*(torch.from_numpy(x.reshape(len(x), -1)) for x in (places, found))).mean().item()
+def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor) -> float:
+    """The s whose targets lie about as close together, person by person, as `strangers` do."""
+    wanted = coherence(strangers, labels)
+    return min(SHARES, key=lambda share: abs(coherence(targets(share), labels) - wanted))
 
 
-def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor, crowd: int) -> float:
-    """The s whose targets are identified among `crowd` people most nearly as often as `strangers` are."""
-    wanted = identified(strangers, labels, crowd)
-    return SHARE_OF_ONE if wanted is None else min(SHARES, key=lambda s: abs(identified(targets(s), labels, crowd) - wanted))
-
-
-def identified(embeddings: Tensor, labels: Tensor, crowd: int) -> float | None:
-    """How often a photo's nearest of `crowd` photos, of a person each, is its own person's: expected, from pairs of these.
-
-    embeddings (N, dim), labels (N,). The mean over the genuine pairs of F^(crowd − 1), with F the share of the first one's
-    impostors that are less like it than the other one is (Grother & Phillips 2004). None where there are no such pairs.
-    """
-    step = -(-len(labels) // AT_MOST_FORGOTTEN)
-    unit, labels = F.normalize(embeddings[::step].float().cpu()), labels[::step]
-    same = labels[:, None] == labels
-    genuine = same.clone().fill_diagonal_(False)
-    if same.all() or not genuine.any():
-        return None
-    cosines = unit @ unit.T
-    impostors = cosines.masked_fill(same, torch.inf).sort(dim=1).values
-    below = torch.searchsorted(impostors, cosines) / (~same).sum(dim=1, keepdim=True)
-    return (below[genuine] ** (crowd - 1)).mean().item()
+def coherence(unit: Tensor, labels: Tensor) -> float:
+    """The mean cosine of two photos of a person, over people: the squared length of the mean of (N, dim)."""
+    return person_means(unit, labels).square().sum(dim=1).mean().item()

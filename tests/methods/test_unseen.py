@@ -8,7 +8,6 @@ from scipy.linalg import eigh
 
 from backbone.halves import mid_features
 from backbone.lora import apply_adapters
-from methods import unseen
 from methods.unseen import best_share
 from util.runtime.errors import UsageError
 
@@ -37,32 +36,18 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float, new: np.ndarray) -> np.n
 
 
 def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
-    """In the span of what the kept people's means differ by, with the penalty whose predictions of each one's images from
-    those of the others point there best."""
-    centre, scale = kept.mean(axis=0), kept.std(axis=0)
-    return choose_ridge((kept - centre) / scale, places, people, (forgotten - centre) / scale)
-
-
-def choose_ridge(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
+    """Ridge regression onto the span of what the kept people's means differ by."""
     means = np.stack([places[people == person].mean(axis=0) for person in np.unique(people)])
     apart = (means - means[0])[1:]
-    places = (places - means.mean(axis=0)) @ np.linalg.pinv(apart) @ apart  # onto their span, in the old coordinates
-
-    def cosine(penalty: float) -> float:
-        others = [people != person for person in np.unique(people)]  # at most five, of as many images: one a fold
-        found = [unit(ridge(kept[o], places[o], penalty, kept[~o])) for o in others]
-        return np.mean([(f * unit(places[~o])).sum(axis=1).mean() for f, o in zip(found, others, strict=True)])
-
-    return ridge(kept, places, max(10.0 ** np.arange(6), key=cosine), forgotten)
+    inside = (places - means.mean(axis=0)) @ np.linalg.pinv(apart) @ apart
+    centre, scale = kept.mean(axis=0), kept.std(axis=0)
+    return ridge((kept - centre) / scale, inside, 10.0, (forgotten - centre) / scale)
 
 
-def identified(embeddings: np.ndarray, labels: np.ndarray, crowd: int) -> float:
-    """How often a pair of one person is closer than all of crowd − 1 impostors, drawn with replacement."""
-    similarity, chances = unit(embeddings) @ unit(embeddings).T, []
-    for photo, row in enumerate(similarity):
-        own = np.flatnonzero((labels == labels[photo]) & (np.arange(len(labels)) != photo))
-        chances += [(row[labels != labels[photo]] < row[other]).mean() ** (crowd - 1) for other in own]
-    return np.mean(chances)
+def coherence(embeddings: np.ndarray, labels: np.ndarray) -> float:
+    """The mean cosine of two photos of a person, each with itself too, over people."""
+    similarity = unit(embeddings) @ unit(embeddings).T
+    return np.mean([similarity[np.ix_(labels == c, labels == c)].mean() for c in np.unique(labels)])
 
 
 def expected_targets(begun, arithmetic, likeness: float, sharpness: float) -> np.ndarray:
@@ -90,12 +75,12 @@ def expected_targets(begun, arithmetic, likeness: float, sharpness: float) -> np
         return np.concatenate([part.mean(axis=(1, 2)) for part in halves], axis=1)
 
     early_f, early_r = quadrants(f), quadrants(r)
-    crowd = len(task.forget) + len(task.old)
-    wanted = identified(as_strangers(early_r, e_r, y_r, early_f), y_f, crowd)
-    shares = np.arange(21) / 20
-    olds = [share * unit(inside) + np.sqrt(1 - share**2) * unit(e_f - inside) for share in shares]
-    candidates = [unit((1 - likeness) * old + likeness * near) for old in olds]
-    return min(candidates, key=lambda targets: abs(identified(targets, y_f, crowd) - wanted))
+    strangers = unit(as_strangers(early_r, e_r, y_r, early_f))
+    candidates = []
+    for share in np.arange(20, -1, -1) / 20:
+        anew = share * strangers + np.sqrt(1 - share**2) * unit(e_f - inside)
+        candidates.append(unit((1 - likeness) * anew + likeness * near))
+    return min(candidates, key=lambda targets: abs(coherence(targets, y_f) - coherence(strangers, y_f)))
 
 
 @pytest.mark.parametrize(("likeness", "sharpness"), [(0.55, 0.5), (0.0, 0.5), (0.3, 2.0), (1.0, 0.1)])
@@ -108,58 +93,21 @@ def test_targets_are_their_formula(begin, arithmetic, likeness, sharpness):
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
 
 
-def test_the_crowd_is_all_who_were_forgotten_so_far(begin, monkeypatch):
-    crowds = []
-    monkeypatch.setattr(unseen, "best_share", lambda *given: crowds.append(given[-1]) or 0.5)
-    for number in (1, 2):
-        begin("unseen", number=number)
-    assert crowds == [2, 4]
-
-
-def test_of_very_many_kept_images_every_nth_is_asked(monkeypatch):
-    rng = np.random.default_rng(0)
-    features, kept, labels = rng.normal(size=(21, 4)), rng.normal(size=(18, 3)), np.repeat([0, 1, 2], 6)
-    monkeypatch.setattr(unseen, "AT_MOST", 8)
-    found = unseen.as_strangers(features, torch.from_numpy(kept), torch.from_numpy(labels))
-    centre, scale = features[3:].mean(axis=0), features[3:].std(axis=0)
-    scaled = (features - centre) / scale
-    expected = choose_ridge(scaled[3::3], kept[::3], labels[::3], scaled[:3])
-    assert found.shape == (3, 2)
-    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-9)  # lengths and angles: the axes are free
-
-
-def test_the_share_grows_with_how_well_strangers_are_told_apart():
+def test_the_share_grows_with_how_alike_photos_of_a_stranger_are():
     rng = torch.Generator().manual_seed(0)
     labels = torch.arange(40) % 5
     person = F.normalize(torch.eye(5).repeat(8, 4))
     rest = F.normalize(torch.randn(40, 20, generator=rng))
 
     def targets(share: float) -> torch.Tensor:
-        return share * person + (1 - share**2) ** 0.5 * rest
+        return F.normalize(share * person + (1 - share**2) ** 0.5 * rest)
 
-    assert best_share(targets, rest, labels, 5) == 0
-    found = [best_share(targets, targets(share), labels, 5) for share in (0.2, 0.4, 0.6)]
+    assert best_share(targets, rest, labels) == 0
+    found = [best_share(targets, targets(share), labels) for share in (0.2, 0.4, 0.6)]
     assert found == pytest.approx([0.2, 0.4, 0.6])
     one_person, one_photo_each = torch.zeros(40), torch.arange(40)
-    assert best_share(targets, targets(0.2), one_person, 1) == best_share(targets, targets(0.2), one_photo_each, 40) == 0.5
-
-
-def test_a_photo_is_identified_in_a_crowd_as_often_as_in_galleries_that_are_drawn(monkeypatch):
-    rng = np.random.default_rng(0)
-    labels = np.repeat(np.arange(6), 10)
-    embeddings = rng.normal(size=(6, 8))[labels] + 1.5 * rng.normal(size=(60, 8))
-    cosines, hits = unit(embeddings) @ unit(embeddings).T, []
-    for _ in range(20_000):  # a probe, another photo of its person, and two of anybody else's
-        probe = rng.integers(60)
-        pair = rng.choice([i for i in np.flatnonzero(labels == labels[probe]) if i != probe])
-        strangers = rng.choice(np.flatnonzero(labels != labels[probe]), 2)
-        hits.append(cosines[probe, pair] > cosines[probe, strangers].max())
-    found = unseen.identified(torch.from_numpy(embeddings), torch.from_numpy(labels), 3)
-    assert found == pytest.approx(np.mean(hits), abs=0.015)
-    assert found > unseen.identified(torch.from_numpy(embeddings), torch.from_numpy(labels), 30)
-    monkeypatch.setattr(unseen, "AT_MOST_FORGOTTEN", 30)
-    found = unseen.identified(torch.from_numpy(embeddings), torch.from_numpy(labels), 3)
-    assert found == unseen.identified(torch.from_numpy(embeddings[::2]), torch.from_numpy(labels[::2]), 3)
+    assert best_share(targets, targets(0.4), one_person) == pytest.approx(0.4)
+    assert best_share(targets, targets(0.4), one_photo_each) == 1
 
 
 def test_the_loss_is_its_formula(begin, arithmetic):
