@@ -60,6 +60,7 @@ def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) ->
     for models in _moments(audits).values():
         request, table = models[0][2], _overview_frame(models)
         people, images = len(request["forget"]), request["images"]
+        lines += [""] if lines else []
         lines += [f"{_title(request)}: are its {people} people still known? {images} test faces, %", ""]
         table.index = table.index.str.ljust(max(width, *map(len, table.index)))
         table["verdict"] = table["verdict"].str.ljust(max(map(len, VERDICTS)))

@@ -92,6 +92,7 @@ def test_each_request_has_a_table():
     lines = overview([audited("L2*", *requests), audited("EWC*", *requests)])
     heads = [line for line in lines if line.startswith("Request")]
     assert [head.split(":")[0] for head in heads] == ["Request 1", "Request 2", "Request 1, after task 2"]
+    assert [lines[lines.index(head) - 1] for head in heads[1:]] == ["", ""]
     values = [line.split()[2:6] for line in lines if line.startswith("EWC*")]
     assert values == [["0.0"] * 4, ["10.0"] * 4, ["20.0"] * 4]
 
