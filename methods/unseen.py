@@ -154,7 +154,8 @@ def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
     directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[: len(means) - 1]
     regression = make_pipeline(StandardScaler(), Ridge(PENALTY))
     regression.fit(features[count:], ((kept - means.mean(dim=0)) @ directions.T).numpy())
-    return torch.from_numpy(regression.predict(features[:count]).reshape(count, -1)) @ directions
+    found = regression.predict(features[:count]).reshape(count, -1)  # of two kept people it has no second axis
+    return torch.from_numpy(found) @ directions
 
 
 def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor) -> float:
