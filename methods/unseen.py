@@ -1,7 +1,8 @@
 """Unseen: an adapter after which a forgotten face lies where a model that never saw the person might have placed it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from util.runtime.errors import UsageError
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
 COMPONENTS = 100  # most discriminant directions
 PENALTY = 10.0  # of the ridge regression
+CARRIED = 0.5  # of how much more alike trained photos of a person are than their targets, what carries over to new ones
 SHARES = np.linspace(1, 0, 21)  # the first of equals: one photo of each person says nothing of s
 
 
@@ -40,8 +42,9 @@ class Unseen(Method):
     onto the forgotten identities' mean embeddings: u − P u is what the photo shows beside the person.
 
     s is found: two targets of a person are as alike, on average, as the regression says that two strangers' photos are.
-    t is a constant of the task. Only the adapters are trained. The rows of the forgotten are zero afterwards: no template
-    stays.
+    An adapter smooths, and leaves a person's photos more alike than their targets; after each epoch s makes up for half of
+    it, which is what carries over to new photos. Only the adapters are trained. The rows of the forgotten are zero
+    afterwards: no template stays.
     """
 
     name = "unseen"
@@ -52,7 +55,7 @@ class Unseen(Method):
         Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
         Option("passes", 2, "passes over the longer of D_f and D_r that an epoch makes", low=1),
         Option("visits", 5, "more of them, where an epoch would show D_f fewer times", low=0),
-        Option("likeness", 0.55, "w: share of the kept faces that look alike in a target", high=1),
+        Option("likeness", 0.45, "w: share of the kept faces that look alike in a target", high=1),
         Option("sharpness", 0.5, "c: how alike they must look; less: more", low=1e-3),
         Option("lambda_forget", 5.0, "weight λ_f of the forgotten images' targets"),
         Option("lambda_remain", 1.0, "weight λ_r of the remaining images' old embeddings"),
@@ -75,19 +78,26 @@ class Unseen(Method):
         unit = F.normalize(embed_images(model, train_set, self.hardware, seen).clone())
         counts = [len(task.forget_indices), len(task.remain_indices)]
         (forgotten, kept), labels = unit.split(counts), train_set.labels[seen.to(train_set.labels.device)].cpu()
+        self.people, kept_labels = labels.split(counts)
         early, middle = self._features(model, seen)
         near = F.normalize(likeness(middle, labels, len(forgotten), self.args.sharpness).to(kept) @ kept)
-        strangers = F.normalize(as_strangers(early, kept, labels[len(forgotten) :])).to(kept)
-        labels = labels[: len(forgotten)]
-        rest = without_person(forgotten, labels)
+        strangers = F.normalize(as_strangers(early, kept, kept_labels)).to(kept)
+        self.parts = strangers, without_person(forgotten, self.people), near
+        self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), unit)
+        self._aim(excess=0.0)
+        lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
+
+    def _aim(self, excess: float) -> None:
+        """Choose s, and set the targets, for an edit that leaves photos of a person more alike than these by `excess`."""
+        strangers, rest, near = self.parts
 
         def targets(share: float) -> Tensor:
             seen_anew = share * strangers + (1 - share**2) ** 0.5 * rest
             return F.normalize((1 - self.args.likeness) * seen_anew + self.args.likeness * near)
 
-        known = torch.cat([targets(best_share(targets, strangers, labels)), kept])
-        self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), known)
-        lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
+        wanted = coherence(strangers, self.people) - excess
+        self.excess, self.share = excess, min(SHARES, key=lambda s: abs(coherence(targets(s), self.people) - wanted))
+        self.targets[self.task.forget_indices] = targets(self.share)
 
     def _features(self, model: Recognizer, seen: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Of each image, what the first quarter of the blocks computes in the quadrants of its face, and the first half on
@@ -116,14 +126,27 @@ class Unseen(Method):
         total = self.args.lambda_forget * forget + self.args.lambda_remain * remain + self.args.lambda_ * replay
         return {"total": total, "forget": forget, "remain": remain, "replay": replay}
 
+    def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
+        indices = self.task.forget_indices
+        reached = F.normalize(embed_images(model, self.train_set, self.hardware, indices))
+        self._aim(CARRIED * (coherence(reached, self.people) - coherence(self.targets[indices], self.people)))
+        return {"share": self.share}
+
     @torch.no_grad()
     def end_task(self, model: Recognizer) -> TaskOutput:
         tensors = lora.adapter_tensors(model.backbone)
         lora.merge_adapters(model.backbone)
         for rows in model.head.parameters():
             rows[list(self.task.forget)] = 0
-        del self.targets  # of the forgotten images nothing stays
+        del self.targets, self.parts  # of the forgotten images nothing stays
         return TaskOutput({"adapters": tensors})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"excess": self.excess} if hasattr(self, "parts") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            self._aim(state["excess"])
 
 
 def without_person(unit: Tensor, labels: Tensor) -> Tensor:
@@ -156,12 +179,6 @@ def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
     regression.fit(features[count:], ((kept - means.mean(dim=0)) @ directions.T).numpy())
     found = regression.predict(features[:count]).reshape(count, -1)  # of two kept people it has no second axis
     return torch.from_numpy(found) @ directions
-
-
-def best_share(targets: Callable[[float], Tensor], strangers: Tensor, labels: Tensor) -> float:
-    """The s whose targets lie about as close together, person by person, as `strangers` do."""
-    wanted = coherence(strangers, labels)
-    return min(SHARES, key=lambda share: abs(coherence(targets(share), labels) - wanted))
 
 
 def coherence(unit: Tensor, labels: Tensor) -> float:

@@ -1,5 +1,7 @@
 """Unseen: targets computed once more in numpy, the loss, and what a task leaves."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,6 @@ from scipy.linalg import eigh
 
 from backbone.halves import mid_features
 from backbone.lora import apply_adapters
-from methods.unseen import best_share
 from util.runtime.errors import UsageError
 
 
@@ -50,7 +51,7 @@ def coherence(embeddings: np.ndarray, labels: np.ndarray) -> float:
     return np.mean([similarity[np.ix_(labels == c, labels == c)].mean() for c in np.unique(labels)])
 
 
-def expected_targets(begun, arithmetic, likeness: float, sharpness: float) -> np.ndarray:
+def expected_targets(begun, arithmetic, likeness: float, sharpness: float, excess: float = 0.0) -> np.ndarray:
     task, model, images = begun.task, begun.before, begun.images
     f, r = task.forget_indices, task.remain_indices
     e_f, e_r = (unit(arithmetic.embeddings(model, images.images[i])) for i in (f, r))
@@ -80,7 +81,8 @@ def expected_targets(begun, arithmetic, likeness: float, sharpness: float) -> np
     for share in np.arange(20, -1, -1) / 20:
         anew = share * strangers + np.sqrt(1 - share**2) * unit(e_f - inside)
         candidates.append(unit((1 - likeness) * anew + likeness * near))
-    return min(candidates, key=lambda targets: abs(coherence(targets, y_f) - coherence(strangers, y_f)))
+    wanted = coherence(strangers, y_f) - excess
+    return min(candidates, key=lambda targets: abs(coherence(targets, y_f) - wanted))
 
 
 @pytest.mark.parametrize(("likeness", "sharpness"), [(0.55, 0.5), (0.0, 0.5), (0.3, 2.0), (1.0, 0.1)])
@@ -93,21 +95,38 @@ def test_targets_are_their_formula(begin, arithmetic, likeness, sharpness):
     np.testing.assert_allclose(targets[begun.task.remain_indices], kept, atol=2e-6)
 
 
-def test_the_share_grows_with_how_alike_photos_of_a_stranger_are():
-    rng = torch.Generator().manual_seed(0)
-    labels = torch.arange(40) % 5
+def test_after_an_epoch_the_targets_make_up_for_half_of_what_it_left_too_alike(begin, arithmetic):
+    begun = begin("unseen", "--likeness", "0.3")
+    method, forget = begun.method, begun.task.forget_indices
+    labels = begun.images.labels[forget].numpy()
+    reached = arithmetic.embeddings(begun.model, begun.images.images[forget])
+    excess = 0.5 * (coherence(reached, labels) - coherence(arithmetic.array(method.targets[forget]), labels))
+    method.end_epoch(begun.model, 0)
+    expected = expected_targets(begun, arithmetic, 0.3, 0.5, excess)
+    np.testing.assert_allclose(arithmetic.array(method.targets[forget]), expected, atol=2e-5)
+
+    resumed = begin("unseen", "--likeness", "0.3").method
+    resumed.load_state_dict(method.state_dict())
+    assert torch.equal(resumed.targets, method.targets)
+
+
+@pytest.mark.parametrize(
+    ("people", "share"), [([0, 1, 2, 3, 4] * 8, 0.4), ([0] * 40, 0.4), (range(40), 1)], ids=["five", "one", "a photo each"]
+)
+def test_the_share_is_that_of_targets_as_alike_as_strangers(begin, people, share):
+    method = begin("unseen", "--likeness", "0").method
+    generator = torch.Generator().manual_seed(0)
     person = F.normalize(torch.eye(5).repeat(8, 4))
-    rest = F.normalize(torch.randn(40, 20, generator=rng))
-
-    def targets(share: float) -> torch.Tensor:
-        return F.normalize(share * person + (1 - share**2) ** 0.5 * rest)
-
-    assert best_share(targets, rest, labels) == 0
-    found = [best_share(targets, targets(share), labels) for share in (0.2, 0.4, 0.6)]
-    assert found == pytest.approx([0.2, 0.4, 0.6])
-    one_person, one_photo_each = torch.zeros(40), torch.arange(40)
-    assert best_share(targets, targets(0.4), one_person) == pytest.approx(0.4)
-    assert best_share(targets, targets(0.4), one_photo_each) == 1
+    rest = F.normalize(torch.randn(40, 20, generator=generator))
+    alike = F.normalize(0.4 * person + 0.84**0.5 * rest)
+    method.people, method.targets = torch.tensor([*people]), torch.zeros(40, 20)
+    method.task = SimpleNamespace(forget_indices=torch.arange(40))
+    method.parts = alike, rest, rest  # strangers say how alike; with s of 1 they are the targets
+    method._aim(0.0)
+    assert method.share == 1
+    method.parts = person, rest, rest
+    method._aim(coherence(person.numpy(), method.people.numpy()) - coherence(alike.numpy(), method.people.numpy()))
+    assert method.share == pytest.approx(share)
 
 
 def test_the_loss_is_its_formula(begin, arithmetic):
@@ -137,6 +156,7 @@ def test_a_task_leaves_no_row_and_no_target_of_the_forgotten(begin, head):
         assert (after[list(task.forget)] == 0).all()
         assert torch.equal(after[list(task.remain)], before[list(task.remain)])
     assert not hasattr(begun.method, "targets")
+    assert not hasattr(begun.method, "parts")
     assert begun.method.state_dict() == {}
     torch.testing.assert_close(model.embed(begun.images.images), embeddings)
     apply_adapters(begun.before.backbone, output.files["adapters"])
