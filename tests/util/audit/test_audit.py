@@ -85,8 +85,9 @@ def test_an_original_is_still_known_wherever_that_can_be_told(original):
     # With some power to spare: an original may be a little less sure than the others are on average.
     can_tell = {key for key, entry in original.figures.items() if (entry["power"] or 0) >= 4}
     assert can_tell >= STRONG | {"acc_forget", "readout", "relearn_1"}
-    # A model in its own right neither flips signs, nor fits the rows of the pre-trained one.
-    assert {verdicts(original)[key] for key in can_tell - {"sign_flip", "relearn_kept_only"}} == {STILL_KNOWN}
+    # A model in its own right neither flips signs, nor fits the rows of the pre-trained one; little collapse is no sign.
+    silent = {"sign_flip", "collapse_1pct", "relearn_kept_only"}
+    assert {verdicts(original)[key] for key in can_tell - silent} == {STILL_KNOWN}
     assert verdicts(original)["sign_flip"] == AS_IF_NEVER_SEEN
     assert original.verdict == STILL_KNOWN
 
