@@ -36,10 +36,10 @@ class Unseen(Method):
     t = unit[(1 − w) · (s · v + √(1 − s²) · unit(u − P u)) + w · n],  u = unit(θ₀(x_f)) the old embedding
 
     v is where a stranger's eye puts the face: ridge regression from what the first quarter of the network computes, too
-    early to know a person, to θ₀, fitted on the kept alone, in the directions in which these people differ. n is where faces
-    that look like this one lie among the kept: the mean of *their* old embeddings, weighted by softmax(cos / τ), τ = c / √d,
-    in d linear discriminants that tell the kept identities apart by what the first half of the network computes. P projects
-    onto the forgotten identities' mean embeddings: u − P u is what the photo shows beside the person.
+    early to know a person, to where the people of the kept lie, their mean embeddings. n is where faces that look like this
+    one lie among the kept: the mean of *their* old embeddings, weighted by softmax(cos / τ), τ = c / √d, in d linear
+    discriminants that tell the kept identities apart by what the first half of the network computes. P projects onto the
+    forgotten identities' mean embeddings: u − P u is what the photo shows beside the person.
 
     s is found: two targets of a person are as alike, on average, as the regression says that two strangers' photos are.
     An adapter smooths, and leaves a person's photos more alike than their targets; after each epoch s makes up for half of
@@ -170,15 +170,12 @@ def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float)
 
 
 def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
-    """Where the embeddings (M, dim) and `labels` of the kept, the last images, say that those before lie, (N, dim), from the
-    mean of the kept people."""
-    count, kept = len(features) - len(kept), kept.double().cpu()
-    means = person_means(kept, labels)
-    directions = torch.linalg.svd(means - means.mean(dim=0), full_matrices=False).Vh[: len(means) - 1]
-    regression = make_pipeline(StandardScaler(), Ridge(PENALTY))
-    regression.fit(features[count:], ((kept - means.mean(dim=0)) @ directions.T).numpy())
-    found = regression.predict(features[:count]).reshape(count, -1)  # of two kept people it has no second axis
-    return torch.from_numpy(found) @ directions
+    """Where a regression to the people of the kept, whose embeddings (M, dim) and `labels` these are, the last images, says
+    that the images before lie, (N, dim), from the mean of these people."""
+    means = person_means(kept.double().cpu(), labels)
+    own = (means - means.mean(dim=0))[labels.unique(return_inverse=True)[1]]
+    regression = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(features[-len(kept) :], own.numpy())
+    return torch.from_numpy(regression.predict(features[: -len(kept)]))
 
 
 def coherence(unit: Tensor, labels: Tensor) -> float:

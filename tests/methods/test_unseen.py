@@ -37,12 +37,11 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float, new: np.ndarray) -> np.n
 
 
 def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
-    """Ridge regression onto the span of what the kept people's means differ by."""
-    means = np.stack([places[people == person].mean(axis=0) for person in np.unique(people)])
-    apart = (means - means[0])[1:]
-    inside = (places - means.mean(axis=0)) @ np.linalg.pinv(apart) @ apart
+    """Ridge regression to where the kept people lie."""
+    means = {person: places[people == person].mean(axis=0) for person in np.unique(people)}
+    own = np.stack([means[person] for person in people]) - np.mean([*means.values()], axis=0)
     centre, scale = kept.mean(axis=0), kept.std(axis=0)
-    return ridge((kept - centre) / scale, inside, 10.0, (forgotten - centre) / scale)
+    return ridge((kept - centre) / scale, own, 10.0, (forgotten - centre) / scale)
 
 
 def coherence(embeddings: np.ndarray, labels: np.ndarray) -> float:
