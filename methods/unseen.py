@@ -170,8 +170,8 @@ def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float)
 
 
 def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
-    """Where a regression to the people of the kept, whose embeddings (M, dim) and `labels` these are, the last images, says
-    that the images before lie, (N, dim), from the mean of these people."""
+    """Where a regression to the people of the kept puts the other images, (N, dim), from the mean of these people; it is
+    fitted on the kept, the last images, with their embeddings (M, dim) and `labels`."""
     means = person_means(kept.double().cpu(), labels)
     own = (means - means.mean(dim=0))[labels.unique(return_inverse=True)[1]]
     regression = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(features[-len(kept) :], own.numpy())
