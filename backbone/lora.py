@@ -39,7 +39,7 @@ class LoRALinear(nn.Linear):
 
     def update(self, x: Tensor, lora_B: Tensor) -> Tensor:
         """(1/r) B A x, for all of B or for some of its rows: those outputs alone."""
-        # Contiguous: the gradient of B is then the product r × tokens × out, which CPUs make ten times as fast as its transpose.
+        # Contiguous, so that the gradient of B is the product that CPUs make ten times as fast as its transpose.
         return F.linear(x, self.lora_A) / len(self.lora_A) @ lora_B.t().contiguous()
 
 

@@ -25,7 +25,7 @@ from util.runtime.errors import UsageError
 
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
 COMPONENTS = 100  # most discriminant directions
-PENALTY = 10.0  # of the ridge regression
+PENALTY = 1 / 170  # of the ridge regression, per image that it is fitted on
 CARRIED = 0.5  # of how much more alike trained photos of a person are than their targets, what carries over to new ones
 SHARES = np.linspace(1, 0, 21)  # the first of equals: one photo of each person says nothing of s
 
@@ -174,7 +174,7 @@ def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
     fitted on the kept, the last images, with their embeddings (M, dim) and `labels`."""
     means = person_means(kept.double().cpu(), labels)
     own = (means - means.mean(dim=0))[labels.unique(return_inverse=True)[1]]
-    regression = make_pipeline(StandardScaler(), Ridge(PENALTY)).fit(features[-len(kept) :], own.numpy())
+    regression = make_pipeline(StandardScaler(), Ridge(PENALTY * len(kept))).fit(features[-len(kept) :], own.numpy())
     return torch.from_numpy(regression.predict(features[: -len(kept)]))
 
 

@@ -41,7 +41,7 @@ def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgo
     means = {person: places[people == person].mean(axis=0) for person in np.unique(people)}
     own = np.stack([means[person] for person in people]) - np.mean([*means.values()], axis=0)
     centre, scale = kept.mean(axis=0), kept.std(axis=0)
-    return ridge((kept - centre) / scale, own, 10.0, (forgotten - centre) / scale)
+    return ridge((kept - centre) / scale, own, len(kept) / 170, (forgotten - centre) / scale)
 
 
 def coherence(embeddings: np.ndarray, labels: np.ndarray) -> float:
