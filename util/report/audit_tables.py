@@ -18,6 +18,7 @@ SIGNS = {STILL_KNOWN: "▲", OVER_FORGOTTEN: "▼", AS_IF_NEVER_SEEN: "●", CAN
 LEGEND = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items())
 FALLING = frozenset().union(*(figure.falling for figure in FIGURES.values()))
 BORROWED = {key for figure in FIGURES.values() for key in figure.known_by}
+INSIDE = "probe_block"  # what these figures' keys begin with: read from the inside, not from what leaves the model
 UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", "old_templates_tar_1pct": "old templates"}
 
 
@@ -35,20 +36,29 @@ def _h_mean(results: dict | None, request: dict) -> float | None:
     return tasks[request["after_task"]]["after"]["h_mean"] if tasks else None
 
 
+def count_as_never_seen(request: dict) -> str:
+    """Of the figures that can tell on these data, how many are as if never seen; without `acc_forget`, which `readout`
+    has, and without the probe's blocks."""
+    figures = {key: entry for key, entry in request["figures"].items() if entry["verdict"] is not None}
+    counted = {key for key in figures if key != "acc_forget" and not key.startswith(INSIDE)}
+    can_tell = [figures[key]["verdict"] for key in counted if figures[key]["power"] >= POWER]
+    return f"{can_tell.count(AS_IF_NEVER_SEEN)} of {len(can_tell)}"
+
+
 def _overview_frame(models: Sequence[tuple[str, dict | None, dict]]) -> pd.DataFrame:
     """A row per audited model, below those of the references and the pre-trained one; `models` as `_moments` gives them."""
     first = {key: entry for key, entry in models[0][2]["figures"].items() if entry["value"] is not None}
-    rows = [_row(None, {key: float(np.mean(entry["references"])) for key, entry in first.items()}, "")]
-    rows += [_row(None, {key: entry["originals"][0] for key, entry in first.items()}, "")]
+    rows = [_row(None, {key: float(np.mean(entry["references"])) for key, entry in first.items()}, "", "")]
+    rows += [_row(None, {key: entry["originals"][0] for key, entry in first.items()}, "", "")]
     for _, results, request in models:
         values = {key: entry["value"] for key, entry in request["figures"].items() if entry["value"] is not None}
-        rows.append(_row(_h_mean(results, request), values, request["verdict"]))
+        rows.append(_row(_h_mean(results, request), values, count_as_never_seen(request), request["verdict"]))
     labels = [NEVER_SEEN, PRETRAINED, *(label for label, *_ in models)]
-    return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), "verdict"])
+    return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), AS_IF_NEVER_SEEN, "verdict"])
 
 
-def _row(h_mean: float | None, values: dict[str, float], verdict: str) -> list[str]:
-    return [percent(h_mean), *("–" if key not in values else f"{values[key]:.1f}" for key in OVERVIEW), verdict]
+def _row(h_mean: float | None, values: dict[str, float], *judged: str) -> list[str]:
+    return [percent(h_mean), *("–" if key not in values else f"{values[key]:.1f}" for key in OVERVIEW), *judged]
 
 
 def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) -> list[str]:
@@ -79,19 +89,20 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
     for models in _moments(audits).values():
         request = models[0][2]
         first = request["figures"]
-        keys = [key for key, entry in first.items() if entry["verdict"] and not key.startswith("probe_block")]
+        keys = [key for key, entry in first.items() if entry["verdict"] and not key.startswith(INSIDE)]
         spread = [(np.mean(first[key]["references"]), np.std(first[key]["references"], ddof=1)) for key in keys]
-        rows = [["", *(f"{mean:.1f} ± {std:.1f}" for mean, std in spread)]]
-        rows += [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys)]]
+        rows = [["", *(f"{mean:.1f} ± {std:.1f}" for mean, std in spread), ""]]
+        rows += [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys), ""]]
         for _, results, other in models:
             entries = [other["figures"][key] for key in keys]
-            rows.append([percent(_h_mean(results, other)), *(f"{e['value']:.1f} {SIGNS[e['verdict']]}" for e in entries)])
+            told = (f"{entry['value']:.1f} {SIGNS[entry['verdict']]}" for entry in entries)
+            rows.append([percent(_h_mean(results, other)), *told, count_as_never_seen(other)])
         labels = [NEVER_SEEN, "Originals", *(label for label, *_ in models)]
-        table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys)]).rename_axis("Method")
+        table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys), AS_IF_NEVER_SEEN]).rename_axis("Method")
         about = f"{len(request['forget'])} people, {request['images']} test faces"
         about += f", K = {max(len(entry['references']) for entry in first.values())}"
         parts.append(f"**{_title(request)}**: {about}. {LEGEND}")
-        parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 1)))
+        parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 2)))
         if len(models) > 2:
             parts.append(f"Rank correlation (Spearman) of H with ρ: {_rank_correlations(models, keys)}.")
     return "\n\n".join(parts)
@@ -142,6 +153,7 @@ def audit_markdown(content: dict) -> str:
     parts = [f"# Audit of {content['method'] or 'a checkpoint'} on {content['data']}"]
     for request in content["requests"]:
         people = f"{len(request['forget'])} people, {request['images']} test faces: **{request['verdict']}**"
+        people += f" ({count_as_never_seen(request)} figures that can tell are as if never seen)"
         parts.append(f"## Request {request['task']}, after task {request['after_task']}: {people}")
         rows = []
         for key, entry in request["figures"].items():

@@ -31,8 +31,9 @@ def audited(label: str, *requests: dict, h_mean: float | None = 80.0) -> tuple[s
 
 
 def table(lines: list[str]) -> dict[str, list[str]]:
-    """By label, the cells of an overview's only table: H, four figures and the verdict."""
-    return {line[:12].rstrip(): [*line[12:].split(maxsplit=5), ""][:6] for line in lines[3:]}
+    """By label, the cells of an overview's only table: H, four figures, how many are as if never seen, and the verdict."""
+    found = {line[:12].rstrip(): line[12:] for line in lines[3:]}
+    return {label: [*rest.split()[:5], rest[42:59].strip(), rest[59:].strip()] for label, rest in found.items()}
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -45,20 +46,38 @@ def test_a_row_per_model_below_never_seen_and_the_pre_trained_one():
     second = request(verdict="over-forgotten", sign_flip=figure(1.26), verification_auc=figure(0.0))
     title, blank, header, *_ = lines = overview([audited("GS-LoRA"), audited("L2*", second)], 12)
     assert (title, blank) == ("Request 1: are its 2 people still known? 8 test faces, %", "")
-    assert header.split() == ["H", "↑", "sign", "flip", "enrol", "1", "enrol", "5", "verify", "verdict"]
-    found = {label: [cell.rstrip() for cell in row] for label, row in table(lines).items()}
-    assert found == {
-        "Never seen": ["–", *["23.3"] * 4, ""],
-        "Pre-train": ["–", *["99.0"] * 4, ""],
-        "GS-LoRA": ["80.00", *["50.0"] * 4, "still known"],
-        "L2*": ["80.00", "1.3", "–", "–", "0.0", "over-forgotten"],
+    assert " ".join(header.split()) == "H ↑ sign flip enrol 1 enrol 5 verify as if never seen verdict"
+    assert table(lines) == {
+        "Never seen": ["–", *["23.3"] * 4, "", ""],
+        "Pre-train": ["–", *["99.0"] * 4, "", ""],
+        "GS-LoRA": ["80.00", *["50.0"] * 4, "0 of 0", "still known"],
+        "L2*": ["80.00", "1.3", "–", "–", "0.0", "0 of 0", "over-forgotten"],
     }
+
+
+def test_of_the_figures_that_can_tell_those_as_if_never_seen_are_counted():
+    figures = {
+        "acc_forget": judged(0.0, 0.0, "as if never seen"),  # is in the readout
+        "readout": judged(0.0, 0.0, "as if never seen"),
+        "enrolment_1": judged(1.0, 0.1, "as if never seen"),
+        "enrolment_5": judged(1.0, 0.3, "cannot tell"),  # has power, and the references differ
+        "relearn_1": judged(1.0, 0.4),
+        "relearn_5": judged(1.0, -0.4, "over-forgotten"),
+        "membership_images": judged(1.0, 0.0, "cannot tell") | {"power": 2.99},
+        "probe_block_0": judged(1.0, 1.0),  # is inside
+        "tpir_1pct": figure(None, (), reason="needs --unseen") | {"originals": []},
+        "cka": figure(0.5, reason="a picture of where, no verdict"),
+    }
+    one = audited("model", request(**figures))
+    assert table(overview([one], 12))["model"][5] == "2 of 5"
+    assert cells(comparison_markdown([one]))["model"][-1] == "2 of 5"
+    assert "**still known** (2 of 5 figures that can tell are as if never seen)" in audit_markdown(one[2])
 
 
 def test_what_was_not_measured_is_a_dash():
     reason = figure(None, (), reason="needs two people") | {"originals": []}
     lines = overview([audited("model", request(verification_auc=reason, cka=figure()), h_mean=None)], 12)
-    assert [cell.rstrip() for cell in table(lines)["model"]] == [*["–"] * 5, "still known"]
+    assert table(lines)["model"] == [*["–"] * 5, "0 of 0", "still known"]
     assert table(lines)["Never seen"][:5] == ["–"] * 5
 
 
@@ -67,7 +86,7 @@ def test_what_was_not_measured_is_a_dash():
 def test_columns_align_and_fit_a_terminal(verdict, value):
     longest = max((method.title for method in METHODS.values()), key=len) + ", seed 1337"
     figures = {name: figure(value, (0.0, 0.0, value)) for name in NAMES}
-    audits = [audited(label, request(verdict=verdict, **figures), h_mean=value) for label in ("L2*", longest, "x" * 36)]
+    audits = [audited(label, request(verdict=verdict, **figures), h_mean=value) for label in ("L2*", longest, "x" * 23)]
     lines = overview(audits)[2:]
     assert len({len(line) for line in lines}) == 1
     assert max(map(len, lines)) <= 100
@@ -75,7 +94,7 @@ def test_columns_align_and_fit_a_terminal(verdict, value):
     end = header.index("verify") + len("verify")
     for line, number in ((never, f"{value / 3:.1f}"), (known, "99.0"), *((line, f"{value:.1f}") for line in others)):
         assert line[:end].endswith(f" {number}")
-    assert [line[:36].rstrip() for line in lines] == ["", "Never seen", "Pre-train", "L2*", longest, "x" * 36]
+    assert [line[:23].rstrip() for line in lines] == ["", "Never seen", "Pre-train", "L2*", longest, "x" * 23]
 
 
 def test_rows_that_are_printed_as_audits_end_stand_below_each_other():
@@ -111,7 +130,7 @@ def test_models_of_one_label_keep_a_row_each():
 
 
 def judged(value: float, rho: float | None, verdict: str = "still known") -> dict:
-    return figure(value, rho=rho, verdict=verdict)
+    return figure(value, rho=rho, verdict=verdict, power=4.0, known=94.5)
 
 
 def test_a_comparison_has_every_figure_that_is_judged_with_its_verdict():
@@ -122,11 +141,11 @@ def test_a_comparison_has_every_figure_that_is_judged_with_its_verdict():
     text = comparison_markdown([audited("L2*", one), audited("EWC*", other, h_mean=None)])
     assert text.startswith("**Request 1**: 2 people, 8 test faces, K = 3. ▲ still known, ▼ over-forgotten, ")
     assert cells(text) == {
-        "Method": ["H", "`sign_flip`"],
-        "Never seen": ["", "23.3 ± 15.3"],
-        "Originals": ["", "94.5"],
-        "L2*": ["80.00", "1.3 ▲"],
-        "EWC*": ["–", "0.0 ▼"],
+        "Method": ["H", "`sign_flip`", "as if never seen"],
+        "Never seen": ["", "23.3 ± 15.3", ""],
+        "Originals": ["", "94.5", ""],
+        "L2*": ["80.00", "1.3 ▲", "0 of 1"],
+        "EWC*": ["–", "0.0 ▼", "0 of 1"],
     }
     assert "Spearman" not in text
 
@@ -172,7 +191,8 @@ def test_every_figure_with_its_numbers_in_one_table():
     text = audit_markdown(audited("L2*", request(2, 3, **figures))[2])
     title, heading = text.split("\n\n")[:2]
     assert title == "# Audit of L2* on faces"
-    assert heading == "## Request 2, after task 3: 2 people, 8 test faces: **still known**"
+    about = "**still known** (0 of 1 figures that can tell are as if never seen)"
+    assert heading == f"## Request 2, after task 3: 2 people, 8 test faces: {about}"
     found = cells(text)
     columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
     expected = {
