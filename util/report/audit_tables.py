@@ -153,7 +153,7 @@ def audit_markdown(content: dict) -> str:
     parts = [f"# Audit of {content['method'] or 'a checkpoint'} on {content['data']}"]
     for request in content["requests"]:
         people = f"{len(request['forget'])} people, {request['images']} test faces: **{request['verdict']}**"
-        people += f" ({count_as_never_seen(request)} figures that can tell are as if never seen)"
+        people += f" ({count_as_never_seen(request)} figures that can tell are as if never seen, the probe's blocks aside)"
         parts.append(f"## Request {request['task']}, after task {request['after_task']}: {people}")
         rows = []
         for key, entry in request["figures"].items():

@@ -71,7 +71,7 @@ def test_of_the_figures_that_can_tell_those_as_if_never_seen_are_counted():
     one = audited("model", request(**figures))
     assert table(overview([one], 12))["model"][5] == "2 of 5"
     assert cells(comparison_markdown([one]))["model"][-1] == "2 of 5"
-    assert "**still known** (2 of 5 figures that can tell are as if never seen)" in audit_markdown(one[2])
+    assert "**still known** (2 of 5 figures that can tell are as if never seen, the probe" in audit_markdown(one[2])
 
 
 def test_what_was_not_measured_is_a_dash():
@@ -191,7 +191,7 @@ def test_every_figure_with_its_numbers_in_one_table():
     text = audit_markdown(audited("L2*", request(2, 3, **figures))[2])
     title, heading = text.split("\n\n")[:2]
     assert title == "# Audit of L2* on faces"
-    about = "**still known** (0 of 1 figures that can tell are as if never seen)"
+    about = "**still known** (0 of 1 figures that can tell are as if never seen, the probe's blocks aside)"
     assert heading == f"## Request 2, after task 3: 2 people, 8 test faces: {about}"
     found = cells(text)
     columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
