@@ -61,10 +61,10 @@ def test_a_large_gallery_is_searched_in_its_file_with_little_memory(a_hundred_th
     noise = np.random.default_rng(2).standard_normal((12, 512), dtype=np.float32)
     probes = a_hundred_thousand[positions].astype(np.float32) + 0.5 * noise
     templates = torch.from_numpy(a_hundred_thousand)
-    little_memory(64)
-    similarity, found = search(torch.from_numpy(probes), templates, 4096)
     parts = (a_hundred_thousand[start : start + 1000].astype(float) for start in range(0, 100_000, 1000))
     expected = np.concatenate([unit(part) @ unit(probes).T for part in parts])
+    little_memory(64)
+    similarity, found = search(torch.from_numpy(probes), templates, 4096)
     assert found.tolist() == expected.argmax(axis=0).tolist() == positions.tolist()
     np.testing.assert_allclose(similarity.numpy(), expected.max(axis=0), rtol=1e-5)
 
