@@ -39,9 +39,11 @@ def _h_mean(results: dict | None, request: dict) -> float | None:
 def count_as_never_seen(request: dict) -> str:
     """Of the figures that can tell on these data, how many are as if never seen; without `acc_forget`, which `readout`
     has, and without the probe's blocks."""
-    figures = {key: entry for key, entry in request["figures"].items() if entry["verdict"] is not None}
-    counted = {key for key in figures if key != "acc_forget" and not key.startswith(INSIDE)}
-    can_tell = [figures[key]["verdict"] for key in counted if figures[key]["power"] >= POWER]
+    can_tell = [
+        entry["verdict"]
+        for key, entry in request["figures"].items()
+        if entry["verdict"] and entry["power"] >= POWER and key != "acc_forget" and not key.startswith(INSIDE)
+    ]
     return f"{can_tell.count(AS_IF_NEVER_SEEN)} of {len(can_tell)}"
 
 
