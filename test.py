@@ -27,7 +27,8 @@ from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, write_json, write_text
 from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
-from util.training.deletion_record import load_record, settings_of, verify_record
+from util.training.deletion_record import load_record, settings_of
+from util.training.record_check import verify_record
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -7,10 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import Ridge
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from backbone import lora
@@ -161,6 +157,9 @@ def person_means(embeddings: Tensor, labels: Tensor) -> Tensor:
 
 def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float) -> Tensor:
     """How much each of the kept images looks like each of the first `count`, which are forgotten; rows sum to 1."""
+    # scikit-learn takes two seconds to import: no run of another method waits for it.
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
     kept = labels[count:].numpy()
     components = min(len(np.unique(kept)) - 1, COMPONENTS, features.shape[1])
     lda = LinearDiscriminantAnalysis("eigen", shrinkage=SHRINKAGE, n_components=components)
@@ -172,6 +171,10 @@ def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float)
 def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
     """Where a regression to the people of the kept puts the other images, (N, dim), from the mean of these people; it is
     fitted on the kept, the last images, with their embeddings (M, dim) and `labels`."""
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     means = person_means(kept.double().cpu(), labels)
     own = (means - means.mean(dim=0))[labels.unique(return_inverse=True)[1]]
     regression = make_pipeline(StandardScaler(), Ridge(PENALTY * len(kept))).fit(features[-len(kept) :], own.numpy())

@@ -157,7 +157,7 @@ def test_an_untrue_record_is_not_confirmed(path, value, what, named, command, tm
 
 @pytest.mark.parametrize(("bf16", "lean"), [(True, False), (False, True), (True, True), (False, False)])
 def test_a_record_is_recomputed_in_the_arithmetic_it_was_made_in(bf16, lean, named, command, tmp_path, monkeypatch):
-    from util.training import deletion_record as module
+    from util.training import record_check as module
 
     shutil.copytree(named / "first", tmp_path / "run")
     file = tmp_path / "run" / "deletions" / "task_1.json"

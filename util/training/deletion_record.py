@@ -7,26 +7,20 @@ accuracies say what is known of that.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from backbone.recognizer import to_device
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from util.cli.config import code_and_packages
 from util.cli.options import plain_arguments
-from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
 from util.runtime import distributed
 from util.runtime.errors import RunError
-from util.runtime.files import read_json, readable, sha256, write_json
+from util.runtime.files import read_json, sha256, write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import check_classes, load_checkpoint
 from util.storage.folders import RunFolder, utc_now
 from util.storage.hashes import image_hashes, joint_hash, weights_sha256
-from util.training.audit_check import Check, check_audits
 
 SCHEMA = 1
 
@@ -99,66 +93,3 @@ def settings_of(record: dict) -> dict:
     settings["precision"] = "bf16" if record["hardware"].get("bf16") else "fp32"
     settings["cls_only_last_block"] = "on" if record["hardware"].get("cls_only_last_block") else "off"
     return settings
-
-
-def verify_record(path: Path, record: dict, data: tuple[ImageSet, ImageSet], hardware: Hardware) -> list[Check]:
-    """Recompute what `record` says, from the files beside it and the training and test set `data`."""
-    folder = RunFolder(path.resolve().parent.parent)
-    with readable(path, "damaged record"):
-        checks = [*_files(folder, record), *_images(record, data), *_accuracies(folder, record, data[1], hardware)]
-    return [*checks, *check_audits(path, folder, data, hardware)]
-
-
-def _files(folder: RunFolder, record: dict) -> Iterator[Check]:
-    number, model = record["task"], record["model"]
-    before, after = folder.checkpoint(number - 1), folder.checkpoint(number)
-    entered = record["arguments"]["checkpoint" if number == 1 else "resume_from"]
-    if not before.exists() and entered is not None:
-        before = Path(entered)
-    if record["previous_record"] is None:
-        yield "record before it", None, "it names none"
-    else:
-        yield _compare("record before it", folder.task_file("deletions", number - 1), record["previous_record"], sha256)
-    yield _compare("file of the model after", after, model["after_file"], sha256)
-    yield _compare("weights before", before, model["before"], lambda file: weights_sha256(load_checkpoint(file).model))
-    yield _compare("weights after", after, model["after"], lambda file: weights_sha256(load_checkpoint(file).model))
-
-
-def _compare(what: str, file: Path, expected: str, digest: Callable[[Path], str]) -> Check:
-    if not file.exists():
-        return what, None, f"no file {file}"
-    found = digest(file)
-    return what, found == expected, found[:16] if found == expected else f"{found[:16]}, recorded {expected[:16]}"
-
-
-def _images(record: dict, data: tuple[ImageSet, ImageSet]) -> Iterator[Check]:
-    (train_set, test_set), request, recorded = data, record["request"], record["images"]
-    forget = [int(c) for c in request["forget"]]
-    names = [train_set.classes[c] if c < len(train_set.classes) else None for c in forget]
-    yield "names of the forgotten classes", names == [*request["forget"].values()], ", ".join(map(str, names))
-    for group, classes in (("forget", forget), ("remain", request["remain"])):
-        here = torch.isin(train_set.labels.cpu(), torch.tensor(classes)).nonzero()[:, 0]
-        absent = len(set(recorded[group]) - set(image_hashes(train_set, here)))
-        yield f"training images to {group}", absent == 0, f"{len(recorded[group]) - absent} of {len(recorded[group])} found"
-    yield "test images", joint_hash(test_set) == recorded["test"], f"{len(test_set)} images"
-
-
-def _accuracies(folder: RunFolder, record: dict, test_set: ImageSet, hardware: Hardware) -> Iterator[Check]:
-    pretrained, after = Path(record["arguments"]["checkpoint"]), folder.checkpoint(record["task"])
-    if not (after.exists() and pretrained.exists()):
-        yield "accuracies", None, f"no file {pretrained if after.exists() else after}"
-        return
-    predictions = []
-    for file, head in ((pretrained, record["arguments"].get("head")), (after, None)):
-        checkpoint = load_checkpoint(file, head)
-        check_classes(checkpoint, test_set, file)
-        predictions.append(predict(to_device(checkpoint.model, hardware), test_set, hardware))
-    groups = (tuple(int(c) for c in record["request"][key]) for key in ("forget", "remain", "forgotten_before", "missing"))
-    none = torch.empty(0, dtype=torch.long)
-    task = ForgettingTask(record["task"], *groups, none, none)
-    found = {"before": accuracies_before(predictions[0], task)}
-    found["after"] = accuracies_after(predictions[1], task, found["before"])
-    for when, values in found.items():
-        recorded = record["accuracies"][when]
-        differing = [f"{key} {recorded.get(key)}, found {values[key]}" for key in values if values[key] != recorded.get(key)]
-        yield f"accuracies {when}", not differing, ", ".join(differing) or f"all {len(values)}"
