@@ -3,7 +3,7 @@
 import os
 import random
 
-MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "1000"))
+MUTANTS = int(os.environ.get("FUZZ_MUTANTS", "400"))
 
 
 def damaged(content: bytes, chance: random.Random) -> bytes:

@@ -30,9 +30,9 @@ def hunts(tmp_path_factory):
 
         def begin(trained, colours) -> dict:
             if not waiting:
-                shared = ("--checkpoint", trained, "--num-tasks", 2, "--data-ratio", 0.5, "--epochs", 12, "--batch-size", 8)
+                shared = ("--checkpoint", trained, "--num-tasks", 2, "--data-ratio", 0.5, "--epochs", 6, "--batch-size", 8)
                 words = {name: ("train_forget.py", "--method", name, *shared, *own) for name, own in METHODS.items()}
-                sizes = (*SMALL, "--epochs", 24, "--batch-size", 24, "--drop-rate", 0.1)
+                sizes = (*SMALL, "--epochs", 12, "--batch-size", 24, "--drop-rate", 0.1)
                 words["pretrain"] = ("train_pretrain.py", *sizes)
                 for name, own in words.items():
                     scratch = tmp_path_factory.mktemp("kills") / name

@@ -35,17 +35,17 @@ def forgotten(people, command, tmp_path_factory) -> Path:
     return run / "checkpoints" / "task_2.pth"
 
 
-def smallest_angle(content: bytes, row: np.ndarray) -> float:
-    """The largest |cosine| between `row` and any stretch of float32 numbers of its length, wherever in the file."""
-    kernel, found = torch.from_numpy(row / np.linalg.norm(row))[None, None].double(), 0.0
+def smallest_angles(content: bytes, rows: np.ndarray) -> np.ndarray:
+    """The largest |cosine| of each of the `rows` with any stretch of float32 numbers of its length, wherever in the file."""
+    unit, found = torch.from_numpy(rows / np.linalg.norm(rows, axis=1, keepdims=True)), torch.zeros(len(rows))
     for offset in range(4):
         count = (len(content) - offset) // 4
         values = torch.from_numpy(np.frombuffer(content, np.float32, count, offset).copy())
-        values = torch.where(values.abs() < 1e6, values, 0.0).nan_to_num().double()[None, None]
-        dots = torch.nn.functional.conv1d(values, kernel)
-        lengths = torch.nn.functional.conv1d(values.square(), torch.ones_like(kernel)).sqrt()
-        found = max(found, (dots / lengths.clamp(min=1e-12)).abs().max().item())
-    return found
+        values = torch.where(values.abs() < 1e6, values, 0.0).nan_to_num()
+        for stretches in values.unfold(0, rows.shape[1], 1).split(1 << 16):
+            cosines = stretches @ unit.T / stretches.norm(dim=1, keepdim=True).clamp(min=1e-12)
+            found = torch.maximum(found, cosines.abs().max(dim=0).values)
+    return found.numpy()
 
 
 def test_nothing_of_the_forgotten_is_released(forgotten, people, command, tmp_path):
@@ -57,13 +57,12 @@ def test_nothing_of_the_forgotten_is_released(forgotten, people, command, tmp_pa
     assert set(files) == {"checkpoint.pth", "backbone.safetensors", "model.onnx"}
     before = load_checkpoint(forgotten).model.head.weight.detach().numpy()
     for name, content in files.items():
-        for c in (2, 7, 4):
-            assert NAMES[c].encode() not in content, name
-            assert smallest_angle(content, before[c]) < 0.9, name
+        assert not any(NAMES[c].encode() in content for c in (2, 7, 4)), name
+        assert max(smallest_angles(content, before[[2, 7, 4]])) < 0.9, name
         assert b".py" not in content, name  # nor where it was made
         assert str(people.parent).encode() not in content, name
     # The search finds what is there.
-    assert all(smallest_angle(files["checkpoint.pth"], before[c]) > 0.999999 for c in (0, 9))
+    assert min(smallest_angles(files["checkpoint.pth"], before[[0, 9]])) > 0.99999
     assert all(NAMES[c].encode() in files["checkpoint.pth"] for c in (0, 9))
 
 

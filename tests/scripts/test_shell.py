@@ -54,11 +54,11 @@ def script(copy, colours, tmp_path, monkeypatch):
     return run
 
 
-def test_continual_forgetting_pretrains_once_and_its_open_form_reports_acc_m(script, copy, tmp_path):
-    first = script("run_cl_forget.sh", OUTPUT="my results", METHODS="l2 gs_lora", OPTIONS_gs_lora="--rank 3")
-    assert first.returncode == 0, first.stderr
-    assert "pre-training face_vit_tiny" in first.stdout
-    assert "without margin" in first.stdout
+def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script, copy, tmp_path):
+    done = script("run_cl_forget.sh", OUTPUT="my results", METHODS="l2 gs_lora", OPTIONS_gs_lora="--rank 3")
+    assert done.returncode == 0, done.stderr
+    assert "pre-training face_vit_tiny" in done.stdout
+    assert "without margin" in done.stdout
     folders = {path.name for path in (tmp_path / "my results").iterdir() if path.is_dir()}
     assert folders == {"l2-seed1337", "gs_lora-seed1337"}
     results = results_of(tmp_path / "my results" / "gs_lora-seed1337")
@@ -66,32 +66,38 @@ def test_continual_forgetting_pretrains_once_and_its_open_form_reports_acc_m(scr
     assert results["model"]["trainable"] == 4 * 2 * 3 * (128 + 512)
     assert (copy / "exps" / "pretrain-colours-face_vit_tiny" / "checkpoint.pth").exists()
     # The audit of the first request comes after the table, beside three references.
-    assert "reference 3 of 3" in first.stdout
-    *_, never, before, l2, gs_lora, _, where = first.stdout.splitlines()
+    assert "reference 3 of 3" in done.stdout
+    *_, never, before, l2, gs_lora, _, where = done.stdout.splitlines()
     for line, label in ((never, "Never seen"), (before, "Pre-train"), (l2, "L2*"), (gs_lora, "GS-LoRA")):
         assert line.startswith(label)
     assert where.endswith("my results/*/audit/audit.html")
-    options = ("--figures", "readout", "--num-references", "3", "--num-originals", "1")
-    third = script("run_audit.sh", "my results/l2-seed1337", *options)
-    assert third.returncode == 0, third.stderr
-    assert "Never seen" in third.stdout
     audit = json.loads((tmp_path / "my results" / "l2-seed1337" / "audit" / "audit.json").read_text())
     assert (len(audit["references"]), len(audit["originals"])) == (3, 1)
 
-    options = {"SEED": "5", "CHECKPOINT": "", "METHODS": "lwf", "MISSING": "2", "AUDIT": "off"}
-    second = script("run_cl_forget_open.sh", "--", "--num-tasks", "1", **options)
-    assert second.returncode == 0, second.stderr
-    assert "pre-training" not in second.stdout
-    assert "Never seen" not in second.stdout
-    assert "Acc_m" in second.stdout
+
+def test_the_open_form_reports_acc_m(script, copy, trained):
+    variables = {"SEED": "5", "CHECKPOINT": str(trained), "METHODS": "lwf", "MISSING": "2", "AUDIT": "off"}
+    done = script("run_cl_forget_open.sh", "--", "--num-tasks", "1", **variables)
+    assert done.returncode == 0, done.stderr
+    assert "pre-training" not in done.stdout
+    assert "Never seen" not in done.stdout
+    assert "Acc_m" in done.stdout
     (task,) = results_of(copy / "exps" / "cl_forget_open-colours" / "lwf-seed5")["tasks"]
     assert task["setting"] == "10-1"
     assert len(task["missing_classes"]) == 2
     assert task["after"]["acc_missing"] is not None
 
 
-def test_a_sweep_ends_in_one_table_and_one_figure(script, tmp_path):
-    done = script("run_forget.sh", "rank", VALUES="1 4", OUTPUT="sweep")
+def test_paths_for_the_audit_are_relative_to_the_callers_folder(script, tmp_path):
+    """`echo` stands for Python: the command is printed, not run."""
+    (tmp_path / "my results").mkdir()
+    done = script("run_audit.sh", "my results", "--requests", "all", PYTHON="echo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"scripts/audit.py {tmp_path}/my results --requests all --gpus --jobs-per-gpu 1\n"
+
+
+def test_a_sweep_ends_in_one_table_and_one_figure(script, trained, tmp_path):
+    done = script("run_forget.sh", "rank", VALUES="1 4", OUTPUT="sweep", CHECKPOINT=str(trained))
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "sweep" / "table.md").read_text()
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]

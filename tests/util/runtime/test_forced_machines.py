@@ -117,7 +117,7 @@ trainer = Trainer(model, method, tasks[0], data, Schedule.of(args))
 hardware.reset_peak_memory()
 with Monitor(None, "", "", 2) as monitor:
     trainer.train(monitor, lambda trainer: None, lambda trainer: print(2 * monitor.epoch.images))
-predict(model, data.subset(torch.arange(0, shape[0], shape[0] // 500)), hardware)
+predict(model, data.subset(torch.arange(0, shape[0], shape[0] // 50)), hardware)
 print(hardware.peak_memory_mb())
 """
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
