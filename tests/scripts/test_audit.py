@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.manifold import TSNE
 from sklearn.model_selection import GridSearchCV
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,9 +32,10 @@ T = 4.302653
 
 @pytest.fixture(autouse=True)
 def quick_figures(monkeypatch):
-    """Relearning and the search for a probe's C take most of an audit's time."""
+    """Relearning, the search for a probe's C and the map of embeddings take most of an audit's time."""
     monkeypatch.setattr("util.audit.relearning.STEPS", (0, 1, 3))
     monkeypatch.setattr("util.audit.probe.PER_IDENTITY", 4)
+    monkeypatch.setattr("util.audit.pictures.TSNE", partial(TSNE, max_iter=250))
     search = "util.audit.probe.GridSearchCV"
     monkeypatch.setattr(search, lambda probe, grid, cv: GridSearchCV(probe, {key: [0.1] for key in grid}, cv=cv))
 
