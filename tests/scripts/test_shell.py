@@ -64,7 +64,8 @@ def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script,
     results = results_of(tmp_path / "my results" / "gs_lora-seed1337")
     assert [task["setting"] for task in results["tasks"]] == ["10-2", "8-2", "6-2", "4-2"]
     assert results["model"]["trainable"] == 4 * 2 * 3 * (128 + 512)
-    assert (copy / "exps" / "pretrain-colours-face_vit_tiny" / "checkpoint.pth").exists()
+    checkpoint = copy / "exps" / "pretrain-colours-face_vit_tiny" / "checkpoint.pth"
+    assert checkpoint.exists()
     # The audit of the first request comes after the table, beside three references.
     assert "reference 3 of 3" in done.stdout
     *_, never, before, l2, gs_lora, _, where = done.stdout.splitlines()
@@ -73,6 +74,10 @@ def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script,
     assert where.endswith("my results/*/audit/audit.html")
     audit = json.loads((tmp_path / "my results" / "l2-seed1337" / "audit" / "audit.json").read_text())
     assert (len(audit["references"]), len(audit["originals"])) == (3, 1)
+    # The next command, printed by `echo` in Python's place, takes the model that is there.
+    again = script("run_cl_forget_open.sh", PYTHON="echo", AUDIT="off")
+    assert "train_pretrain.py" not in again.stdout
+    assert f"--checkpoint {checkpoint} " in again.stdout
 
 
 def test_the_open_form_reports_acc_m(script, copy, trained):
