@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
+
+from util.runtime.files import file_lock
 
 
 def cached_images(key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], cache_dir: Path) -> Tensor:
@@ -30,11 +31,11 @@ def cached_images(key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray],
     try:
         if not _is_whole(path, shape):
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(path.with_name(f".{key}.lock")):
+            with file_lock(path.with_name(f".{key}.lock")):
                 if not _is_whole(path, shape):  # nobody has built it in the meantime
                     _build(path, shape, fill)
         return _mapped(path, shape)
-    except (OSError, NotImplementedError) as error:  # the latter from file systems without locks
+    except OSError as error:
         print(f"warning: the image cache cannot be written, images are held in memory instead ({error})", file=sys.stderr)
     images = torch.empty(shape, dtype=torch.uint8)
     fill(images.numpy())

@@ -1,5 +1,8 @@
 """What a model is trained and tested on: images and labels as two tensors."""
 
+import hashlib
+import json
+from collections import defaultdict
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +16,16 @@ class ImageSet:
     images:  uint8 (N, 3, H, W), RGB; may be mapped from a cache file (then on the CPU and read only by intent).
     labels:  int64 (N,), indices into `classes`.
     classes: the class names, in label order.
+    files:   of each image, its path below the data folder; of drawn faces, which one it is.
+    digests: of each image, the SHA-256 of its file.
     """
 
     name: str
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -29,7 +36,27 @@ class ImageSet:
 
     def subset(self, indices: Tensor | slice) -> "ImageSet":
         """The images at `indices` (N,), copied, or of a slice, not copied; the classes stay."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
+        positions = range(len(self))[indices] if isinstance(indices, slice) else indices.tolist()
+        files, digests = (tuple(values[i] for i in positions) if values else () for values in (self.files, self.digests))
+        tensors = {"images": self.images[indices], "labels": self.labels[indices]}
+        return replace(self, **tensors, files=files, digests=digests)
 
     def to(self, device: torch.device | str) -> "ImageSet":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def class_digests(*sets: ImageSet) -> dict[str, str]:
+    """What each class consists of: the SHA-256 of its images' digests, by class name, over all `sets`.
+
+    It does not depend on the order of the images, on their names or on how they are split.
+    """
+    found = defaultdict(list)
+    for images in sets:
+        for label, digest in zip(images.labels.tolist(), images.digests, strict=True):
+            found[images.classes[label]].append(digest)
+    return {name: hashlib.sha256("".join(sorted(own)).encode()).hexdigest() for name, own in sorted(found.items())}
+
+
+def data_digest(*sets: ImageSet) -> str:
+    """The SHA-256 of all class names and images of a data set."""
+    return hashlib.sha256(json.dumps(class_digests(*sets)).encode()).hexdigest()

@@ -1,11 +1,13 @@
 """Files that are written whole or not at all, and read or refused in one line."""
 
 import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +44,23 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
+def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of the file `path`, made if need be, until the block ends or the process dies, however it dies.
+
+    Raises BlockingIOError if another process holds it and `wait` is off. A file system without locks (some NFS) is told in
+    one line on stderr, and the block runs without.
+    """
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            print(f"warning: {path.parent} cannot be locked ({error.strerror}): nothing keeps a second run out", file=sys.stderr)
+        yield
+
+
+@contextlib.contextmanager
 def readable(path: Path, complaint: str = "damaged checkpoint") -> Iterator[None]:
     """Turn what reading a missing, damaged or dangerous file raises into one line: UsageError or RunError."""
     if not path.is_file():
@@ -63,7 +82,8 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     with atomic_write(path) as file:
-        file.write(text.encode())
+        # A file name that is no UTF-8 is there as Python reads it: its odd bytes are written as \\udcXX.
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, data: dict) -> None:
