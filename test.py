@@ -26,7 +26,7 @@ from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
 from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, write_json, write_text
-from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.training.deletion_record import load_record, settings_of
 from util.training.record_check import verify_record
 
@@ -109,7 +109,7 @@ def main(argv: list[str] | None) -> None:
     if args.deposit is not None:
         replace_lower_half(checkpoint.model.backbone, load_tensors(args.deposit), args.deposit)
     _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, hardware.device)
-    check_classes(checkpoint, test_set, args.checkpoint)
+    (test_set,) = align_classes(checkpoint, [test_set], args.checkpoint)
     groups = class_groups(args, checkpoint, test_set)
     model = to_device(checkpoint.model, hardware)
 

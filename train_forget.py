@@ -8,34 +8,38 @@ Leaves config.json, results.json, table.md, figure.png, TensorBoard events, chec
 """
 
 import argparse
+import hashlib
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from backbone.published import to_published
 from backbone.recognizer import forward_flops, to_device
 from data import build_datasets
+from data.copies import check_copies
 from data.image_set import ImageSet
-from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests
+from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests, people
 from methods import METHODS, method_class
 from methods.base import PRESETS, Method
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
 from util.cli.main import run_main
+from util.report.results import load_results
 from util.report.tables import Comparison
-from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
-from util.runtime.files import sha256, write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import check_classes, load_checkpoint
+from util.storage.checkpoint import align_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, epochs_for, make_optimizer
-from util.training.resume import add_resume_options, needed_bytes, prepare_run_dir
+from util.training.resume import add_resume_options, goes_on, identity_of, needed_bytes
 
+SCRIPT = Path(__file__).name
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
-    config = saved_arguments(argv)
+    config = saved_arguments(argv, SCRIPT)
     chooser = options.Parser(add_help=False)
     add_method_choice(chooser)
     chooser.use_defaults({key: config[key] for key in ("method", "as_published") if key in config})
@@ -76,10 +80,12 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group.add_argument(
         "--forget-per-task", type=count, help="classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
     )
+    names = {"type": options.class_list, "metavar": "LIST"}
+    group.add_argument("--forget-classes", **names, help=f"instead of drawn ones, forget these people: {options.NAMES}")
+    group.add_argument("--then", action="append", default=[], **names, help="and these in a further task; repeatable")
     group.add_argument(
-        "--forget-classes", metavar="LIST", help="instead of drawn ones, forget these: names or ids, separated by commas"
+        "--allow-copies", action="store_true", help="go on where photos of a named person stay under another person's name"
     )
-    group.add_argument("--then", action="append", default=[], metavar="LIST", help="and these in a further task; repeatable")
     group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images a method sees")
     group.add_argument("--few-shot", type=count, metavar="N", help="exactly N images a class instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
@@ -96,7 +102,7 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     options.add_hardware(parser)
     options.add_fast_path(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<setting>-seed<seed>")
+    group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<hash>-<setting>-seed<seed>")
     group.add_argument(
         "--eval-every", type=options.number(int, 0), default=0, help="log test accuracies every so many epochs; 0: no"
     )
@@ -109,32 +115,35 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     return parser
 
 
-def make_tasks(args: argparse.Namespace, train_set: ImageSet) -> list[ForgettingTask]:
-    num_classes = len(train_set.classes)
-    earlier = [] if args.resume_from is None else load_checkpoint(args.resume_from).forgotten
+def make_requests(args: argparse.Namespace, classes: Sequence[str], earlier: list[list[int]]) -> list[list[int]]:
+    """The class ids of every task, those of the `earlier` ones first."""
     if args.forget_classes is not None:
-        words = [args.forget_classes, *args.then]
-        requests = [*earlier, *named_requests(words, train_set.classes, earlier)]
-    else:
-        num_tasks = 4 if args.num_tasks is None else args.num_tasks
-        share = 10 if num_tasks == 1 else 5
-        per_task = max(1, round(num_classes / share)) if args.forget_per_task is None else args.forget_per_task
-        requests = drawn_requests(num_classes, num_tasks, per_task, args.seed)
-        if earlier != [sorted(request) for request in requests[: len(earlier)]]:
-            raise UsageError(
-                f"{args.resume_from} has not forgotten what the first tasks of this run forget: check --seed, --num-tasks "
-                f"and --forget-per-task"
-            )
+        return [*earlier, *named_requests([args.forget_classes, *args.then], classes, earlier)]
+    num_tasks = 4 if args.num_tasks is None else args.num_tasks
+    share = 10 if num_tasks == 1 else 5
+    per_task = max(1, round(len(classes) / share)) if args.forget_per_task is None else args.forget_per_task
+    requests = drawn_requests(len(classes), num_tasks, per_task, args.seed)
+    if earlier != [sorted(request) for request in requests[: len(earlier)]]:
+        raise UsageError(
+            f"{args.resume_from} has not forgotten what the first tasks of this run forget: check --seed, --num-tasks "
+            f"and --forget-per-task"
+        )
+    return requests
+
+
+def make_tasks(args: argparse.Namespace, train_set: ImageSet, earlier: list[list[int]]) -> list[ForgettingTask]:
+    requests = make_requests(args, train_set.classes, earlier)
     if args.resume_from is not None and not 0 < len(earlier) < len(requests):
         raise UsageError(f"{args.resume_from} has forgotten {len(earlier)} tasks of {len(requests)}: none to continue with")
     return forgetting_tasks(
         train_set.labels,
-        num_classes,
+        len(train_set.classes),
         requests,
         seed=args.seed,
         data_ratio=args.data_ratio,
         few_shot=args.few_shot,
         num_missing=args.missing_classes,
+        earlier=len(earlier),
     )
 
 
@@ -149,14 +158,24 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
         )
     model = checkpoint.model
     data = build_datasets(args, model.architecture.image_size, hardware.device)
-    check_classes(checkpoint, data[0], args.checkpoint)
+    earlier = [] if args.resume_from is None else load_checkpoint(args.resume_from).forgotten
+    data = align_classes(checkpoint, data, args.checkpoint, [c for request in earlier for c in request])
+    check_held_out(args, checkpoint.info)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
-    tasks = make_tasks(args, data[0])
+    tasks = make_tasks(args, data[0], earlier)
+    check_copies(data, tasks[len(earlier) :], args.forget_classes is not None and not args.allow_copies)
     method = METHODS[args.method](args, hardware)
-    method.check_model(model)
-    return ContinualRun(args, model, method, data, tasks)
+    method.check(model, tasks[len(earlier) :], data[0])
+    return ContinualRun(args, model, method, data, tasks, len(earlier))
+
+
+def check_held_out(args: argparse.Namespace, info: dict) -> None:
+    """Say so where the recognizer was trained on images that are held out now."""
+    if args.val_fraction is not None and (info.get("val_fraction") or 0) < args.val_fraction:
+        told = f"{args.checkpoint} was trained on images that --val-fraction holds out, or does not say"
+        print(f"warning: {told}", file=sys.stderr)
 
 
 def training_flops(run: ContinualRun) -> float:
@@ -174,29 +193,39 @@ def main(argv: list[str] | None) -> None:
     hardware = options.hardware_of(args)
     run = assemble(args, hardware)
     run.method.hardware = hardware.resolve_compile(training_flops(run))
-    name = f"{args.method}-{run.data[0].name}-{run.tasks[0].setting}-seed{args.seed}"
-    folder = RunFolder(args.output_dir or Path("exps") / name)
+    folder = RunFolder(args.output_dir or Path("exps") / default_name(args, run))
     with folder.locked():
-        forget(args, run, folder)
+        forget(args, run, folder, options.given_options(sys.argv if argv is None else argv))
 
 
-def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder) -> None:
+def default_name(args: argparse.Namespace, run: ContinualRun) -> str:
+    """Of the run's folder: another one for other data, for other people and after other tasks."""
+    whom = ""
+    if args.forget_classes is not None:
+        requests = [[run.data[0].classes[c] for c in task.forget] for task in run.tasks]
+        whom = f"-named-{hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:8]}"
+    return f"{args.method}-{run.data[0].tag}-{run.tasks[run.earlier].setting}{whom}-seed{args.seed}"
+
+
+def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given: set[str]) -> None:
     """The run, in its folder."""
     hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
-    identity = {"checkpoint_sha256": sha256(args.checkpoint)}
-    with main_process_first():
-        resume = prepare_run_dir(folder, args, hardware, needed_bytes(model, len(run.tasks)), **identity)
-    write_json(folder.config, describe_run(args, hardware, train_set.images.device) | identity)
-
+    identity = identity_of(args, train_set)
+    resume = goes_on(folder, args, hardware, identity, needed_bytes(model, len(run.tasks)))
     to_device(model, hardware)
-    sizes = [len(task.forget) for task in run.tasks]
+    sizes = [len(task.forget) for task in run.tasks[run.earlier :]]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))
     print(
         f"{run.method.title} on {train_set.name}: {counts} of {len(train_set.classes)} classes, "
         f"{model.architecture.model}, {hardware.describe()} → {folder.path}",
+        *(f"task {task.number} forgets {people(task.forget, train_set.classes)}" for task in run.tasks[run.earlier :]),
+        sep="\n",
         flush=True,
     )
-    results = run.run(folder, resume)
+    if unused := sorted(given & {options.option_name(name) for name in run.method.unused}):
+        print(f"{run.method.title} has no use for {', '.join(unused)}")
+    config = describe_run(args, SCRIPT, hardware, train_set.images.device) | identity
+    results = load_results(folder.results) if resume and folder.finished else run.run(folder, resume, config)
     print("", *Comparison([results]).narrow(), "", f"results, checkpoints and figure: {folder.path}", sep="\n")
 
 

@@ -19,14 +19,13 @@ from backbone.heads import HEADS
 from backbone.published import initialize_as_published, to_published
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops, to_device
 from data import build_datasets
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask, named_classes, whole_set
+from data.image_set import ImageSet, with_classes
+from data.tasks import ForgettingTask, listed_names, named_classes, people, whole_set
 from methods.pretrain import Pretrain
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
 from util.cli.main import run_main
 from util.evaluation.evaluate import predict
-from util.runtime.distributed import main_process_first
 from util.runtime.errors import UsageError
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
@@ -35,8 +34,9 @@ from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
 from util.training.optim import Schedule, derived_seed, make_optimizer
-from util.training.resume import LastState, add_resume_options, needed_bytes, prepare_run_dir
+from util.training.resume import LastState, add_resume_options, goes_on, identity_of, needed_bytes
 
+SCRIPT = Path(__file__).name
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
 # The options that a pre-trained model depends on, beside the data, the classes left out and the seed.
@@ -47,10 +47,8 @@ RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad", "sc
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
-    parser.use_defaults(saved_arguments(argv))
+    parser.use_defaults(saved_arguments(argv, SCRIPT))
     args = parser.parse_args(argv)
-    if args.init == "published" and args.pretrained:
-        raise UsageError("--init published starts from random weights: it excludes --pretrained")
     if args.epochs is not None:
         choose_epochs(args, 1)  # finds what is wrong before the data are read
     return args
@@ -60,9 +58,9 @@ def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     add_config_option(parser)
     options.add_data(parser)
-    parser.add_argument(
-        "--without-classes", metavar="LIST", help="leave these out: names or ids, separated by commas; class ids stay"
-    )
+    names = {"type": options.class_list, "metavar": "LIST"}
+    parser.add_argument("--without-classes", **names, help=f"leave these people out; class ids stay. {options.NAMES}")
+    parser.add_argument("--absent-classes", **names, help="people left out whose images are gone; they keep their class ids")
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
     group.add_argument("--image-size", type=options.number(int, 1), help="pixels (default: the model's own)")
@@ -74,10 +72,11 @@ def build_parser() -> options.Parser:
     group.add_argument("--init", choices=("timm", "published"), default="timm", help="random weights to start from")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
+    options.add_published_adapters(group)
     options.add_optimization(parser, lr=1e-3, warmup_epochs=None)
     parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")
     group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<model>-seed<seed>")
+    group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<hash>-<model>-seed<seed>")
     group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
     add_resume_options(group)
     options.add_hardware(parser)
@@ -103,7 +102,7 @@ def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> 
     if args.init == "published":
         initialize_as_published(model.backbone)
     if args.weights is not None:
-        load_backbone(model, args.weights)
+        load_backbone(model, args.weights, args.published_adapters)
     return model
 
 
@@ -111,8 +110,12 @@ def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.hardware_of(args)
     image_size = args.image_size or default_image_size(args.model)
-    train_set, test_set = build_datasets(args, image_size, hardware.device)
+    data = build_datasets(args, image_size, hardware.device)
+    absent = [] if args.absent_classes is None else listed_names(args.absent_classes)
+    data = tuple(with_classes(split, sorted({*split.classes, *absent})) for split in data)
+    train_set = data[0]
     without = [] if args.without_classes is None else named_classes(args.without_classes, train_set.classes)
+    without += [c for c, name in enumerate(train_set.classes) if name in absent]
     task = whole_set(train_set.labels.cpu(), len(train_set.classes), without)
     if len(task.remain) < 2:
         raise UsageError(f"--without-classes leaves {len(task.remain)} classes; at least 2 are needed")
@@ -123,9 +126,9 @@ def main(argv: list[str] | None) -> None:
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
-    folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.name}-{args.model}-seed{args.seed}")
+    folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.tag}-{args.model}-seed{args.seed}")
     with folder.locked():
-        pretrain(args, hardware, model, (train_set, test_set), task, folder)
+        pretrain(args, hardware, model, data, task, folder)
 
 
 def pretrain(
@@ -138,13 +141,20 @@ def pretrain(
 ) -> None:
     """The run, in its folder."""
     train_set, test_set = data
-    with main_process_first():
-        resume = prepare_run_dir(folder, args, hardware, needed_bytes(model, 1))
-    write_json(folder.config, describe_run(args, hardware, train_set.images.device))
+    identity = identity_of(args, train_set)
+    resume = goes_on(folder, args, hardware, identity, needed_bytes(model, 1))
+    if resume and folder.finished:
+        print(f"finished before: {folder.results}")
+        return
+    if not resume:
+        folder.set_aside()
+    write_json(folder.config, describe_run(args, SCRIPT, hardware, train_set.images.device) | identity)
     print(
         f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
         f"{len(task.remain)} classes, {len(task.remain_indices)} images of {train_set.image_size}×{train_set.image_size}, "
         f"{hardware.describe()}",
+        *([f"left out: {people(task.old, train_set.classes)}"] if task.old else []),
+        sep="\n",
         flush=True,
     )
 
@@ -165,9 +175,11 @@ def pretrain(
     arguments = options.plain_arguments(args)
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
     info |= {"recipe": {key: arguments[key] for key in RECIPE}, "without_classes": list(task.old)}
+    info |= {"class_digests": train_set.contents, "val_fraction": args.val_fraction}
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
         torch_save(folder.path / "published.pth", to_published(model))
+    folder.discard()
     measured = "test" if args.val_fraction is None else "held-out"
     print(
         f"{measured} accuracy {accuracies['acc']:.2f}%, with margin {accuracies['margin_acc']:.2f}%, after "

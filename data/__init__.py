@@ -1,12 +1,13 @@
 """What a model is trained and tested on."""
 
 import argparse
+from dataclasses import replace
 
 import torch
 
 from data import image_folder, synthetic_faces
 from data.cache import cache_folder
-from data.image_set import ImageSet
+from data.image_set import ImageSet, class_digests
 from data.tasks import split_validation
 from util.runtime import distributed
 
@@ -26,7 +27,8 @@ def build_datasets(args: argparse.Namespace, image_size: int, device: torch.devi
             data = synthetic_faces.synthetic_faces(*counts, image_size, args.data_seed, device, cache_dir)
         else:
             data = image_folder.image_folder(args.data, image_size, cache_dir)
-    train_set, test_set = data
+    contents = class_digests(*data)
+    train_set, test_set = (replace(split, contents=contents) for split in data)
     if args.val_fraction is not None:
         split = split_validation(train_set.labels, len(train_set.classes), args.val_fraction)
         train_set, test_set = map(train_set.subset, split)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class ImageSet:
     classes: the class names, in label order.
     files:   of each image, its path below the data folder; of drawn faces, which one it is.
     digests: of each image, the SHA-256 of its file.
+    contents: of the whole data set, both splits, the SHA-256 of each class, by name.
     """
 
     name: str
@@ -26,6 +28,7 @@ class ImageSet:
     classes: tuple[str, ...]
     files: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
+    contents: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,19 +47,30 @@ class ImageSet:
     def to(self, device: torch.device | str) -> "ImageSet":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
+    @property
+    def content_sha256(self) -> str:
+        """Of all class names and images of the data set."""
+        return hashlib.sha256(json.dumps(self.contents).encode()).hexdigest()
 
-def class_digests(*sets: ImageSet) -> dict[str, str]:
-    """What each class consists of: the SHA-256 of its images' digests, by class name, over all `sets`.
+    @property
+    def tag(self) -> str:
+        """A name for folders: the data set's, and the beginning of its hash."""
+        return f"{self.name}-{self.content_sha256[:8]}"
+
+
+def with_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
+    """The same images with their labels in another list of classes, which has all of theirs."""
+    ids = torch.tensor([classes.index(name) for name in images.classes], device=images.labels.device)
+    return replace(images, labels=ids[images.labels], classes=tuple(classes))
+
+
+def class_digests(*splits: ImageSet) -> dict[str, str]:
+    """What each class consists of: the SHA-256 of its images' digests, by class name, over all `splits`.
 
     It does not depend on the order of the images, on their names or on how they are split.
     """
     found = defaultdict(list)
-    for images in sets:
+    for images in splits:
         for label, digest in zip(images.labels.tolist(), images.digests, strict=True):
             found[images.classes[label]].append(digest)
     return {name: hashlib.sha256("".join(sorted(own)).encode()).hexdigest() for name, own in sorted(found.items())}
-
-
-def data_digest(*sets: ImageSet) -> str:
-    """The SHA-256 of all class names and images of a data set."""
-    return hashlib.sha256(json.dumps(class_digests(*sets)).encode()).hexdigest()

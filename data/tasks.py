@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import io
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,10 @@ def class_order(num_classes: int, seed: int) -> list[int]:
 def drawn_requests(num_classes: int, num_tasks: int, per_task: int, seed: int) -> list[list[int]]:
     """The protocol's requests: with k = `per_task`, task t keeps the classes `order[0 : C − t·k]` and forgets the next k."""
     if num_tasks * per_task >= num_classes:
-        raise UsageError(f"{num_tasks} tasks of {per_task} classes: of {num_classes}, at least one must remain")
+        raise UsageError(
+            f"{num_tasks} tasks of {per_task} classes: of {num_classes}, at least one must remain; lower --num-tasks or "
+            f"--forget-per-task"
+        )
     order = class_order(num_classes, seed)
     return [order[num_classes - number * per_task :][:per_task] for number in range(1, num_tasks + 1)]
 
@@ -64,19 +68,39 @@ def named_requests(words: Sequence[str], classes: Sequence[str], earlier: Sequen
 
 
 def named_classes(text: str, classes: Sequence[str]) -> list[int]:
-    """Class ids from a list of names, or of numbers where no class has that name: `"yaleB05, 7"`. A name with a comma
-    stands in double quotes."""
-    found = []
-    for name in map(str.strip, next(csv.reader([text], skipinitialspace=True)) or [""]):
-        if name in classes:
-            found.append(classes.index(name))
-        elif name.isdecimal() and int(name) < len(classes):
-            found.append(int(name))
-        else:
-            near = difflib.get_close_matches(name, classes, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"they are 0 to {len(classes) - 1} or {classes[0]!r}, …"
-            raise UsageError(f"no class {name!r}; {hint}")
-    return found
+    """Class ids from names, separated by commas or line ends; `#13` is class id 13, where no class has that name.
+
+    A name with a comma in it stands in double quotes. Raises UsageError for a word that names nobody.
+    """
+    return [_class_id(name if name in classes else name.strip(), classes) for name in listed_names(text)]
+
+
+def listed_names(text: str) -> list[str]:
+    try:
+        found = [name for row in csv.reader(io.StringIO(text, newline=""), skipinitialspace=True) for name in row]
+    except csv.Error as error:
+        raise UsageError(f"{text[:40]!r} is no list of names: {error}") from None
+    if not any(map(str.strip, found)):
+        raise UsageError("a list of names is empty")
+    return [name for name in found if name.strip()]
+
+
+def _class_id(name: str, classes: Sequence[str]) -> int:
+    if name in classes:
+        return classes.index(name)
+    number = name.removeprefix("#")
+    known = number.isascii() and number.isdecimal() and int(number) < len(classes)
+    if known and name != number:
+        return int(number)
+    near = difflib.get_close_matches(name, classes, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"they are {classes[0]!r}, …, or #0 to #{len(classes) - 1}"
+    raise UsageError(f"no class {name!r}; " + (f"class id {number} is written #{number}" if known else hint))
+
+
+def people(ids: Sequence[int], classes: Sequence[str], most: int = 40) -> str:
+    """Names for a line that is printed."""
+    more = f" and {len(ids) - most} more" if len(ids) > most else ""
+    return ", ".join(classes[c] for c in ids[:most]) + more
 
 
 def forgetting_tasks(
@@ -88,9 +112,11 @@ def forgetting_tasks(
     data_ratio: float = 0.1,
     few_shot: int | None = None,
     num_missing: int = 0,
+    earlier: int = 0,
 ) -> list[ForgettingTask]:
     """A task for each of `requests`, lists of class ids, over the training `labels` (N,).
 
+    The first `earlier` ones are done: they see no images, which may be erased.
     A method sees `few_shot` images of every class if given, else the share `data_ratio` of each class's images (at least
     one). The first `num_missing` classes of the order that remain throughout lend none.
     """
@@ -111,12 +137,13 @@ def forgetting_tasks(
                 raise UsageError(f"class {c} has {known} training images, fewer than the {count} a class asked for")
             shuffled = np.random.default_rng([seed, task, c]).permutation(by_class[c])
             parts.append(np.sort(shuffled[:count]))
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
 
     tasks, old = [], set()
     for number, forget in enumerate(map(sorted, requests), start=1):
         remain = [c for c in range(num_classes) if c not in old and c not in forget]
-        images = sample(forget, number), sample([c for c in remain if c not in missing], number)
+        seen = ([], []) if number <= earlier else (forget, [c for c in remain if c not in missing])
+        images = (sample(classes, number) for classes in seen)
         tasks.append(ForgettingTask(number, tuple(forget), tuple(remain), tuple(sorted(old)), missing, *images))
         old.update(forget)
     return tasks

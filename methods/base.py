@@ -72,14 +72,15 @@ class Method(ABC):
     title: ClassVar[str]  # as in the paper's tables
     source: ClassVar[str] = ""
     options: ClassVar[Sequence[Option]] = ()  # the last one of a name counts
+    unused: ClassVar[Sequence[str]] = ()  # the shared options that do nothing here
     average: AveragedModel | None = None  # within a task, for the methods that have one
 
     def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
         self.args = args
         self.hardware = hardware
 
-    def check_model(self, model: Recognizer) -> None:
-        """Raise UsageError for options that do not fit this model, before anything is written."""
+    def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+        """Raise UsageError for options that do not fit this model, these tasks or images, before anything is written."""
 
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         """Before the first task, also of a resumed run; `model` is the pre-trained one."""

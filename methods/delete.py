@@ -23,6 +23,7 @@ class DELETE(Distillation):
     title = "DELETE"
     source = "arXiv 2503.23751"
     options = [*Distillation.options, Option("lr", 3e-4)]
+    unused = ("epoch_over",)
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)

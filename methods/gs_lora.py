@@ -1,5 +1,7 @@
 """GS-LoRA: group-sparse low-rank adaptation (Zhao et al., CVPR 2024, arXiv 2403.11530)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
@@ -45,7 +47,7 @@ class GSLoRA(Method):
         Option("negligible", 1e-2, "groups with an update below this share of their weights' norm", published=0.0),
     ]
 
-    def check_model(self, model: Recognizer) -> None:
+    def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:

@@ -1,5 +1,7 @@
 """LIRF: learning with recoverable forgetting (Ye et al., ECCV 2022, arXiv 2207.08224)."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +53,7 @@ class LIRF(Distillation):
         Option("deposit", "trained", "or left as it was", published="frozen", choices=("trained", "frozen")),
     ]
 
-    def check_model(self, model: Recognizer) -> None:
+    def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         half_depth(model.backbone)
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:

@@ -31,6 +31,7 @@ class QuadraticPenalty(Method):
     """
 
     options = (WRONG_LABELS,)
+    unused = ("epoch_over",)
     importance: Importance | None = None
 
     @property

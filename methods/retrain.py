@@ -18,6 +18,7 @@ class Retrain(Method):
 
     name = "retrain"
     title = "Retrain"
+    unused = ("epoch_over",)
     options = [
         Option("lr", 1e-3, published=3e-4),
         Option("warmup_epochs", 1, published=5),

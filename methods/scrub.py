@@ -28,6 +28,7 @@ class SCRUB(Distillation):
     name = "scrub"
     title = "SCRUB"
     source = "arXiv 2302.09880"
+    unused = ("epoch_over",)
     options = [
         *Distillation.options,
         Option("lr", 8e-4, published=1e-4),

@@ -18,6 +18,8 @@ class SSD(Method):
     name = "ssd"
     title = "SSD"
     source = "arXiv 2308.07707"
+    unused = ("epochs", "batch_size", "lr", "min_lr", "weight_decay", "warmup_epochs", "opt", "sched", "decay_on")
+    unused += ("clip_grad", "epoch_over", "min_updates", "save_every", "eval_every")
     options = [
         Option("selection", 1.2, "α: how much more a weight matters to D_f than to all, to be dampened"),
         Option("dampening", 1.0, "λ: the larger, the less it is dampened"),

@@ -58,15 +58,16 @@ class Unseen(Method):
         Option("lambda", 0.1, "weight λ of the remaining images' cross entropy"),
     ]
 
-    def check_model(self, model: Recognizer) -> None:
+    def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
         half_depth(model.backbone)
-
-    def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         for task in tasks:
             counts = train_set.labels.cpu()[task.remain_indices].unique(return_counts=True)[1]
             if len(counts) < 2 or counts.max() < 2:
-                raise UsageError(f"task {task.number}: unseen needs images of two remaining classes, two of one of them")
+                raise UsageError(
+                    f"task {task.number}: unseen needs images of two remaining classes, two of one of them: raise "
+                    f"--data-ratio or --few-shot, or forget fewer"
+                )
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
         super().begin_task(model, task, train_set, epochs)

@@ -25,15 +25,18 @@ import train_forget
 from methods import METHODS, method_class
 from scripts.jobs import Job, add_job_options, deal_out, places
 from util.cli import options
+from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.report.results import load_results
 from util.report.tables import PRETRAINED, Comparison
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import read_json, sha256
+from util.runtime.files import read_json, write_json
 from util.runtime.hardware import choose_hardware
 from util.runtime.interrupt import Interrupted, end_on_sigterm
-from util.storage.folders import RunFolder
-from util.training.resume import FREE_ON_RESUME
+from util.storage.folders import CONFIG, RunFolder, claim
+from util.training.resume import difference_to, identity_of
+
+SCRIPT = Path(__file__).name
 
 
 def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
@@ -43,6 +46,8 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
     method_args = {name: shlex.split(words) for name, words in args.options}
     for name in [*methods, *method_args]:
         method_class(name)
+    if idle := method_args.keys() - {*methods}:
+        print(f"--options {min(idle)}: not among the methods, unused")
     jobs = []
     for seed, name in product(seeds, methods):
         folder = RunFolder(args.output_dir / f"{name}-seed{seed}")
@@ -52,14 +57,10 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
         parsed = train_forget.parse_arguments(job.arguments)
         if not jobs:
             # What is wrong for all of them is found once, before any of them starts.
-            train_forget.assemble(parsed, choose_hardware("cpu"))
-            checkpoint_sha256 = sha256(parsed.checkpoint)
+            identity = identity_of(parsed, train_forget.assemble(parsed, choose_hardware("cpu")).data[0])
         resume = folder.config.exists() and not args.overwrite
         if resume:
-            config = read_json(folder.config)
-            saved = config.get("arguments", {}) | {"checkpoint": config.get("checkpoint_sha256")}
-            parsed.checkpoint = checkpoint_sha256  # wherever it lies now
-            if other := options.first_difference(saved, parsed, FREE_ON_RESUME):
+            if other := difference_to(read_json(folder.config), parsed, identity):
                 raise UsageError(f"{folder.path} holds a run with other options: {other}; use --overwrite or another folder")
             job.finished = folder.finished
         job.arguments.append("--resume" if resume and folder.last.exists() else "--overwrite")
@@ -119,7 +120,9 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
     parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
     args = parser.parse_args(argv[:end])
+    claim(args.output_dir, SCRIPT)
     jobs = make_jobs(args, argv[end + 1 :])
+    write_json(args.output_dir / CONFIG, describe_command(args, SCRIPT) | {"train_forget": argv[end + 1 :]})
 
     if len(args.gpus) == 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]

@@ -15,11 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from methods import METHODS
 from util.cli import options
+from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.report.results import load_results
 from util.report.tables import Comparison
 from util.runtime.errors import UsageError
+from util.runtime.files import write_json
+from util.storage.folders import CONFIG, claim
 
+SCRIPT = Path(__file__).name
 
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(description=__doc__.splitlines()[0])
@@ -41,6 +45,8 @@ def main(argv: list[str] | None) -> None:
         if count > 1:
             raise UsageError(f"{method} with seed {seed} is there more than once: tell the runs apart with --labels")
         runs.sort(key=lambda run: ([*METHODS].index(run["method"]), run["seed"]))  # as in the papers' tables
+    claim(args.output_dir, SCRIPT)
+    write_json(args.output_dir / CONFIG, describe_command(args, SCRIPT))
     comparison = Comparison(runs, args.labels, published=args.published, sweep=args.sweep)
     comparison.write(args.output_dir)
     print(*comparison.narrow("margin_" if args.published else ""), sep="\n")

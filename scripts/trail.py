@@ -26,7 +26,7 @@ from util.report.audit_tables import audit_markdown
 from util.report.results import load_results
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json, write_text
-from util.storage.checkpoint import Checkpoint, check_classes, load_checkpoint
+from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.training.monitor import log_scalars, open_writer
 
@@ -71,7 +71,7 @@ class Trail:
         where = {key: getattr(args, key) for key in (*DATA_OPTIONS, "unseen", "images")}
         size = self.before.model.architecture.image_size
         self.data, self.unseen = load_data(tuple(where.items()), size, self.hardware.device)
-        check_classes(self.before, self.data[0], before)
+        align_classes(self.before, self.data, before)
         self.classes = self.data[0].classes
         self.results = load_results(run.results) if run else None
         self.label = METHODS[self.results["method"]].title if run else args.after.stem
@@ -117,7 +117,7 @@ class Trail:
 
     def load(self, path: Path) -> Checkpoint:
         checkpoint = load_once(path, self.args.head, self.args.published_adapters)
-        check_classes(checkpoint, self.data[0], path)
+        align_classes(checkpoint, self.data, path)
         return checkpoint
 
     def audit(self, case: Case) -> tuple[Audit, list[dict], list[dict]]:

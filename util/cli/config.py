@@ -27,8 +27,8 @@ def add_config_option(parser: Parser) -> None:
     )
 
 
-def saved_arguments(argv: list[str]) -> dict:
-    """The arguments in the file that `--config` of `argv` names, empty without one.
+def saved_arguments(argv: list[str], script: str) -> dict:
+    """The arguments in the file that `--config` of `argv` names, a run's of `script`; empty without one.
 
     Raises UsageError if the file is missing or of another script, RunError if it is damaged.
     """
@@ -38,7 +38,7 @@ def saved_arguments(argv: list[str]) -> dict:
     if path is None:
         return {}
     config = read_json(path)
-    saved, script = config.get("arguments"), Path(sys.argv[0]).name
+    saved = config.get("arguments")
     if not isinstance(saved, dict) or config.get("script") != script:
         raise UsageError(f"--config {path}: not the config.json of a run of {script}, but of {config.get('script')}")
     _warn_of_other_versions(path, config)
@@ -53,16 +53,18 @@ def _warn_of_other_versions(path: Path, config: dict) -> None:
         print(f"warning: {path} was written with {'; '.join(other)}", file=sys.stderr)
 
 
-def describe_run(args: argparse.Namespace, hardware: Hardware, images: torch.device) -> dict:
-    """The content of config.json: every argument, versions, git commit, device, seed, what auto came to."""
-    return {
-        "script": Path(sys.argv[0]).name,
-        "arguments": plain_arguments(args),
+def describe_command(args: argparse.Namespace, script: str) -> dict:
+    """The content of config.json: whose folder it is, every argument, versions, git commit."""
+    return {"script": script, "arguments": plain_arguments(args), **code_and_packages()}
+
+
+def describe_run(args: argparse.Namespace, script: str, hardware: Hardware, images: torch.device) -> dict:
+    """The same of a run: device, seed, and what auto came to as well."""
+    return describe_command(args, script) | {
         "seed": args.seed,
         "device": hardware.describe(),
         "processes": distributed.world_size(),
         "hardware": hardware.as_dict() | {"images": str(images)},
-        **code_and_packages(),
     }
 
 

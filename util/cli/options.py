@@ -5,7 +5,8 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from data import SYNTHETIC
 from methods.base import SHARED_OPTIONS, Method, Option
+from util.cli.ignored import given_options, refuse_ignored
 from util.runtime import distributed
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware, choose_hardware, keep_freed_memory
@@ -28,6 +30,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        """Raises UsageError for an option that would do nothing as well (`util/cli/ignored.py`)."""
+        found = super().parse_args(args, namespace)
+        given = given_options(sys.argv[1:] if args is None else args)
+        changed = [action for action in self._actions if getattr(found, action.dest, None) != action.default]
+        refuse_ignored(found, {name for action in changed for name in action.option_strings if name in given})
+        return found
 
     def error(self, message: str) -> None:
         # "argument -x/--name: …" says no more than "--name …".
@@ -74,6 +84,19 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
     return parse
 
 
+def class_list(text: str) -> str:
+    """An argparse type: a list of names as it is, or with `@FILE` the one in that file."""
+    if not text.startswith("@"):
+        return text
+    try:
+        return Path(text[1:]).read_text("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text[1:]}: {error.strerror}") from None
+
+
+NAMES = "names, separated by commas; #13 is class id 13; @FILE has one a line"
+
+
 def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -94,6 +117,10 @@ def add_data(parser: Parser) -> None:
 def add_published(group: argparse._ActionsContainer) -> None:
     """What a published checkpoint does not tell."""
     group.add_argument("--head", help="margin head of a published checkpoint (default: cosface)")
+    add_published_adapters(group)
+
+
+def add_published_adapters(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--published-adapters",
         choices=("merged", "apart"),
@@ -184,7 +211,11 @@ def _keywords(option: Option) -> dict[str, Any]:
 
 def plain_arguments(args: argparse.Namespace) -> dict:
     """Every argument, as JSON can hold it."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+    def plain(value: Any) -> Any:
+        return [*map(plain, value)] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+
+    return {key: plain(value) for key, value in vars(args).items()}
 
 
 def option_name(dest: str) -> str:

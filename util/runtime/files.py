@@ -56,7 +56,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         except BlockingIOError:
             raise
         except OSError as error:
-            print(f"warning: {path.parent} cannot be locked ({error.strerror}): nothing keeps a second run out", file=sys.stderr)
+            told = f"{path.parent} cannot be locked ({error.strerror}): nothing keeps a second run out"
+            print(f"warning: {told}", file=sys.stderr)
         yield
 
 

@@ -1,6 +1,8 @@
 """Checkpoints: what a trained recognizer is on disk. Loading never runs code from the file."""
 
 import io
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from backbone.lora import apply_adapters
 from backbone.published import from_published, is_published
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, misfits
-from data.image_set import ImageSet
+from data.image_set import ImageSet, with_classes
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import atomic_write, check_finite, readable
 
@@ -57,6 +59,8 @@ def load_checkpoint(path: Path, head: str | None = None, adapters: str | None = 
     data = torch_load(path)
     with readable(path):
         if isinstance(data, dict) and data.get("format") == FORMAT:
+            if adapters is not None:
+                raise UsageError(f"{path} is no published checkpoint: leave --published-adapters out")
             return _load_own(path, data, head)
         if isinstance(data, dict) and is_published(data):
             return _load_published(path, data, head, adapters)
@@ -131,14 +135,17 @@ def _check_fits(model: torch.nn.Module, state: dict, path: Path) -> None:
         raise UsageError(f"{path} does not fit the model: {problems}")
 
 
-def load_backbone(model: Recognizer, path: Path) -> None:
-    """Start from backbone weights in a local file: timm's (.safetensors, .bin, .pth) or a checkpoint of ours.
+def load_backbone(model: Recognizer, path: Path, adapters: str | None = None) -> None:
+    """Start from backbone weights in a local file: timm's (.safetensors, .bin, .pth), a checkpoint of ours, a published one.
 
-    A classifier is left out; position embeddings of another image size are resampled as timm does.
+    A classifier is left out; position embeddings of another image size are resampled as timm does. `adapters`: of a
+    published one, as in `load_checkpoint`.
     """
     with readable(path):
         state = timm.models.load_state_dict(str(path), weights_only=True)
         _check_sizes(state, path)
+        if is_published(state):
+            state = _load_published(path, state, None, adapters).model.state_dict()
         ours = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
         plain = {key: value for key, value in (ours or state).items() if not key.startswith(("head.", "head_dist."))}
     with readable(path, "does not fit the model"):
@@ -159,11 +166,25 @@ def torch_load(path: Path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_classes(checkpoint: Checkpoint, image_set: ImageSet, path: Path) -> None:
-    """Raise UsageError unless the checkpoint was trained on exactly the classes of `image_set`."""
-    known, found = checkpoint.model.architecture.num_classes, len(image_set.classes)
-    if known != found:
-        raise UsageError(f"{path} knows {known} classes, the data set {image_set.name} has {found}: use its training data")
-    if checkpoint.classes and checkpoint.classes != image_set.classes:
-        ours, theirs = next(p for p in zip(checkpoint.classes, image_set.classes, strict=True) if p[0] != p[1])
-        raise UsageError(f"{path} was trained on other classes than {image_set.name}: {ours!r} there, {theirs!r} here")
+def align_classes(
+    checkpoint: Checkpoint, data: Sequence[ImageSet], path: Path, forgotten: Collection[int] = ()
+) -> tuple[ImageSet, ...]:
+    """`data`, the sets of one data set, with labels and classes as the checkpoint has them.
+
+    People whom the checkpoint has forgotten, or whose class ids are in `forgotten`, may have no images any more.
+    Raises UsageError for any other difference. Says so where images of a class are others than it was trained on.
+    """
+    known, name, found = checkpoint.model.architecture.num_classes, data[0].name, data[0].classes
+    classes = checkpoint.classes or found
+    gone = {classes[c] for c in {*forgotten}.union(*checkpoint.forgotten) if c < len(classes)}
+    missing = {*classes} - {*found}
+    if known != len(found) + len(missing & gone):
+        raise UsageError(f"{path} knows {known} classes, the data set {name} has {len(found)}: use its training data")
+    if strange := sorted({*found} - {*classes}):
+        ours = sorted(missing - gone)
+        raise UsageError(f"{path} was trained on other classes than {name}: {ours[0]!r} there, {strange[0]!r} here")
+    before, now = checkpoint.info.get("class_digests", {}), data[0].contents
+    if other := sorted(c for c in before.keys() & now.keys() if before[c] != now[c]):
+        told = f"the images of {len(other)} of {known} classes are others than {path} was trained on, {other[0]!r} first"
+        print(f"warning: {name}: {told}", file=sys.stderr)
+    return tuple(with_classes(images, classes) for images in data)

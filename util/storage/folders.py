@@ -1,7 +1,13 @@
-"""The folders that runs leave behind, and who may write to them."""
+"""The folders that scripts leave behind: whose they are, who may write to them, and what is replaced when.
+
+Nothing is written into a folder that holds what this project did not make, and nothing in it is removed but the files of an
+earlier run, by name, once the run that replaces them has finished.
+"""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -9,23 +15,53 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from util.runtime import distributed
 from util.runtime.errors import UsageError
-from util.runtime.files import TEMPORARY_SUFFIX, read_json, write_text
+from util.runtime.files import TEMPORARY_SUFFIX, file_lock, read_json, write_text
+
+CONFIG = "config.json"  # names the script that made a folder
+REPLACED = ".replaced"  # where a run lies until the one that replaces it has finished
+# What may lie in a folder before a script has begun in it.
+BEFORE_BEGINNING = {".lock", ".lock.holder", ".job.lock", "log.txt", REPLACED}
+
+
+def claim(path: Path, script: str) -> None:
+    """Raise UsageError unless `script` may write to the folder `path`: a new or empty one, or one that it made itself.
+
+    Folders of this project may lie in it: those of a comparison's runs do.
+    """
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--output-dir {path} is a file, not a folder")
+    if not path.is_dir() or (maker := maker_of(path)) == script:
+        return
+    if maker:
+        raise UsageError(f"{path} is a folder of {maker}: choose another --output-dir")
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in BEFORE_BEGINNING and not maker_of(entry))
+    if foreign:
+        raise UsageError(f"{path} holds other files ({foreign[0]} first): choose an empty or a new --output-dir")
+
+
+def maker_of(path: Path) -> str | None:
+    """The script that made the folder `path`, None where none of this project did."""
+    for file in (path / CONFIG, path / REPLACED / CONFIG):
+        with contextlib.suppress(OSError, ValueError):
+            config = json.loads(file.read_bytes())
+            if isinstance(config, dict) and {"script", "arguments", "packages"} <= config.keys():
+                return str(config["script"])
+    return None
 
 
 class OutputFolder:
     """A run's folder: `last` is where the run is, `results` what it has once it has achieved something."""
 
+    script: str
     results_name: str
-    # Patterns of all that a run leaves, but for its lock and log.
-    outputs = ("config.json", "checkpoints", "events.out.tfevents.*")
+    # All files that a run leaves, but for its lock and log: patterns of their paths below the folder.
+    outputs = (CONFIG, r"checkpoints/last\.pth", r"events\.out\.tfevents\.[^/]*")
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.json"
+        self.config = path / CONFIG
         self.last = path / "checkpoints" / "last.pth"
         self.results = path / self.results_name
 
@@ -33,53 +69,75 @@ class OutputFolder:
     def finished(self) -> bool:
         return self.results.exists()
 
+    @property
+    def has_run(self) -> bool:
+        return self.results.exists() or self.last.exists()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder, made if need be, until the block ends or the process dies, however it dies."""
+        """Hold the folder, made if need be, until the block ends or the process dies, however it dies.
+
+        Raises UsageError where it is not ours, or in use.
+        """
+        claim(self.path, self.script)
         if distributed.rank():
             yield
             return
-        if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--output-dir {self.path} is a file, not a folder")
         self.path.mkdir(parents=True, exist_ok=True)
         holder = self.path / ".lock.holder"
-        try:
-            lock = FileLock(self.path / ".lock", timeout=0).acquire()
-        except Timeout:
-            other = holder.read_text() if holder.exists() else "another run"
-            raise UsageError(f"{self.path} is in use by {other}; wait for it, or choose another --output-dir") from None
-        except NotImplementedError:  # a file system without locks, where two runs in one folder go unnoticed
-            lock = contextlib.nullcontext()
-        with lock:
-            write_text(holder, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}, {utc_now()}")
+        with contextlib.ExitStack() as held:
             try:
-                yield
-            finally:
-                holder.unlink(missing_ok=True)
+                held.enter_context(file_lock(self.path / ".lock", wait=False))
+            except BlockingIOError:
+                other = holder.read_text() if holder.exists() else "another run"
+                raise UsageError(f"{self.path} is in use by {other}; wait for it, or choose another --output-dir") from None
+            write_text(holder, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}, {utc_now()}")
+            held.callback(holder.unlink, missing_ok=True)
+            yield
 
-    def prepare(self, overwrite: bool, resume: bool, needed: int) -> None:
-        """Make the folder, which is locked, ready for a new run of `needed` bytes, or for an interrupted one to go on."""
-        if distributed.rank():
-            return
-        if (self.results.exists() or self.last.exists()) and not (overwrite or resume):
-            raise UsageError(f"{self.path} holds a run; use --resume to continue it, --overwrite to replace it")
+    def check_room(self, needed: int) -> None:
+        """Raise UsageError unless `needed` bytes are free here."""
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UsageError(f"{self.path}: the run needs about {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
-        # Nobody else writes here: these are of processes that were killed.
-        for temporary in self.path.rglob(f".*{TEMPORARY_SUFFIX}"):
-            temporary.unlink(missing_ok=True)
-        if not resume:
-            for pattern in self.outputs:
-                for path in self.path.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def own_files(self) -> list[Path]:
+        """The files that a run of this script has left, and nothing else."""
+        folders = [self.path, *(path for path in self.path.glob("*/") if not path.name.startswith("."))]
+        files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
+        return [file for file in sorted(files) if self._is_own(file.relative_to(self.path).as_posix())]
+
+    def _is_own(self, name: str) -> bool:
+        # Half a file, of a process that was killed, has its name and process in it: checkpoints/.last.pth.123.tmp
+        whole = re.sub(rf"(^|/)\.([^/]*)\.\d+{re.escape(TEMPORARY_SUFFIX)}$", r"\1\2", name)
+        return any(re.fullmatch(pattern, whole) for pattern in self.outputs)
+
+    def set_aside(self) -> None:
+        """Move what a run has left out of the way of the one that replaces it, until `discard`."""
+        if distributed.rank() or not (own := self.own_files()):
+            return
+        if (self.path / REPLACED).exists():  # by an interrupted run, which is replaced in turn
+            for file in own:
+                file.unlink()
+            return
+        print(f"{self.path}: the earlier run is kept in {REPLACED} until this one has finished", flush=True)
+        for file in own:
+            target = self.path / REPLACED / file.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(file, target)
+
+    def discard(self) -> None:
+        """Remove the run that was set aside: its successor has finished."""
+        if not distributed.rank() and (self.path / REPLACED).is_dir():
+            shutil.rmtree(self.path / REPLACED)
 
 
 class PretrainFolder(OutputFolder):
     """What train_pretrain.py leaves."""
 
+    script = "train_pretrain.py"
     results_name = "checkpoint.pth"
-    outputs = (*OutputFolder.outputs, "checkpoint.pth", "published.pth")
+    outputs = (*OutputFolder.outputs, r"checkpoint\.pth", r"published\.pth")
 
 
 # What a task leaves, by kind: <kind>/task_<number><suffix>.
@@ -93,10 +151,16 @@ TASK_FILES = {
 
 
 class RunFolder(OutputFolder):
-    """What train_forget.py leaves."""
+    """What train_forget.py leaves, and audits of it."""
 
+    script = "train_forget.py"
     results_name = "results.json"
-    outputs = (*OutputFolder.outputs, "results.json", "table.md", "figure.png", "audit", *TASK_FILES)
+    outputs = (
+        *OutputFolder.outputs,
+        *(r"results\.json", r"table\.md", r"figure\.png", r"checkpoints/state_\d+\.pth"),
+        *(rf"{kind}/task_\d+{re.escape(suffix)}" for kind, suffix in TASK_FILES.items()),
+        *(r"audit/audit\.(json|md|html)", r"audit/config\.json"),
+    )
 
     @property
     def finished(self) -> bool:

@@ -29,33 +29,41 @@ from util.training.resume import LastState
 
 @dataclass
 class ContinualRun:
-    """A model on its way through tasks, with a training and a test set."""
+    """A model on its way through tasks, with a training and a test set. The first `earlier` tasks are done."""
 
     args: argparse.Namespace
     model: Recognizer
     method: Method
     data: tuple[ImageSet, ImageSet]
     tasks: list[ForgettingTask]
+    earlier: int = 0
 
-    def run(self, folder: RunFolder, resume: bool) -> dict:
-        """Carry out the tasks that are left, leave everything in `folder`, and return the content of results.json."""
+    def run(self, folder: RunFolder, resume: bool, config: dict) -> dict:
+        """Carry out the tasks that are left, leave everything in `folder`, and return the content of results.json.
+
+        `config` is the content of config.json. An earlier run in the folder is set aside unless it is resumed.
+        """
         self.folder, self.results = folder, None
         self.train_set, self.test_set = self.data
         self.num_parameters = self.model.num_parameters()
         self.last = LastState(folder.last, self.args.save_every, resume)
         self.recorder = Recorder(self.args, self.method.hardware, self.data, resume)
         self.predictions_before = predict(self.model, self.test_set, self.method.hardware)
-        self.method.begin_run(self.model, self.tasks, self.train_set)
+        self.method.begin_run(self.model, self.tasks[self.earlier :], self.train_set)
         done = 0
         if self.last.resume and self.folder.results.exists():
             self.results = load_results(self.folder.results)
             done = self._enter(self.folder.checkpoint(self.results["tasks"][-1]["task"]))
         elif self.args.resume_from is not None:
             done = self._enter(self.args.resume_from)
+        if not resume:  # all that can be refused has been
+            folder.set_aside()
+        write_json(folder.config, config)
         with open_writer(self.folder.path) as writer:
             for task in self.tasks[done:]:
                 self._forget(task, writer)
             self._finish(writer)
+        folder.discard()
         return self.results
 
     def _enter(self, path: Path) -> int:
@@ -145,6 +153,7 @@ class ContinualRun:
         if state := self.method.state_dict():
             torch_save(self.folder.method_state(task.number), {self.method.name: state})
         info = {"dataset": self.train_set.name, "method": self.method.name, "task": task.number, **entry["after"]}
+        info["class_digests"] = self.train_set.contents
         checkpoint = Checkpoint(self.model, self.train_set.classes, self._forgotten(task.number), info)
         save_checkpoint(self.folder.checkpoint(task.number), checkpoint)
         if self.args.published_layout:

@@ -47,9 +47,9 @@ def steps_of_epochs(method: Method, task: ForgettingTask, epochs: int) -> list[i
 
 
 def epochs_for(method: Method, task: ForgettingTask, epochs: int, min_updates: int) -> int:
-    """`epochs`, or as many more as it takes to make `min_updates` updates, where the method makes any."""
+    """`epochs`, or as many more as it takes to make `min_updates` updates; one where the method makes none."""
     if not sum(steps_of_epochs(method, task, epochs)):
-        return epochs
+        return 1
     candidates = range(max(epochs, min_updates) + 1)
     return bisect_left(candidates, min_updates, lo=epochs, key=lambda n: sum(steps_of_epochs(method, task, n)))
 

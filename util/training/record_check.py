@@ -16,7 +16,7 @@ from util.audit.statistics import POWER
 from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
 from util.runtime.files import read_json, readable, sha256
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import check_classes, load_checkpoint
+from util.storage.checkpoint import align_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes, joint_hash, weights_sha256
 
@@ -74,7 +74,7 @@ def _accuracies(folder: RunFolder, record: dict, test_set: ImageSet, hardware: H
     predictions = []
     for file, head in ((pretrained, record["arguments"].get("head")), (after, None)):
         checkpoint = load_checkpoint(file, head)
-        check_classes(checkpoint, test_set, file)
+        align_classes(checkpoint, [test_set], file)
         predictions.append(predict(to_device(checkpoint.model, hardware), test_set, hardware))
     groups = (tuple(int(c) for c in record["request"][key]) for key in ("forget", "remain", "forgotten_before", "missing"))
     none = torch.empty(0, dtype=torch.long)

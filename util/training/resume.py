@@ -5,17 +5,19 @@ import sys
 from pathlib import Path
 
 from backbone.recognizer import Recognizer
-from util.cli.options import first_difference, number
+from data.image_set import ImageSet
+from util.cli.options import first_difference, number, option_name
 from util.runtime import distributed
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import read_json, readable
+from util.runtime.files import read_json, readable, sha256
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import torch_load, torch_save
 from util.storage.folders import OutputFolder
 from util.training.engine import Trainer
 
-# Options that may differ between an interrupted run and the one that continues it.
+# Options that may differ between an interrupted run and the one that continues it. Files and data are known by their hashes.
 FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "save_every", "eval_every", "config"}
+FREE_ON_RESUME |= {"checkpoint", "resume_from", "weights", "data"}
 
 
 def add_resume_options(group: argparse._ArgumentGroup) -> None:
@@ -30,33 +32,58 @@ def needed_bytes(model: Recognizer, checkpoints: int) -> int:
     return weights * (checkpoints + 2 * 3)
 
 
-def prepare_run_dir(
-    folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, needed: int, **identity: str
-) -> bool:
-    """Make the locked folder ready for the run of `args`; returns whether it goes on with an interrupted one.
+def identity_of(args: argparse.Namespace, train_set: ImageSet) -> dict[str, str | None]:
+    """What a run reads, by content: entries of config.json, wherever the files lie."""
+    files = {key: getattr(args, key, None) for key in ("checkpoint", "resume_from", "weights")}
+    hashes = {f"{key}_sha256": path and sha256(path) for key, path in files.items() if hasattr(args, key)}
+    return hashes | {"data_sha256": train_set.content_sha256}
 
-    With both --resume and --overwrite a run that was interrupted is continued, and any other replaced. `needed`: bytes
-    that the run writes. `identity`: further entries of config.json that a run keeps.
-    Raises UsageError if the folder's run is another one, or as `OutputFolder.prepare` does.
+
+def difference_to(config: dict, args: argparse.Namespace, identity: dict[str, str | None]) -> str | None:
+    """The first option, or what it names, in which the run of a config.json is another than that of `args`."""
+    difference = first_difference(config.get("arguments", {}), args, FREE_ON_RESUME)
+    other = [key.removesuffix("_sha256") for key, value in identity.items() if config.get(key, value) != value]
+    return difference or (f"{option_name(other[0])} has other content now" if other else None)
+
+
+def goes_on(folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, identity: dict, needed: int) -> bool:
+    """Whether the run of `args` in the locked folder goes on with one that is there. Nothing is changed.
+
+    With both --resume and --overwrite a run that was interrupted is continued, and any other replaced. `identity`: of
+    `identity_of`. `needed`: bytes that the run writes.
+    Raises UsageError where the folder's run is another one or would be replaced unasked, or the run reads what it replaces.
     """
     resume = args.resume and folder.config.exists()
     if resume:
         config = read_json(folder.config)
-        difference = first_difference(config.get("arguments", {}), args, FREE_ON_RESUME)
-        for key, value in identity.items():
-            if config.get(key) != value:
-                difference = difference or f"{key} {config.get(key)}, now {value}"
+        difference = difference_to(config, args, identity)
         if args.overwrite:
             resume = difference is None and folder.last.exists() and not folder.finished
         elif difference is not None:
             raise UsageError(
-                f"--resume: {folder.path} was started with other options: {difference}; repeat the first command, or use "
-                f"--overwrite"
+                f"--resume: {folder.path} was started with other options: {difference}; repeat the first command, or choose "
+                f"another --output-dir (--overwrite replaces the run)"
             )
     if resume:
         _warn_of_other_hardware(folder, config.get("hardware"), hardware)
-    folder.prepare(args.overwrite and not resume, resume, needed)
-    return resume
+    elif folder.has_run and not args.overwrite:
+        raise UsageError(
+            f"{folder.path} holds a run: --resume continues it, another --output-dir keeps it, --overwrite replaces it"
+        )
+    else:
+        _check_inputs(folder, args)
+    folder.check_room(needed)
+    return distributed.all_processes(resume)
+
+
+def _check_inputs(folder: OutputFolder, args: argparse.Namespace) -> None:
+    own = {file.resolve() for file in folder.own_files()}
+    for key, value in vars(args).items():
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path) and path.resolve() in own:
+                raise UsageError(
+                    f"{option_name(key)} {path} lies in the run that would be replaced: choose another --output-dir"
+                )
 
 
 def _warn_of_other_hardware(folder: OutputFolder, before: object, hardware: Hardware) -> None:

@@ -1,0 +1,52 @@
+"""Options that do nothing beside others: refused, from one table, instead of ignored without a word."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from data import SYNTHETIC
+from util.runtime.errors import UsageError
+
+Arguments = argparse.Namespace
+# Which options, when they do nothing, in words and as a condition on the arguments.
+TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
+    (
+        "--identities --train-per-identity --test-per-identity --data-seed",
+        f"unless --data is {SYNTHETIC}",
+        lambda a: a.data != SYNTHETIC,
+    ),
+    ("--min-lr", "with --sched step", lambda a: a.sched == "step"),
+    ("--min-lr", "above --lr", lambda a: a.min_lr > a.lr),
+    ("--cuda-graphs", "with --compile off", lambda a: a.cuda_graphs == "on" and a.compile == "off"),
+    ("--decay-on", "with --weight-decay 0", lambda a: a.weight_decay == 0),
+    ("--init --pretrained", "with --weights, which says where to start", lambda a: getattr(a, "weights", None) is not None),
+    ("--published-adapters", "without --weights", lambda a: getattr(a, "weights", "none here") is None),
+    ("--allow-copies", "without --forget-classes", lambda a: a.forget_classes is None),
+    ("--task", "without --results", lambda a: a.results is None),
+    ("--seed", "with --pairs 0", lambda a: getattr(a, "pairs", None) == 0),
+    (
+        "--adapters --deposit --forget-classes --results --task --pairs --seed --output-dir",
+        "with --verify-record",
+        lambda a: getattr(a, "verify_record", None) is not None,
+    ),
+    ("--originals", "without --references", lambda a: a.references is None),
+    ("--requests", "without a RUN", lambda a: not a.runs),
+    (
+        "--num-references --num-originals --recipe --jobs-per-gpu",
+        "with --references, which are given",
+        lambda a: getattr(a, "references", None) is not None,
+    ),
+    ("--sweep", "without --labels", lambda a: a.labels is None),
+)
+
+
+def given_options(argv: Sequence[str]) -> set[str]:
+    """The options that a command line names: `--lr` of `--lr 1` and of `--lr=1`."""
+    return {word.split("=", 1)[0] for word in argv if word.startswith("--")}
+
+
+def refuse_ignored(args: Arguments, given: set[str]) -> None:
+    """Raise UsageError for the first of the options `given`, with another value than the default, that does nothing."""
+    for options, when, ignored in TABLE:
+        for name in options.split():
+            if name in given and ignored(args):
+                raise UsageError(f"{name} does nothing {when}: leave it out")
