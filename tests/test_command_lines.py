@@ -105,7 +105,7 @@ def test_leaving_an_adapter_off_undoes_its_task(run_folder, trained, colours, co
 
 
 def test_per_class_csv_and_groups_by_name_or_number(trained, colours, command, tmp_path):
-    options = ("--checkpoint", trained, "--data", colours, "--forget-classes", "c3, 5", "--output-dir", tmp_path)
+    options = ("--checkpoint", trained, "--data", colours, "--forget-classes", "c3, #5", "--output-dir", tmp_path)
     code, out, err = command("test.py", *options)
     assert code == 0, err
     rows = list(csv.DictReader((tmp_path / "per_class.csv").open()))
@@ -148,7 +148,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(run_folder, trained, colours
 
     code, _, err = command("train_forget.py", *options)
     assert code == 2
-    assert "use --resume to continue it, --overwrite to replace it" in err
+    assert "--resume continues it, another --output-dir keeps it, --overwrite replaces it" in err
     code, _, err = command("train_forget.py", *options, "--rank", 8, "--resume")
     assert code == 2
     assert "was started with other options: --rank 4, now 8" in err

@@ -44,7 +44,7 @@ def test_the_second_run_in_a_folder_is_refused_naming_the_first(trained, colours
     assert "continue with --resume" in err
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
     assert f"in epoch {state['position']['epoch'] + 1} of 3000" in err
-    refused(command("train_forget.py", *words), 2, "use --resume to continue it, --overwrite to replace it")
+    refused(command("train_forget.py", *words), 2, "--resume continues it, another --output-dir keeps it, --overwrite replaces it")
     code, _, err = command("train_forget.py", *words, "--overwrite", "--epochs", 1)
     assert code == 0, err
 
@@ -55,7 +55,7 @@ def test_pre_training_is_neither_replaced_nor_run_twice_at_once(colours, command
         refused(command("train_pretrain.py", *words), 2, "is in use by")
     assert command("train_pretrain.py", *words)[0] == 0
     stamp = (tmp_path / "checkpoint.pth").stat().st_mtime_ns
-    refused(command("train_pretrain.py", *words), 2, "use --resume to continue it, --overwrite to replace it")
+    refused(command("train_pretrain.py", *words), 2, "--resume continues it, another --output-dir keeps it, --overwrite replaces it")
     refused(command("train_pretrain.py", *words, "--resume", "--lr", 1), 2, "other options: --lr 0.001, now 1.0")
     assert (tmp_path / "checkpoint.pth").stat().st_mtime_ns == stamp
     assert command("train_pretrain.py", *words, "--resume", "--overwrite", "--lr", "1e-2")[0] == 0
@@ -80,12 +80,14 @@ def test_a_run_is_finished_when_its_results_say_so(tmp_path):
 
 
 def test_what_killed_processes_leave_is_removed(trained, colours, command, tmp_path):
-    left = tmp_path / "run" / "checkpoints" / ".task_1.pth.abc123.tmp"
-    left.parent.mkdir(parents=True)
-    left.write_bytes(b"half")
-    code, _, err = command("train_forget.py", *forget_options(trained, colours, tmp_path / "run"), "--epochs", 1)
+    words = [*forget_options(trained, colours, tmp_path / "run"), "--epochs", 1]
+    assert command("train_forget.py", *words)[0] == 0
+    folder = tmp_path / "run" / "checkpoints"
+    for name in (".task_1.pth.123.tmp", ".mine.pth.123.tmp", ".task_1.pth.mine.tmp"):
+        (folder / name).write_bytes(b"half")
+    code, _, err = command("train_forget.py", *words, "--overwrite")
     assert code == 0, err
-    assert {path.name for path in tmp_path.rglob(".*")} == {".lock"}
+    assert {path.name for path in tmp_path.rglob(".*")} == {".lock", ".mine.pth.123.tmp", ".task_1.pth.mine.tmp"}
 
 
 def test_a_disk_without_room_is_found_before_anything_starts(trained, colours, command, tmp_path, monkeypatch):

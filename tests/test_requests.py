@@ -21,7 +21,7 @@ def named(trained, colours, command, tmp_path_factory):
     """Two requests by name, then one on top of them; made once a session."""
     folder = tmp_path_factory.getbasetemp() / "named"
     if not (folder / "second" / "figure.png").exists():
-        first = request(trained, colours, folder / "first", "--forget-classes", "c3, c7", "--then", "5")
+        first = request(trained, colours, folder / "first", "--forget-classes", "c3, c7", "--then", "#5")
         code, out, err = command(*first)
         assert code == 0, err
         assert "2 + 1 of 10 classes" in out
@@ -63,7 +63,9 @@ def test_what_was_forgotten_before_is_known(words, message, named, trained, colo
     [
         (["--forget-classes", "c77"], "no class 'c77'; did you mean 'c7'"),
         (["--forget-classes", "10"], "no class '10'"),
-        (["--forget-classes", ""], "no class ''"),
+        (["--forget-classes", ""], "a list of names is empty"),
+        (["--forget-classes", "5"], "no class '5'; class id 5 is written #5"),
+        (["--forget-classes", "#10"], "no class '#10'"),
         (["--forget-classes", "c1", "--then", "c2,c1"], "task 1 forgets 'c1' already"),
         (["--forget-classes", "c1,c1"], "task 1 forgets 'c1' already"),
         (["--forget-classes", "c1", "--few-shot", 13], "has 12 training images, fewer than the 13"),

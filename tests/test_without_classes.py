@@ -24,7 +24,7 @@ def without(colours, command, tmp_path_factory) -> Path:
     """A checkpoint without c2 and c7, made once a session."""
     folder = tmp_path_factory.getbasetemp() / "without"
     if not (folder / "checkpoint.pth").exists():
-        code, out, err = command("train_pretrain.py", *options(colours, folder, "c7, 2"))
+        code, out, err = command("train_pretrain.py", *options(colours, folder, "c7, #2"))
         assert code == 0, err
         assert "on colours: 8 classes, 96 images of 32×32" in out
     return folder / "checkpoint.pth"
@@ -92,8 +92,8 @@ def test_by_default_as_many_images_are_shown(colours, command, tmp_path):
     ("words", "message"),
     [
         ("c77", "no class 'c77'; did you mean 'c7'?"),
-        ("c1,,c2", "no class ''"),
-        ("", "no class ''"),
+        ("2", "no class '2'; class id 2 is written #2"),
+        ("", "a list of names is empty"),
         (",".join(CLASSES[1:]), "--without-classes leaves 1 classes; at least 2 are needed"),
         (",".join(CLASSES), "--without-classes leaves 0 classes; at least 2 are needed"),
     ],
@@ -107,7 +107,7 @@ def test_resuming_with_other_classes_is_refused(without, colours, command):
     before = without.read_bytes()
     for words in ("c7", "c7,c3"):
         result = command("train_pretrain.py", *options(colours, without.parent, words, "--resume"))
-        refused(result, 2, f"other options: --without-classes c7, 2, now {words}")
+        refused(result, 2, f"other options: --without-classes c7, #2, now {words}")
     assert without.read_bytes() == before
 
 
@@ -124,7 +124,7 @@ def test_it_is_evaluated_like_any_checkpoint(without, colours, command, tmp_path
 
 
 def test_names_or_numbers_in_any_order_are_the_same_classes(without, colours, command, tmp_path):
-    code, _, err = command("train_pretrain.py", *options(colours, tmp_path, "2,c7"))
+    code, _, err = command("train_pretrain.py", *options(colours, tmp_path, "#2,c7"))
     assert code == 0, err
     one, other = (torch.load(path, weights_only=True)["model"] for path in (without, tmp_path / "checkpoint.pth"))
     assert all(torch.equal(one[key], other[key]) for key in one)

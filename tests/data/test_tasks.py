@@ -94,8 +94,26 @@ CLASSES = ("ann", "bob", "7", "o'neil, pat", "eve", "mallory")
 
 def test_classes_are_named_or_numbered():
     assert named_classes("bob,ann", CLASSES) == [1, 0]
-    assert named_classes(' bob , "o\'neil, pat",4', CLASSES) == [1, 3, 4]
+    assert named_classes(' bob , "o\'neil, pat",#4', CLASSES) == [1, 3, 4]
     assert named_classes("7", CLASSES) == [2]  # a class of that name, not the eighth
+    assert named_classes("ann\n\nbob\r\neve,#2,\n", CLASSES) == [0, 1, 4, 2]
+    assert named_classes('"two\nlines", #1, " x",#0', ("#1", "two\nlines", " x")) == [1, 0, 2, 0]
+
+
+@pytest.mark.parametrize("word", ["4", "1", "04", "+4", "\N{CIRCLED DIGIT FOUR}", "#", "##4", "#6", "#-1", "#\N{SUPERSCRIPT TWO}"])
+def test_a_number_is_no_class_id_unless_it_says_so(word):
+    with pytest.raises(UsageError, match="no class"):
+        named_classes(f"ann,{word}", CLASSES)
+    if word in ("4", "1", "04"):
+        with pytest.raises(UsageError, match=f"class id {word} is written #{word}"):
+            named_classes(word, CLASSES)
+
+
+def test_folders_whose_names_are_numbers_are_named_by_them():
+    classes = [f"{5 * n:07d}" for n in range(21)]
+    assert named_classes("0000005", classes) == [1]
+    with pytest.raises(UsageError, match="no class '5'"):
+        named_classes("5", classes)
 
 
 def test_named_requests_become_tasks():
@@ -112,7 +130,7 @@ def test_named_requests_become_tasks():
 
 def test_naming_the_drawn_classes_gives_the_drawn_tasks():
     for drawn in tasks():
-        words = [",".join(map(str, task.forget)) for task in tasks()]
+        words = [",".join(f"#{c}" for c in task.forget) for task in tasks()]
         requests = named_requests(words, [f"id{c}" for c in range(100)], [])
         named = forgetting_tasks(LABELS, 100, requests, seed=1337)[drawn.number - 1]
         assert (named.forget, named.remain, named.old) == (drawn.forget, drawn.remain, drawn.old)
@@ -123,13 +141,15 @@ def test_naming_the_drawn_classes_gives_the_drawn_tasks():
     ("words", "message"),
     [
         (["ann, bbo"], "no class 'bbo'; did you mean 'bob'"),
-        (["6"], "no class '6'; did you|no class '6'; they are 0 to 5"),
+        (["6"], "no class '6'; they are 'ann', …, or #0 to #5"),
         (["-1"], "no class '-1'"),
-        ([""], "no class"),
-        (["ann", "bob,0"], "task 2 forgets 'ann' already"),
+        ([""], "a list of names is empty"),
+        ([" , \n"], "a list of names is empty"),
+        (["x" * 200_000], "is no list of names"),
+        (["ann", "bob,#0"], "task 2 forgets 'ann' already"),
         (["ann,ann"], "task 2 forgets 'ann' already"),
         (["mallory"], "task 1 forgets 'mallory' already"),
-        (["0,1,2", "3,4"], "all 6 classes would be forgotten"),
+        (["#0,#1,#2", "#3,#4"], "all 6 classes would be forgotten"),
     ],
 )
 def test_impossible_names_are_refused(words, message):

@@ -10,19 +10,18 @@ import os
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 from util.runtime import distributed
 from util.runtime.errors import UsageError
-from util.runtime.files import TEMPORARY_SUFFIX, file_lock, read_json, write_text
+from util.runtime.files import TEMPORARY_SUFFIX, file_lock, read_json
 
 CONFIG = "config.json"  # names the script that made a folder
 REPLACED = ".replaced"  # where a run lies until the one that replaces it has finished
-# What may lie in a folder before a script has begun in it.
-BEFORE_BEGINNING = {".lock", ".lock.holder", ".job.lock", "log.txt", REPLACED}
+LOCK = ".lock"  # whoever holds it is written in it
+HOLDER = re.compile(rb"|\w+\.py, process \d+ on .*")
 
 
 def claim(path: Path, script: str) -> None:
@@ -36,9 +35,16 @@ def claim(path: Path, script: str) -> None:
         return
     if maker:
         raise UsageError(f"{path} is a folder of {maker}: choose another --output-dir")
-    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in BEFORE_BEGINNING and not maker_of(entry))
+    foreign = sorted(entry.name for entry in path.iterdir() if not (_left_by_a_start(entry) or maker_of(entry)))
     if foreign:
-        raise UsageError(f"{path} holds other files ({foreign[0]} first): choose an empty or a new --output-dir")
+        raise UsageError(f"{path} holds other files ({foreign[0]!r} first): choose an empty or a new --output-dir")
+
+
+def _left_by_a_start(entry: Path) -> bool:
+    """Whether it may lie in a folder before a run has begun there: its lock, and the log of whoever started it."""
+    if entry.is_symlink() or not entry.is_file():
+        return False
+    return entry.name == "log.txt" or (entry.name == LOCK and HOLDER.fullmatch(entry.read_bytes()) is not None)
 
 
 def maker_of(path: Path) -> str | None:
@@ -84,15 +90,15 @@ class OutputFolder:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        holder = self.path / ".lock.holder"
+        lock = self.path / LOCK
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(file_lock(self.path / ".lock", wait=False))
+                held.enter_context(file_lock(lock, wait=False))
             except BlockingIOError:
-                other = holder.read_text() if holder.exists() else "another run"
+                other = lock.read_text() or "another run"
                 raise UsageError(f"{self.path} is in use by {other}; wait for it, or choose another --output-dir") from None
-            write_text(holder, f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}, {utc_now()}")
-            held.callback(holder.unlink, missing_ok=True)
+            lock.write_text(f"{self.script}, process {os.getpid()} on {socket.gethostname()}, {utc_now()}")
+            held.callback(lock.write_text, "")
             yield
 
     def check_room(self, needed: int) -> None:
@@ -127,9 +133,14 @@ class OutputFolder:
             shutil.move(file, target)
 
     def discard(self) -> None:
-        """Remove the run that was set aside: its successor has finished."""
-        if not distributed.rank() and (self.path / REPLACED).is_dir():
+        """Remove the run that was set aside, and what killed processes have left: this one has finished."""
+        if distributed.rank():
+            return
+        if (self.path / REPLACED).is_dir():
             shutil.rmtree(self.path / REPLACED)
+        for file in self.own_files():
+            if file.suffix == TEMPORARY_SUFFIX:
+                file.unlink()
 
 
 class PretrainFolder(OutputFolder):
