@@ -1,7 +1,9 @@
 """Checkpoints: what a trained recognizer is on disk. Loading never runs code from the file."""
 
 import io
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import timm
@@ -167,3 +169,26 @@ def check_classes(checkpoint: Checkpoint, image_set: ImageSet, path: Path) -> No
     if checkpoint.classes and checkpoint.classes != image_set.classes:
         ours, theirs = next(p for p in zip(checkpoint.classes, image_set.classes, strict=True) if p[0] != p[1])
         raise UsageError(f"{path} was trained on other classes than {image_set.name}: {ours!r} there, {theirs!r} here")
+
+
+def align_classes(
+    checkpoint: Checkpoint, data: Sequence[ImageSet], path: Path, forgotten: Iterable[int] = ()
+) -> tuple[ImageSet, ...]:
+    """The image sets `data`, of one data set, with the classes and labels of the checkpoint.
+
+    The images of classes that the checkpoint or `forgotten` says are forgotten may be gone. Raises UsageError for all
+    other differences.
+    """
+    known, count = checkpoint.classes, checkpoint.model.architecture.num_classes
+    found, name = data[0].classes, data[0].name
+    may_be_gone = {known[c] for c in chain(*checkpoint.forgotten, forgotten)} if known else set()
+    expected = tuple(one for one in known or found if one in found or one not in may_be_gone)
+    if len(expected) != len(found) or (not known and len(found) != count):
+        raise UsageError(f"{path} knows {count} classes, the data set {name} has {len(found)}: use its training data")
+    if expected != found:
+        ours, theirs = next(p for p in zip(expected, found, strict=True) if p[0] != p[1])
+        raise UsageError(f"{path} was trained on other classes than {name}: {ours!r} there, {theirs!r} here")
+    if not known or known == found:
+        return tuple(data)
+    ids = torch.tensor([*map(known.index, found)])
+    return tuple(replace(images, classes=known, labels=ids.to(images.labels.device)[images.labels]) for images in data)

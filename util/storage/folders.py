@@ -113,5 +113,15 @@ class RunFolder(OutputFolder):
         return (checkpoints or self.last.parent) / f"state_{task}.pth"
 
 
+def claim(path: Path, script: str) -> None:
+    """Raise UsageError if `path` is a file, or a folder with something in it that `script` did not leave."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--output-dir {path} is a file, not a folder")
+    if path.is_dir() and any(path.iterdir()):
+        config = path / "config.json"
+        if not config.exists() or read_json(config).get("script") != script:
+            raise UsageError(f"--output-dir {path} holds files that {script} did not make: choose another folder")
+
+
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
