@@ -42,6 +42,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.verify_record is not None:
         parser.use_defaults(settings_of(load_record(args.verify_record)))
         args = parser.parse_args(argv)
+        if args.checkpoint is not None and not args.checkpoint.is_file():
+            raise UsageError(f"no file {args.checkpoint}")
     elif args.checkpoint is None:
         raise UsageError("name the model with --checkpoint FILE, or a record with --verify-record FILE")
     return args
@@ -49,12 +51,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="ours or published layout; with --verify-record: where the pre-trained recognizer lies now",
-    )
+    where = "ours or published layout; with --verify-record: where the pre-trained one lies now"
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=where)
     parser.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
     parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="to add, in the order of tasks")
     parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
@@ -64,8 +62,7 @@ def build_parser() -> options.Parser:
     named = group.add_mutually_exclusive_group()
     named.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
     named.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
-    task = options.number(int, 1)
-    group.add_argument("--task", type=task, help="task of --results (default: the checkpoint's own, or the last)")
+    group.add_argument("--task", type=options.number(int, 1), help="of --results (default: the checkpoint's, or the last)")
     group = parser.add_argument_group("verification, of genuine and impostor pairs of images")
     group.add_argument("--pairs", type=options.number(int, 0), default=20000, help="to draw, of each kind; 0: none")
     group.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")

@@ -112,10 +112,20 @@ def test_files_that_have_moved_are_found_or_named(named, trained, colours, comma
     other = tmp_path / "moved" / "first" / "checkpoints" / "task_1.pth"
     code, out, err = command(*call, "--checkpoint", other)
     assert code == 1 and err.endswith("checks failed: file of the pre-trained model\n")
+    refused(command(*call, "--checkpoint", "absent.pth"), 2, "no file absent.pth")
+    refused(command(*call, "--checkpoint", colours), 2, f"no file {colours}")
     other.with_name("task_2.pth").write_bytes(b"damaged")
     code, out, err = command(*call, "--checkpoint", trained)
     assert code == 0, err
     assert lines_of(out)["weights before"][0] == "not checked"
+
+
+@pytest.mark.parametrize(("path", "value"), [("images/size", "x"), ("images/size", 10**6), ("arguments/data", None)])
+def test_records_of_impossible_data(path, value, named, command, tmp_path):  # noqa: F811
+    record = json.loads((named / "first" / "deletions" / "task_1.json").read_text())
+    change(record, path, value)
+    (tmp_path / "record.json").write_text(json.dumps(record))
+    refused(command("test.py", "--verify-record", tmp_path / "record.json"), 1, "not a record of deletion")
 
 
 def test_a_record_of_a_published_checkpoint_with_adapters(colours, command, tmp_path):
