@@ -5,13 +5,15 @@ python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safe
 python test.py --checkpoint RUN/checkpoints/task_2.pth --results RUN/results.json          the groups of that run
 python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
 python test.py --verify-record RUN/deletions/task_2.json                                 is the record of deletion true?
-Leaves test.json, per_class.csv and roc.png in --output-dir.
+Leaves config.json, test.json, per_class.csv and roc.png in --output-dir.
 """
 
 import argparse
 from pathlib import Path
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from backbone.halves import replace_lower_half
 from backbone.lora import apply_adapters
@@ -20,16 +22,19 @@ from data import build_datasets
 from data.image_set import ImageSet
 from data.tasks import named_classes
 from util.cli import options
+from util.cli.config import describe_command
 from util.cli.main import run_main
-from util.evaluation.evaluate import embed_images, predictions_of
+from util.evaluation.evaluate import Predictions, embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
 from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import load_tensors, write_json, write_text
+from util.runtime.files import load_tensors, sha256, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
+from util.storage.folders import CONFIG, TASK_FILES, claim
 from util.training.deletion_record import load_record, settings_of
 from util.training.record_check import verify_record
 
+SCRIPT = Path(__file__).name
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
@@ -37,28 +42,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.verify_record is not None:
         parser.use_defaults(settings_of(load_record(args.verify_record)))
         args = parser.parse_args(argv)
+        if args.checkpoint is not None and not args.checkpoint.is_file():
+            raise UsageError(f"no file {args.checkpoint}")
+    elif args.checkpoint is None:
+        raise UsageError("name the model with --checkpoint FILE, or a record with --verify-record FILE")
     return args
 
 
 def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
-    subject = parser.add_mutually_exclusive_group(required=True)
-    subject.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
-    subject.add_argument("--checkpoint", type=Path, metavar="FILE", help="ours or published layout")
+    where = "ours or published layout; with --verify-record: where the pre-trained one lies now"
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=where)
+    parser.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
     parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="to add, in the order of tasks")
     parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
     options.add_published(parser)
     options.add_data(parser)
     group = parser.add_argument_group("groups of classes")
     named = group.add_mutually_exclusive_group()
-    named.add_argument("--forget-classes", metavar="LIST", help="ids or names, separated by commas, against the others")
+    named.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"a group: {options.NAMES}")
     named.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
-    group.add_argument("--task", type=int, help="task of --results (default: the checkpoint's own, or the last)")
+    group.add_argument("--task", type=options.number(int, 1), help="of --results (default: the checkpoint's, or the last)")
     group = parser.add_argument_group("verification, of genuine and impostor pairs of images")
     group.add_argument("--pairs", type=options.number(int, 0), default=20000, help="to draw, of each kind; 0: none")
-    group.add_argument("--seed", type=int, default=0, help="seed of the pairs")
+    group.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")
     options.add_hardware(parser)
-    parser.add_argument("--output-dir", type=Path, help="default: exps/test-<folder>-<checkpoint>")
+    parser.add_argument("--output-dir", type=Path, help="default: exps/test-<run>-<checkpoint>-<its SHA-256>")
     return parser
 
 
@@ -68,20 +77,22 @@ def confirm(args: argparse.Namespace) -> None:
     hardware = options.hardware_of(args)
     data = build_datasets(args, record["images"]["size"], hardware.device)
     said = {True: "confirmed", False: "NOT SO", None: "not checked"}
-    checks = [(what, said[so], found) for what, so, found in verify_record(args.verify_record, record, data, hardware)]
-    print(pd.DataFrame(checks, columns=["Record", "", "Found"]).to_markdown(index=False, disable_numparse=True))
-    failed = [what for what, so, _ in checks if so == said[False]]
+    checks = verify_record(args.verify_record, record, data, hardware, args.checkpoint)
+    table = pd.DataFrame([(what, said[so], found) for what, so, found in checks], columns=["Record", "", "Found"])
+    print(table.to_markdown(index=False, disable_numparse=True))
+    failed, unknown = ([what for what, so, _ in checks if so is value] for value in (False, None))
     if failed:
         raise RunError(f"{args.verify_record}: {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
-    print(f"\n{args.verify_record}: confirmed")
+    print(f"\n{args.verify_record}: confirmed" + f", but for {len(unknown)} that could not be checked" * bool(unknown))
 
 
-def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, test_set: ImageSet) -> dict[str, list[int]]:
+def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, classes: tuple[str, ...]) -> dict[str, list[int]]:
     """Named groups of class ids, from --forget-classes, --results, or what the checkpoint itself has forgotten."""
-    everything = {*range(len(test_set.classes))}
+    everything = {*range(len(classes))}
     if args.forget_classes is not None:
-        forget = named_classes(args.forget_classes, test_set.classes)
-        return {"forgotten": forget, "remaining": sorted(everything - {*forget})}
+        forget = {*named_classes(args.forget_classes, classes)}
+        groups = {"forgotten": forget, "remaining": everything - forget}
+        return {name: sorted(members) for name, members in groups.items() if members}
     if args.results is not None:
         tasks = {task["task"]: task for task in load_results(args.results)["tasks"]}
         wanted = args.task or len(args.adapters) or len(checkpoint.forgotten) or len(tasks)
@@ -98,25 +109,42 @@ def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, test_set: Ima
     return {name: sorted(classes) for name, classes in groups.items() if classes}
 
 
-def main(argv: list[str] | None) -> None:
-    args = parse_arguments(argv)
-    if args.verify_record is not None:
-        return confirm(args)
-    hardware = options.hardware_of(args)
+def load_model(args: argparse.Namespace) -> Checkpoint:
+    """The checkpoint, with the adapters or the deposit that `args` name."""
     checkpoint = load_checkpoint(args.checkpoint, args.head, args.published_adapters)
     for path in args.adapters:
         apply_adapters(checkpoint.model.backbone, load_tensors(path), path)
     if args.deposit is not None:
         replace_lower_half(checkpoint.model.backbone, load_tensors(args.deposit), args.deposit)
-    _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, hardware.device)
-    (test_set,) = align_classes(checkpoint, [test_set], args.checkpoint)
-    groups = class_groups(args, checkpoint, test_set)
-    model = to_device(checkpoint.model, hardware)
+    return checkpoint
 
-    embeddings = embed_images(model, test_set, hardware)
-    predictions = predictions_of(model, embeddings, test_set.labels)
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """--output-dir, or one of these files' own: test-<run>-<checkpoint>-<the first digits of each one's SHA-256>."""
+    files = [args.checkpoint, *args.adapters, *filter(None, [args.deposit])]
+    parent = args.checkpoint.absolute().parent
+    run = parent.parent if parent.name in TASK_FILES else parent
+    name = "-".join(["test", run.name, args.checkpoint.stem, *(sha256(file)[:8] for file in files)])
+    return args.output_dir or Path("exps") / name
+
+
+def load_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[ImageSet, dict]:
+    """The test set, with the checkpoint's classes, and the groups of these. Images of forgotten classes may be gone."""
+    _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, device)
+    groups = class_groups(args, checkpoint, checkpoint.classes or test_set.classes)
+    forgotten = [c for name, classes in groups.items() if name != "remaining" for c in classes]
+    (aligned,) = align_classes(checkpoint, [test_set], args.checkpoint, forgotten)
+    if args.val_fraction is not None and aligned.classes != test_set.classes:
+        raise UsageError("--val-fraction: the images held out depend on classes whose images are gone")
+    return aligned, groups
+
+
+def measure(
+    embeddings: Tensor, predictions: Predictions, groups: dict[str, list[int]], args: argparse.Namespace
+) -> tuple[dict, pd.DataFrame, dict]:
+    """Of each group of classes: its entry in test.json, its row in the table that is printed, and its ROC curve."""
     measured, rows, curves = {}, [], {}
-    for name, classes in ({"all": list(range(len(test_set.classes)))} | groups).items():
+    for name, classes in groups.items():
         chosen = predictions.among(classes)
         found = {"classes": classes, "images": int(chosen.sum()), **predictions.accuracies(classes)}
         pairs = verify(embeddings[chosen.to(embeddings.device)], predictions.labels[chosen], args.pairs, args.seed) or {}
@@ -126,7 +154,24 @@ def main(argv: list[str] | None) -> None:
         row = {"Group": name, "Classes": len(classes), "Images": found["images"]}
         row |= {"Acc %": found["acc"], "Margin acc %": found["margin_acc"], "AUC %": pairs.get("auc")}
         rows.append(row | {f"TAR@{rate:g} %": pairs.get(f"tar_at_far_{rate:g}") for rate in FALSE_ACCEPT_RATES})
-    table = pd.DataFrame(rows, dtype=object)
+    return measured, pd.DataFrame(rows, dtype=object), curves
+
+
+def main(argv: list[str] | None) -> None:
+    args = parse_arguments(argv)
+    if args.verify_record is not None:
+        return confirm(args)
+    hardware = options.hardware_of(args)
+    checkpoint, output = load_model(args), output_folder(args)
+    claim(output, SCRIPT)
+    test_set, groups = load_images(args, checkpoint, hardware.device)
+    model = to_device(checkpoint.model, hardware)
+    embeddings = embed_images(model, test_set, hardware)
+    if not embeddings.isfinite().all():
+        raise RunError(f"{args.checkpoint}: embeddings of the test images are not finite")
+    predictions = predictions_of(model, embeddings, test_set.labels)
+    everything = {"all": list(range(len(test_set.classes)))}
+    measured, table, curves = measure(embeddings, predictions, everything | groups, args)
     print(table.to_markdown(index=False, floatfmt=".2f", missingval="–", numalign="right"))
 
     group_of = {c: name for name, classes in groups.items() for c in classes}
@@ -135,11 +180,12 @@ def main(argv: list[str] | None) -> None:
         | predictions.accuracies([c])
         for c, name in enumerate(test_set.classes)
     )
-    output = args.output_dir or Path("exps") / f"test-{args.checkpoint.parent.name}-{args.checkpoint.stem}"
     sources = {"checkpoint": str(args.checkpoint), "adapters": [str(path) for path in args.adapters]}
     sources["deposit"] = None if args.deposit is None else str(args.deposit)
+    write_json(output / CONFIG, describe_command(args, SCRIPT))
     write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
     write_text(output / "per_class.csv", per_class.round(4).to_csv(index=False))
+    (output / "roc.png").unlink(missing_ok=True)
     if curves:
         from util.report.figures import roc_figure, save_figure
 

@@ -1,8 +1,7 @@
-"""Measure the fast path: beside a plain one, with one of its parts undone at a time, and as the work grows.
+"""Measure the fast path: beside a plain one, and with one of its parts undone at a time.
 
 python scripts/benchmark.py                     training steps and evaluation of face_vit_p8s8_d6, fast and plain
 python scripts/benchmark.py ablation --batch-size 8
-python scripts/benchmark.py growth              time and memory of an epoch of GS-LoRA, for more images and for larger models
 python scripts/benchmark.py targets             what a large GPU should reach; on a CPU a small table, to see that it runs
 
 The plain path: float32, eager, timm's last block, torch's dropout and default AdamW, JPEGs decoded in DataLoader workers,
@@ -34,7 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import train_forget
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops, to_device
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, to_device
 from data.batches import Batch, batches
 from data.synthetic_faces import synthetic_faces
 from data.tasks import forgetting_tasks, whole_set
@@ -45,26 +44,25 @@ from util.cli import options
 from util.cli.main import run_main
 from util.evaluation.evaluate import predict
 from util.runtime.files import read_json, write_json
-from util.runtime.hardware import Hardware, keep_freed_memory
+from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, save_checkpoint
 from util.training.engine import Trainer
 from util.training.optim import Schedule
 
-MODELS = ("face_vit_p8s8_d6", "face_vit_p8s8_d12", "face_vit_p8s8_d18", "vit_base_patch16_224")
 # What can be undone: fields of Hardware, all off on the plain path, and parts of a step.
 FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
 FORWARD, LOSS, TEACHER = "one forward pass", "loss left on the device", "teacher once a task"
 IDENTITIES = 8  # half of them are forgotten
 # Of the targets: methods, runs side by side, and the size of CASIA-100: identities, training and test images of each.
 TABLE = {"cuda": ([method.name for method in PUBLISHED], 4, (100, 360, 90)), "cpu": (["gs_lora"], 1, (10, 12, 3))}
-Work = namedtuple("Work", ("run", "images", "keep_memory"), defaults=(False,))  # keep_memory: with keep_freed_memory
+Work = namedtuple("Work", ("run", "images"))
 
 
 class Bench:
     """A model, drawn faces, `count` of each identity, and the work that is done with them."""
 
-    def __init__(self, args: argparse.Namespace, hardware: Hardware, model: str, batch_size: int, count: int) -> None:
-        self.model, self.batch_size, self.hardware, self.keep = model, batch_size, hardware, args.keep
+    def __init__(self, hardware: Hardware, model: str, batch_size: int, count: int) -> None:
+        self.model, self.batch_size, self.hardware = model, batch_size, hardware
         self.plain_hardware = replace(hardware, **dict.fromkeys(FIELDS, False))
         self.faces, _ = synthetic_faces(IDENTITIES, count, 1, default_image_size(model), 0, hardware.device)
         (self.task,) = forgetting_tasks(self.faces.labels, IDENTITIES, [range(IDENTITIES // 2)], seed=0, data_ratio=1)
@@ -85,7 +83,7 @@ class Bench:
         trainer = self.begin(name, replace(self.hardware, **fields))
         step, (plan,) = make_step(trainer, undone), trainer.method.passes(trainer.task, 0, 1)
         stream = endless(lambda: batches(self.faces, plan, torch.default_generator, self.hardware.device))
-        return Work(lambda: step(next(stream)), sum(plan.sizes.values()), self.keep)
+        return Work(lambda: step(next(stream)), sum(plan.sizes.values()))
 
     def plain(self, name: str) -> Work:
         trainer = self.begin(name, self.plain_hardware)
@@ -99,7 +97,7 @@ class Bench:
         rows = torch.arange(len(self.faces)).view(IDENTITIES, -1)
         stream = self.decoded(endless(lambda: rows))
         count = torch.no_grad()(lambda images, labels, _: (plain_model(images).argmax(dim=1) == labels).sum().item())
-        fast = Work(lambda: predict(model, self.faces, self.hardware), len(self.faces), self.keep)
+        fast = Work(lambda: predict(model, self.faces, self.hardware), len(self.faces))
         return fast, Work(lambda: count(*next(stream)), rows.shape[1])
 
     def decoded(self, order: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
@@ -157,14 +155,13 @@ def measure(args: argparse.Namespace, *works: Work) -> list[float]:
     found = [[] for _ in works]
     for _ in range(3):
         for work, measured in zip(works, found, strict=True):
-            keep_freed_memory(work.keep_memory)  # taken anew in the timer's own first run, which does not count
             timer = Timer("run()", globals={"run": work.run}, num_threads=torch.get_num_threads())
             measured.append(timer.blocked_autorange(min_run_time=args.min_run_time))
     return [Measurement.merge(measured)[0].median for measured in found]
 
 
 def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    bench = Bench(args, hardware, args.model[0], args.batch_size, max(args.batch_size, hardware.eval_batch // IDENTITIES))
+    bench = Bench(hardware, args.model, args.batch_size, max(args.batch_size, hardware.eval_batch // IDENTITIES))
     rows = []
     for name in ("gs_lora", "der_pp", "ewc", "pretrain", "evaluation"):
         works = bench.evaluations() if name == "evaluation" else (bench.fast(name), bench.plain(name))
@@ -174,39 +171,16 @@ def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
 
 
 def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    bench = Bench(args, hardware, args.model[0], args.batch_size, args.batch_size)
+    bench = Bench(hardware, args.model, args.batch_size, args.batch_size)
     fields = {field: False for field in FIELDS if getattr(hardware, field)}
     fields["fused_attention"] = not hardware.fused_attention
     works = {"gs_lora": bench.fast("gs_lora")}
     works |= {f"{field} {'on' if on else 'off'}": bench.fast("gs_lora", **{field: on}) for field, on in fields.items()}
     works |= {f"without {part}": bench.fast("gs_lora", part) for part in (FORWARD, LOSS)}
-    if args.keep:
-        works["without freed memory kept"] = works["gs_lora"]._replace(keep_memory=False)
     works |= {"der_pp": bench.fast("der_pp"), f"without {TEACHER}": bench.fast("der_pp", TEACHER)}
     table = pd.DataFrame({"work": [*works], "ms": [1000 * seconds for seconds in measure(args, *works.values())]})
     table["times as long"] = table["ms"] / table["ms"].where(table["work"].isin(METHODS)).ffill()
     return show(table.to_dict("records"))
-
-
-def growth(args: argparse.Namespace, hardware: Hardware) -> dict:
-    def cost(model: str, steps: int) -> dict:
-        bench = Bench(args, hardware, model, args.batch_size, math.ceil(2 * steps * args.batch_size / IDENTITIES))
-        row = {"model": model, "images": len(bench.faces), "GFLOPs/image": forward_flops(untrained(model, hardware)) / 1e9}
-        keep_freed_memory(False)
-        hardware.reset_peak_memory()
-        before = hardware.peak_memory_mb()
-        step = bench.fast("gs_lora")
-        (seconds,) = measure(args, step._replace(run=lambda: [step.run() for _ in range(steps)]))
-        return row | {"s": seconds, "MB": hardware.peak_memory_mb() - before}
-
-    rows = [cost(args.model[0], steps) for steps in (1, 1, 8)][1:]  # compiling loads much into memory, once
-    rows = show(rows + [cost(model, 8) for model in args.model[1:]])
-    few, many, *_, large = rows
-    exponents = {}
-    for x, less, more in (("images", few, many), ("GFLOPs/image", many, large)):
-        exponents[x] = {y: math.log(more[y] / less[y]) / math.log(more[x] / less[x]) for y in ("s", "MB")}
-        print(f"time grows as ({x})^{exponents[x]['s']:.2f}, memory as ({x})^{exponents[x]['MB']:.2f}")
-    return {"rows": rows, "exponents": exponents}
 
 
 def targets(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
@@ -214,9 +188,9 @@ def targets(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:  # before anything is compiled here
         first, few, more = tables(args, hardware, Path(folder))
         runs = [read_json(path) for path in Path(folder).glob("*/*/results.json")]
-    (forget,) = measure(args, Bench(args, hardware, args.model[0], args.batch_size, args.batch_size).fast("gs_lora"))
+    (forget,) = measure(args, Bench(hardware, args.model, args.batch_size, args.batch_size).fast("gs_lora"))
     large = 10 * args.batch_size
-    (pretrain,) = measure(args, Bench(args, hardware, args.model[0], large, large // 2).fast("pretrain"))
+    (pretrain,) = measure(args, Bench(hardware, args.model, large, large // 2).fast("pretrain"))
     found = [("gs_lora step", "≤ 8 ms", 1000 * forget)]
     found += [(f"pre-training, batch {large}", "≥ 20,000 images/s", large / pretrain)]
     found += [("the whole table, extrapolated", "≤ 20 minutes", (first + 98 * (more - few) / 3) / 60)]
@@ -227,7 +201,7 @@ def targets(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
 def tables(args: argparse.Namespace, hardware: Hardware, folder: Path) -> list[float]:
     """Seconds of tables of 2, 2 and 5 epochs a task, left in `folder`. Faces are drawn before."""
     methods, jobs, counts = TABLE[args.device]
-    model, checkpoint = args.model[0], folder / "untrained.pth"
+    model, checkpoint = args.model, folder / "untrained.pth"
     drawn = synthetic_faces(*counts, default_image_size(model), 0, hardware.device)
     for split, faces in zip(("train", "test"), drawn, strict=True):
         for number, (image, label) in enumerate(zip(faces.images, faces.labels, strict=True)):
@@ -254,13 +228,13 @@ def show(rows: list[dict]) -> list[dict]:
     return rows
 
 
-MODES = {"steps": steps, "ablation": ablation, "growth": growth, "targets": targets}
+MODES = {"steps": steps, "ablation": ablation, "targets": targets}
 
 
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", nargs="?", choices=MODES, default="steps", help="what to measure")
-    parser.add_argument("--model", nargs="+", default=MODELS, metavar="NAME", help="timm models; growth takes two or more")
+    parser.add_argument("--model", default="face_vit_p8s8_d6", metavar="NAME", help="a timm model, or one of the papers'")
     parser.add_argument("--batch-size", type=options.number(int, 1), default=48, help="images of each stream in a step")
     parser.add_argument("--min-run-time", type=float, default=1.0, help="seconds that are timed in each of three turns")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -268,8 +242,8 @@ def main(argv: list[str] | None) -> None:
     options.add_fast_path(parser)
     args = parser.parse_args(argv)
     hardware = options.hardware_of(args).resolve_compile(math.inf)
-    args.device, args.keep = hardware.device.type, hardware.device.type == "cpu" and args.keep_memory != "off"
-    results = {"model": args.model[0], "batch size": args.batch_size, "torch": torch.__version__}
+    args.device = hardware.device.type
+    results = {"model": args.model, "batch size": args.batch_size, "torch": torch.__version__}
     print(*(f"{key} {value}" for key, value in results.items()), hardware.describe(), sep="\n", flush=True)
     results |= {"device": hardware.describe(), args.mode: MODES[args.mode](args, hardware)}
     if args.json is not None:

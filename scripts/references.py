@@ -27,7 +27,7 @@ from util.storage.hashes import data_sha256
 
 # Options that say where the images come from, and on what to run: a reference gets the audit's.
 DATA_OPTIONS = ("data", "cache_dir", "identities", "train_per_identity", "test_per_identity", "data_seed", "val_fraction")
-PASSED_ON = (*DATA_OPTIONS, "device", "precision", "attention", "cls_only_last_block", "keep_memory", "images")
+PASSED_ON = (*DATA_OPTIONS, "device", "precision", "cls_only_last_block", "images")
 
 
 def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:

@@ -17,6 +17,8 @@ from tests.test_bad_input import refused
 from tests.test_command_lines import forget_options
 from util.storage.folders import RunFolder
 
+HOLDS_A_RUN = "holds a run: --resume continues it, another --output-dir keeps it, --overwrite replaces it"
+
 
 def start(script: str, *words: object, **options) -> subprocess.Popen:
     command = [sys.executable, ROOT / script, *words]
@@ -44,7 +46,7 @@ def test_the_second_run_in_a_folder_is_refused_naming_the_first(trained, colours
     assert "continue with --resume" in err
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
     assert f"in epoch {state['position']['epoch'] + 1} of 3000" in err
-    refused(command("train_forget.py", *words), 2, "--resume continues it, another --output-dir keeps it, --overwrite replaces it")
+    refused(command("train_forget.py", *words), 2, HOLDS_A_RUN)
     code, _, err = command("train_forget.py", *words, "--overwrite", "--epochs", 1)
     assert code == 0, err
 
@@ -55,7 +57,7 @@ def test_pre_training_is_neither_replaced_nor_run_twice_at_once(colours, command
         refused(command("train_pretrain.py", *words), 2, "is in use by")
     assert command("train_pretrain.py", *words)[0] == 0
     stamp = (tmp_path / "checkpoint.pth").stat().st_mtime_ns
-    refused(command("train_pretrain.py", *words), 2, "--resume continues it, another --output-dir keeps it, --overwrite replaces it")
+    refused(command("train_pretrain.py", *words), 2, HOLDS_A_RUN)
     refused(command("train_pretrain.py", *words, "--resume", "--lr", 1), 2, "other options: --lr 0.001, now 1.0")
     assert (tmp_path / "checkpoint.pth").stat().st_mtime_ns == stamp
     assert command("train_pretrain.py", *words, "--resume", "--overwrite", "--lr", "1e-2")[0] == 0

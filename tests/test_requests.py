@@ -191,34 +191,42 @@ def test_a_replaced_model_or_a_damaged_record_is_told(named, command, tmp_path):
 
 def test_an_audit_is_confirmed_with_its_record(named, command, tmp_path):
     run = shutil.copytree(named / "first", tmp_path / "run")
-    words = ("--figures", "readout", "verification", "membership_person", "--num-references", 3, "--num-originals", 1)
+    words = ("--figures", "readout", "--num-references", 3, "--num-originals", 1)
     code, _, err = command("scripts/audit.py", run, *words)
     assert code == 0, err
     file, audit_file = run / "deletions" / "task_1.json", run / "audit" / "audit.json"
+    whole = json.loads(audit_file.read_text())
 
-    def audit_line() -> tuple[int, str]:
+    def audit_line(path: str, value: object) -> tuple[int, str]:
+        content = json.loads(json.dumps(whole))
+        change(content, path, value)
+        audit_file.write_text(json.dumps(content))
         code, out, _ = command("test.py", "--verify-record", file)
         return code, next(line for line in out.splitlines() if line.startswith("| audit"))
 
-    code, line = audit_line()
+    code, line = audit_line("method", "GS-LoRA")
     assert code == 0
-    assert "| audit of request 1" in line and "| confirmed" in line and "all 8 figures" in line
-    content = json.loads(audit_file.read_text())
-    power = {key: entry["power"] for key, entry in content["requests"][0]["figures"].items() if entry["power"] is not None}
-    for key in power:
-        assert (key in line) == (power[key] < 3)
+    # The record, the audited model, three references and the pre-trained model.
+    assert "| audit of request 1" in line and "| confirmed" in line and "all 6 files" in line
 
-    content["requests"][0]["figures"]["verification_auc"]["value"] -= 1
-    audit_file.write_text(json.dumps(content))
-    code, line = audit_line()
-    assert code == 1
-    assert "NOT SO" in line and "not so: verification_auc" in line
+    def entry(group: str, **changes: str) -> tuple[str, list[dict]]:
+        return group, [whole[group][0] | changes, *whole[group][1:]]
 
-    content["references"][0]["file"] = str(tmp_path / "gone.pth")
-    audit_file.write_text(json.dumps(content))
-    code, line = audit_line()
+    request = whole["requests"][0]
+    for changed in (
+        ("requests", [request | {"record_sha256": "0" * 64}]),
+        ("requests", [request | {"after_sha256": "0" * 64}]),
+        entry("references", file=str(file)),
+    ):
+        code, line = audit_line(*changed)
+        assert code == 1
+        assert "NOT SO" in line and "another file: " in line
+    code, line = audit_line(*entry("references", file=str(tmp_path / "gone.pth")))
     assert code == 0
-    assert "not checked" in line and "gone.pth is gone" in line
+    assert "not checked" in line and "gone.pth" in line
+    code, line = audit_line("requests", [])
+    assert code == 0
+    assert "not checked" in line and "none after task 1" in line
 
 
 def same_but_times(first, second) -> None:

@@ -147,10 +147,10 @@ def test_requests_data_and_tasks_have_default_folders_of_their_own(trained, colo
         code, _, err = command("train_forget.py", *shared, "--data", colours, *words)
         assert code == 0, err
         assert len(list((tmp_path / "exps").iterdir())) == number
-    first = next(folder for folder in (tmp_path / "exps").iterdir() if results_of(folder)["tasks"][0]["forget_classes"] == [1])
-    code, out, err = command(
-        "train_forget.py", *shared, "--data", colours, "--forget-classes", "c2", "--resume-from", first / "checkpoints/task_1.pth"
-    )
+    folders = (tmp_path / "exps").iterdir()
+    first = next(folder for folder in folders if results_of(folder)["tasks"][0]["forget_classes"] == [1])
+    words = ["--data", colours, "--forget-classes", "c2", "--resume-from", first / "checkpoints/task_1.pth"]
+    code, out, err = command("train_forget.py", *shared, *words)
     assert code == 0, err
     assert "task 2 forgets c2" in out
     assert (first / "deletions" / "task_1.json").exists()
@@ -188,7 +188,10 @@ def test_a_run_does_not_go_on_with_other_images(trained, colours, command, tmp_p
 def test_a_finished_run_is_only_told_again(trained, colours, command, tmp_path):
     words = [*forget_options(trained, colours, tmp_path / "run"), "--epochs", 1]
     pretrain = ["--data", colours, *SMALL, "--epochs", 1, "--output-dir", tmp_path / "p"]
-    for script, arguments, told in (("train_forget.py", words, "\nGS-LoRA"), ("train_pretrain.py", pretrain, "finished before")):
+    for script, arguments, told in (
+        ("train_forget.py", words, "\nGS-LoRA"),
+        ("train_pretrain.py", pretrain, "finished before"),
+    ):
         assert command(script, *arguments)[0] == 0
         before = content(tmp_path)
         code, out, err = command(script, *arguments, "--resume")

@@ -100,7 +100,7 @@ def test_classes_are_named_or_numbered():
     assert named_classes('"two\nlines", #1, " x",#0', ("#1", "two\nlines", " x")) == [1, 0, 2, 0]
 
 
-@pytest.mark.parametrize("word", ["4", "1", "04", "+4", "\N{CIRCLED DIGIT FOUR}", "#", "##4", "#6", "#-1", "#\N{SUPERSCRIPT TWO}"])
+@pytest.mark.parametrize("word", ["4", "1", "04", "+4", "\N{SUPERSCRIPT TWO}", "#", "##4", "#6", "#-1"])
 def test_a_number_is_no_class_id_unless_it_says_so(word):
     with pytest.raises(UsageError, match="no class"):
         named_classes(f"ann,{word}", CLASSES)

@@ -9,7 +9,7 @@ from util.runtime import distributed
 from util.runtime.errors import RunError, UsageError
 
 CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
-CANNOT_WRITE |= {errno.EEXIST}  # a file where a folder is to be
+CANNOT_WRITE |= {errno.EEXIST, errno.ENOENT}  # a file where a folder is to be; a folder that is gone
 
 
 def run_main(main: Callable[[list[str] | None], None]) -> None:
@@ -17,6 +17,7 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
 
     Exit code 2 for wrong usage, 1 for a failed run, 130 when interrupted.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         main(None)
         distributed.stop()

@@ -17,7 +17,7 @@ from methods.base import SHARED_OPTIONS, Method, Option
 from util.cli.ignored import given_options, refuse_ignored
 from util.runtime import distributed
 from util.runtime.errors import UsageError
-from util.runtime.hardware import Hardware, choose_hardware, keep_freed_memory
+from util.runtime.hardware import Hardware, choose_hardware
 
 SCHEDULES = ("cosine", "cosine-by-epoch", "step")
 
@@ -73,7 +73,7 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # an int may be too large for math.isfinite
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
         if not low <= value <= high:
             limits = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
@@ -133,9 +133,7 @@ def add_hardware(parser: Parser) -> None:
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: the first GPU, or the CPU")
     _add_choice(group, "precision", ("bf16", "fp32"), "of autocast; auto: bf16 where the hardware gains by it")
-    _add_choice(group, "attention", ("fused", "plain"), "auto: fused on CUDA, plain (written out) on a CPU")
     _add_choice(group, "cls-only-last-block", ("on", "off"), "for the class token; auto: on, where it is the embedding")
-    _add_choice(group, "keep-memory", ("on", "off"), "keep freed memory for the next step; auto: on a CPU")
     _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
 
 
@@ -144,8 +142,6 @@ def add_fast_path(parser: Parser) -> None:
     group = parser.add_argument_group("fast path")
     _add_choice(group, "compile", ("on", "off"), "torch.compile the backbone; auto: if the run is long enough to gain")
     _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where the backbone is compiled for CUDA")
-    _add_choice(group, "dropout", ("fast", "torch"), "how masks are drawn; auto: fast on a CPU, torch's on CUDA")
-    _add_choice(group, "fused-optimizer", ("on", "off"), "one kernel a step; auto: where torch has one")
     group.add_argument("--deterministic", action="store_true", help="on CUDA: the same bits every time, slower; a CPU's are")
 
 
@@ -154,14 +150,13 @@ def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, s
 
 
 def hardware_of(args: argparse.Namespace) -> Hardware:
-    """The hardware that the options above choose. Sets up the process's memory allocation as well."""
+    """The hardware that the options above choose."""
     names = inspect.signature(choose_hardware).parameters
     choices = {name: getattr(args, name) for name in names if hasattr(args, name)}
     hardware = choose_hardware(**choices | {"device": distributed.start(args.device)})
     if getattr(args, "deterministic", False) and hardware.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS starts, which reads it
         torch.use_deterministic_algorithms(True)
-    keep_freed_memory(hardware.device.type == "cpu" if args.keep_memory == "auto" else args.keep_memory == "on")
     return hardware
 
 

@@ -36,6 +36,8 @@ def verify(embeddings: Tensor, labels: Tensor, count: int, seed: int) -> dict | 
     embeddings (N, dim), labels (N,). None where there are no genuine or no impostor pairs; a rate is None where there
     are too few impostor pairs to tell it from 0.
     """
+    if not len(labels):
+        return None
     labels = labels.cpu()
     genuine, impostor = draw_pairs(labels, count, seed)
     if not len(genuine) or not len(impostor):

@@ -105,21 +105,7 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
         about += f", K = {max(len(entry['references']) for entry in first.values())}"
         parts.append(f"**{_title(request)}**: {about}. {LEGEND}")
         parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 2)))
-        if len(models) > 2:
-            parts.append(f"Rank correlation (Spearman) of H with ρ: {_rank_correlations(models, keys)}.")
     return "\n\n".join(parts)
-
-
-def _rank_correlations(models: Sequence[tuple[str, dict | None, dict]], keys: Sequence[str]) -> str:
-    """Of H with each figure's ρ over the methods: −1 where those with the best H leave least of the person."""
-    h_means = pd.Series([_h_mean(results, request) for _, results, request in models], dtype=float)
-    told = []
-    for key in keys:
-        rhos = pd.Series([request["figures"][key]["rho"] for *_, request in models], dtype=float)
-        both = pd.DataFrame({"h": h_means, "rho": rhos}).dropna()
-        varies = len(both) and both.nunique().min() > 1  # of what is constant there is no rank
-        told.append(f"`{key}` {percent(both['h'].corr(both['rho'], method='spearman') if varies else None)}")
-    return ", ".join(told)
 
 
 def calibration(request: dict) -> tuple[int, int, int, int]:

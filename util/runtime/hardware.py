@@ -1,10 +1,9 @@
 """The device and the fast path: every choice that depends on the machine is made here.
 
-Each part is automatic, can be switched off alone, and is worth what `scripts/benchmark.py` measures for it.
+Each part is automatic, and is worth what `scripts/benchmark.py` measures for it.
 """
 
 import contextlib
-import ctypes
 import functools
 import logging
 import time
@@ -20,7 +19,6 @@ from util.runtime.errors import UsageError
 # 0.4 s per TFLOP on two cores. CUDA: an estimate, from half a minute of compiling.
 WORTH_COMPILING = {"cpu": 1e14, "cuda": 1e16}
 WORTH_BF16 = 1.2  # speed of matrix products against fp32's, from which on autocast's conversions are earned back
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -113,25 +111,22 @@ class Hardware:
 def choose_hardware(
     device: str = "auto",
     precision: str = "auto",
-    attention: str = "auto",
     cls_only_last_block: str = "auto",
-    dropout: str = "auto",
-    fused_optimizer: str = "auto",
     compile: str = "auto",
     cuda_graphs: str = "auto",
 ) -> Hardware:
     """Resolve the options of these names. Raises UsageError for a device that is not there."""
     chosen = _device(device)
     on_cpu = chosen.type == "cpu"
-    known = {"on": True, "off": False, "fused": True, "plain": False, "fast": True, "torch": False}
+    known = {"on": True, "off": False}
     return Hardware(
         chosen,
         bf16=has_fast_bf16(chosen) if precision == "auto" else precision == "bf16",
         # On a CPU the backward pass of scaled_dot_product_attention costs more than all else at 50 tokens.
-        fused_attention=known.get(attention, not on_cpu),
+        fused_attention=not on_cpu,
         cls_only_last_block=known.get(cls_only_last_block, True),
-        fast_dropout=known.get(dropout, on_cpu),
-        fused_optimizer=known.get(fused_optimizer, True),
+        fast_dropout=on_cpu,
+        fused_optimizer=True,
         compile=known.get(compile),
         cuda_graphs=known.get(cuda_graphs),
     )
@@ -182,19 +177,6 @@ def can_compile(device: torch.device) -> bool:
         return torch.compile(lambda x: x + unseen)(torch.ones(8, device=device)).sum().item() == 8 * (1 + unseen)
     except Exception:  # no compiler, no headers, no place to write, …
         return False
-
-
-def keep_freed_memory(keep: bool) -> None:
-    """Let glibc keep what is freed, so that each step's activations need not be mapped and zeroed by the kernel again."""
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "mallopt"):
-        return
-    # Off: the values that glibc itself arrives at once large blocks have been freed.
-    library.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    library.mallopt(M_MMAP_MAX, 0 if keep else 65536)
-    library.mallopt(M_TRIM_THRESHOLD, -1 if keep else 64 << 20)  # -1: never
-    if not keep:
-        library.malloc_trim(0)
 
 
 @contextlib.contextmanager

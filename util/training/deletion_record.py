@@ -23,6 +23,7 @@ from util.storage.folders import RunFolder, utc_now
 from util.storage.hashes import image_hashes, joint_hash, weights_sha256
 
 SCHEMA = 1
+SIZES = range(1, 1 << 14)  # of images, in pixels
 
 
 class Recorder:
@@ -81,14 +82,17 @@ def load_record(path: Path) -> dict:
     """Read a record. Raises UsageError if it is missing, RunError if it is none."""
     record = read_json(path)
     parts = ("request", "model", "images", "accuracies", "arguments", "hardware")
-    if record.get("schema") != SCHEMA or not all(isinstance(record.get(key), dict) for key in parts):
+    whole = record.get("schema") == SCHEMA and all(isinstance(record.get(key), dict) for key in parts)
+    # What the data set is built from, before the rest is looked at.
+    if not (whole and isinstance(record["arguments"].get("data"), str) and record["images"].get("size") in SIZES):
         raise RunError(f"{path}: not a record of deletion of schema {SCHEMA}")
     return record
 
 
 def settings_of(record: dict) -> dict:
     """The data and the arithmetic of a record, or of a run's config.json, as defaults of our options."""
-    keys = ("data", "val_fraction", "identities", "train_per_identity", "test_per_identity", "data_seed", "head")
+    keys = ("data", "val_fraction", "identities", "train_per_identity", "test_per_identity", "data_seed")
+    keys += ("head", "published_adapters")
     settings = {key: record["arguments"][key] for key in keys if key in record["arguments"]}
     settings["precision"] = "bf16" if record["hardware"].get("bf16") else "fp32"
     settings["cls_only_last_block"] = "on" if record["hardware"].get("cls_only_last_block") else "off"

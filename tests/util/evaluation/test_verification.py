@@ -45,3 +45,8 @@ def test_what_too_few_pairs_cannot_tell_is_none():
     assert found["auc"] is not None
     assert verify(embeddings, torch.arange(6), 100, seed=0) is None
     assert verify(embeddings, torch.zeros(6, dtype=torch.int64), 100, seed=0) is None
+
+
+@pytest.mark.parametrize("labels", [[], [0], [0, 0], [0, 1]])
+def test_groups_of_hardly_an_image_have_no_pairs(labels):
+    assert verify(torch.randn(len(labels), 4), torch.tensor(labels, dtype=torch.int64), 100, seed=0) is None

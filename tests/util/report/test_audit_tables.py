@@ -147,23 +147,6 @@ def test_a_comparison_has_every_figure_that_is_judged_with_its_verdict():
         "L2*": ["80.00", "1.3 ▲", "0 of 1"],
         "EWC*": ["–", "0.0 ▼", "0 of 1"],
     }
-    assert "Spearman" not in text
-
-
-def test_a_comparison_of_several_methods_tells_whether_h_ranks_them_alike():
-    """H falls where ρ of one figure rises, but for the last two of the other."""
-    found = [(90.0, 0.0, 0.0), (80.0, 0.1, 0.3), (70.0, 0.4, 0.2)]
-    audits = [
-        audited(f"m{h}", request(sign_flip=judged(1.0, one), enrolment_1=judged(1.0, other)), h_mean=h)
-        for h, one, other in found
-    ]
-    text = comparison_markdown(audits)
-    assert text.endswith("Rank correlation (Spearman) of H with ρ: `sign_flip` -1.00, `enrolment_1` -0.50.")
-
-
-def test_a_figure_that_is_alike_in_all_methods_ranks_nothing():
-    audits = [audited(f"m{h}", request(sign_flip=judged(1.0, None, "cannot tell")), h_mean=h) for h in (90.0, 80.0, 70.0)]
-    assert comparison_markdown(audits).endswith("of H with ρ: `sign_flip` –.")
 
 
 def test_a_comparison_of_what_has_no_verdict_is_said_without_numbers():

@@ -1,7 +1,5 @@
-import ctypes
 import itertools
-import subprocess
-import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +7,6 @@ from timm.models.vision_transformer import Block
 
 from backbone.last_block import ClassTokenBlock
 from backbone.recognizer import to_device
-from tests.conftest import ROOT
 from util.runtime import distributed
 from util.runtime.errors import UsageError
 from util.runtime.hardware import bf16_speedup, choose_hardware, plain_attention
@@ -21,15 +18,15 @@ def test_the_choices_of_a_cpu():
     assert not auto.fused_attention
     assert choose_hardware("cpu", "bf16").bf16
     assert not choose_hardware("cpu", "fp32").bf16
-    assert "fp32, fused attention" in choose_hardware("cpu", "fp32", "fused").describe()
+    assert "fp32, plain attention" in choose_hardware("cpu", "fp32").describe()
 
 
-def test_fused_and_plain_attention_agree(make_recognizer):
+def test_fused_and_plain_attention_agree(make_recognizer, cpu):
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     logits = []
-    for attention in ("fused", "plain"):
-        model = to_device(make_recognizer(), choose_hardware("cpu", "fp32", attention)).eval()
-        assert {block.attn.fused_attn for block in model.backbone.blocks} == {attention == "fused"}
+    for fused in (True, False):
+        model = to_device(make_recognizer(), replace(cpu, fused_attention=fused)).eval()
+        assert {block.attn.fused_attn for block in model.backbone.blocks} == {fused}
         with torch.no_grad():
             logits.append(model(images))
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-3)
@@ -102,29 +99,8 @@ def test_compiled_blocks_compute_what_eager_ones_do(make_recognizer):
         torch.testing.assert_close(fast, eager, rtol=1e-4, atol=1e-5)
 
 
-def test_freed_memory_is_kept():
-    """Freed blocks of 64 MB are there again without the kernel mapping them anew: no page faults."""
-    pytest.importorskip("resource")
-    if not hasattr(ctypes.CDLL(None), "mallopt"):
-        pytest.skip("not glibc")
-    # In a process of its own: what other tests have freed is there to be used, however it was obtained.
-    script = """
-import resource, torch
-from util.runtime.hardware import keep_freed_memory
-keep_freed_memory(True)
-for _ in range(10):  # an aligned block may need a little more room than its predecessor of equal size has left
-    torch.ones(64 << 20, dtype=torch.uint8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    torch.ones(64 << 20, dtype=torch.uint8)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() >> 20)
-"""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 64  # MB, of 5 × 64
-
-
-def test_an_exception_leaves_neither_attention_nor_processes_changed(make_recognizer):
-    model = to_device(make_recognizer(), choose_hardware("cpu", "fp32", "fused"))
+def test_an_exception_leaves_neither_attention_nor_processes_changed(make_recognizer, cpu):
+    model = to_device(make_recognizer(), replace(cpu, fused_attention=True))
     with pytest.raises(KeyError), plain_attention(model), distributed.alone():
         raise KeyError
     assert all(block.attn.fused_attn for block in model.backbone.blocks)
