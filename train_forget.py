@@ -12,6 +12,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from backbone.published import to_published
@@ -31,6 +32,7 @@ from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import align_classes, load_checkpoint
 from util.storage.folders import RunFolder
+from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, epochs_for, make_optimizer
 from util.training.resume import add_resume_options, goes_on, identity_of, needed_bytes
@@ -165,7 +167,10 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
     tasks = make_tasks(args, data[0], earlier)
-    check_copies(data, tasks[len(earlier) :], args.forget_classes is not None and not args.allow_copies)
+    named = args.forget_classes is not None
+    # Of a person who is named, also copies in other files: the pixels tell.
+    sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if named else data
+    check_copies(sets, tasks[len(earlier) :], refuse=named and not args.allow_copies)
     method = METHODS[args.method](args, hardware)
     method.check(model, tasks[len(earlier) :], data[0])
     return ContinualRun(args, model, method, data, tasks, len(earlier))
