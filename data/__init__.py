@@ -6,7 +6,7 @@ import torch
 
 from data import image_folder, synthetic_faces
 from data.cache import cache_folder
-from data.image_set import ImageSet
+from data.image_set import ImageSet, data_digest
 from data.tasks import split_validation
 from util.runtime import distributed
 
@@ -44,6 +44,11 @@ def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device
         return None
     more = {"first": args.identities, "seed": args.data_seed, "device": device, "cache_dir": cache_dir}
     return synthetic_faces.synthetic_faces(*UNSEEN_DRAWN, image_size=image_size, **more)[0]
+
+
+def data_tag(data: tuple[ImageSet, ...]) -> str:
+    """A short name of all images of a data set, however they are split: for the folders of its runs."""
+    return f"{data[0].name}-{data_digest(*data)[:8]}"
 
 
 def has_room(device: torch.device, size: int) -> bool:

@@ -161,10 +161,17 @@ def test_wrong_extension_of_another_image_format(root, pixels_of):
 def test_what_is_no_image_is_skipped_and_counted(root, load, capsys):
     (root / "train/.git").mkdir()
     (root / "train/a/.thumbnails").mkdir()
-    for name in (".hidden.png", "Thumbs.db", "face.eps", ".thumbnails/1.png"):
-        (root / "train/a" / name).write_bytes(b"nothing")
-    assert len(load(root)[0]) == 4
-    assert capsys.readouterr().err == f"{root}: skipped 4 files that are not images, {root}/train/a/.hidden.png first\n"
+    for name in ("a/.hidden.png", "a/Thumbs.db", "a/face.eps", "a/.thumbnails/1.png", "outside.png"):
+        (root / "train" / name).write_bytes(b"nothing")
+    (root / "test/notes").write_bytes(b"nothing")
+    (root / "train/erased").mkdir()
+    (root / "train/unused/texts").mkdir(parents=True)
+    (root / "train/unused/texts/why.txt").write_bytes(b"nothing")
+    assert load(root)[0].classes == ("a", "b")
+    assert capsys.readouterr().err == (
+        f"{root}: skipped 3 hidden (train/.git, …), 2 outside the class folders (train/outside.png, …), "
+        "3 without an image's extension (train/a/Thumbs.db, …), 2 class folders without images (train/erased, …)\n"
+    )
 
 
 def test_folders_in_class_folders_belong_to_the_class(root, load):
