@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import write_text
+from util.runtime.files import sha256, write_text
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "ICO")  # none that PIL leaves to a program
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items() if name in FORMATS)
@@ -177,44 +177,39 @@ def _state(path: str) -> tuple[str, int, int]:
 
 def file_digests(listed: ImageFiles, cache_dir: Path) -> tuple[str, ...]:
     """The SHA-256 of each file, from the cache where these files are known. RunError names those that cannot be read."""
-    key = hashlib.sha256(repr(listed.states).encode()).hexdigest()[:32]
-    kept = cache_dir / f"{listed.root.name}-{key}.sha256"
+    kept = cache_dir / f"{listed.root.name}-{_sha256(repr(listed.states))[:32]}.sha256"
     with suppress(OSError, ValueError):
-        *digests, seal = kept.read_text().split()
-        if len(digests) == len(listed.files) and seal == _seal(digests):
-            return tuple(digests)
+        seal, digests = kept.read_text().split("\n", 1)
+        if seal == _sha256(digests):
+            return tuple(digests.split())
     found = [""] * len(listed.files)
 
-    def digest(index: int) -> None:
-        with open(regular(listed.states[index][0]), "rb") as file:
-            found[index] = hashlib.file_digest(file, "sha256").hexdigest()
+    def digest(index: int, path: str) -> None:
+        found[index] = sha256(Path(path))
 
     for_all(digest, listed, "hashing", cache_dir)
+    digests = "\n".join(found)
     with suppress(OSError):  # the cache of the images says that it cannot be written
-        write_text(kept, "\n".join([*found, _seal(found)]))
+        write_text(kept, f"{_sha256(digests)}\n{digests}")
     return tuple(found)
 
 
-def _seal(digests: list[str]) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def regular(path: str) -> str:
-    """The path of a regular file. Raises OSError for anything else: a pipe would be waited for."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a regular file")
-    return path
-
-
-def for_all(work: Callable[[int], None], listed: ImageFiles, doing: str, cache_dir: Path) -> None:
-    """Does `work(index)` for every file; RunError names those where it raised, all of them in a file in the cache folder.
+def for_all(work: Callable[[int, str], None], listed: ImageFiles, doing: str, cache_dir: Path) -> None:
+    """`work(index, path)` for every file; RunError names those where it raised, and a file in the cache folder lists all.
 
     In threads, because PIL and hashing do without Python's lock and a process would have to import torch again.
     """
 
     def complaint(index: int) -> str | None:
+        path = listed.states[index][0]
         try:
-            work(index)
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise OSError("not a regular file")  # opening a pipe would wait
+            work(index, path)
         except Exception as error:  # a damaged file can make PIL raise anything
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
             return one_line(f"{listed.files[index]} ({reason or type(error).__name__})")

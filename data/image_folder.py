@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from data.cache import cached_images
-from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, regular, tell
+from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, tell
 from data.image_set import ImageSet
 
 VERSION = 1  # of the decoding: to be raised with every change of its pixels, so that cached ones lapse
@@ -51,8 +51,8 @@ def _image_set(listed: ImageFiles, image_size: int, cache_dir: Path) -> ImageSet
     shape = (len(listed.files), 3, image_size, image_size)
 
     def decode_all(array: np.ndarray) -> None:
-        def decode(index: int) -> None:
-            array[index] = decode_image(regular(listed.states[index][0]), image_size)
+        def decode(index: int, path: str) -> None:
+            array[index] = decode_image(path, image_size)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
