@@ -62,8 +62,8 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
     walk.skipped["class folders without images"] += [os.path.join(top, name) for name in train if name not in names]
     walk.tell()
     if len(names) < (2 if split else 1):
-        found = f"{len(names)} class folders; at least {'2 are' if split else '1 is'} needed, <class>/<image>"
-        raise UsageError(one_line(f"{root / top}: {found}"))
+        few = f"{len(names)} class folders; at least 2 are needed, <class>/<image>"
+        raise UsageError(one_line(f"{root / top}: {few if split else 'no class folders; <class>/<image> is needed'}"))
     if split:
         _check_test(root, train, test, names)
     paths, labels = zip(*files, strict=True)

@@ -65,8 +65,8 @@ def test_damaged_images_are_named_and_nothing_is_kept(tmp_path, root, load_flat)
 
 WRONG_FOLDERS = {
     "No such file or directory": lambda folder: folder.rename(folder.with_name("moved")),
-    "0 class folders; at least 1 is needed": lambda folder: (folder / "ann").rename(folder / ".ann"),
-    "0 class folders; at least 1 is needed, <": lambda folder: (folder / "ann/1.png").unlink(),
+    "no class folders; <class>/<image> is needed": lambda folder: (folder / "ann").rename(folder / ".ann"),
+    ": no class folders; <class>/<image> is needed": lambda folder: (folder / "ann/1.png").unlink(),
     "Not a directory": lambda folder: (folder.rename(folder.with_name("moved")), folder.write_text("")),
 }
 
