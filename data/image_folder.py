@@ -32,7 +32,7 @@ def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> t
     listed = list_images(root)
     whole = _image_set(listed, image_size, cache_dir)
     train, test = whole.subset(slice(listed.train)), whole.subset(slice(listed.train, None))
-    first = dict(zip(reversed(train.digests), reversed(train.files), strict=True))
+    first = dict(zip(reversed(train.digests), reversed(train.files), strict=True))  # of several, the first stays
     shared = [(file, first[digest]) for file, digest in zip(test.files, test.digests, strict=True) if digest in first]
     if shared:
         found = f"{len(shared)} of {len(test)} test images are training images as well ({' is '.join(shared[0])})"

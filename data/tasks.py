@@ -64,10 +64,15 @@ def named_requests(words: Sequence[str], classes: Sequence[str], earlier: Sequen
 
 
 def named_classes(text: str, classes: Sequence[str]) -> list[int]:
-    """Class ids from a list of names, or of numbers where no class has that name: `"yaleB05, 7"`. A name with a comma
-    stands in double quotes."""
+    """Class ids from a list of names, or of numbers where no class has that name: `"yaleB05, 7"`. A name with a comma, a
+    line break or spaces around it stands in double quotes."""
     found = []
-    for name in map(str.strip, next(csv.reader([text], skipinitialspace=True)) or [""]):
+    try:
+        names = next(csv.reader([text], skipinitialspace=True)) or [""]
+    except csv.Error:
+        raise UsageError(f"{text[:40]!r} is no list of classes; a name with a line break stands in double quotes") from None
+    for name in names:
+        name = name if name in classes else name.strip()
         if name in classes:
             found.append(classes.index(name))
         elif name.isdecimal() and int(name) < len(classes):

@@ -202,6 +202,7 @@ def test_class_without_test_images_is_warned_about_once(root, load, capsys):
 def test_test_images_among_the_training_images_are_counted_at_every_run(root, load, capsys):
     (root / "test/a/copy.png").write_bytes((root / "train/b/1.png").read_bytes())
     os.link(root / "train/a/2.png", root / "test/b/another.png")
+    os.link(root / "train/b/1.png", root / "train/b/9.png")
     padded = (root / "train/a/1.png").read_bytes()
     (root / "test/a/same_size.png").write_bytes(padded[:-1] + b"\0")  # as long, and another file
     for _ in range(2):
