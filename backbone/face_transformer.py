@@ -8,14 +8,13 @@ LayerNorm as the embedding. Keyword arguments override any size or rate (`depth=
 
 from functools import partial
 
-from timm.layers import PatchEmbed, to_2tuple
+from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-PATCH_SIZE = 8
 FACE_TRANSFORMER = {
-    "patch_size": PATCH_SIZE,
+    "patch_size": 8,
     "embed_dim": 512,
     "depth": 6,
     "num_heads": 8,
@@ -59,11 +58,7 @@ default_cfgs = generate_default_cfgs(
 
 def _register(name: str, own: dict) -> None:
     def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
-        kwargs = FACE_TRANSFORMER | own | kwargs
-        # timm would cut a border off that the patches do not tile.
-        if kwargs.get("img_size") and any(side % PATCH_SIZE for side in to_2tuple(kwargs["img_size"])):
-            raise ValueError(f"the image size must be a multiple of {PATCH_SIZE}, not {kwargs['img_size']}")
-        return build_model_with_cfg(VisionTransformer, name, pretrained, **kwargs)
+        return build_model_with_cfg(VisionTransformer, name, pretrained, **FACE_TRANSFORMER | own | kwargs)
 
     create.__name__ = name
     register_model(create)

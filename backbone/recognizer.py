@@ -1,9 +1,11 @@
 """A face recognizer: a timm backbone that embeds images, and a margin head that turns embeddings into logits."""
 
+import math
 from dataclasses import dataclass, field
 
 import timm
 import torch
+from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,10 +100,25 @@ def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Re
     try:
         backbone = timm.create_model(a.model, pretrained, num_classes=0, img_size=a.image_size, **a.model_options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot build {a.model} for {a.image_size}×{a.image_size} images: {line}") from None
+        problem = (str(error).splitlines() or ["its patches do not fit"])[0]  # timm asserts that without a word
+    else:
+        problem = _cut_off(backbone, a.image_size)
+    if problem:
+        raise UsageError(f"cannot build {a.model} for {a.image_size}×{a.image_size} images: {problem}")
     head = HEADS[a.head](backbone.num_features, a.num_classes, **a.head_options)
     return Recognizer(architecture, backbone, head)
+
+
+def _cut_off(backbone: nn.Module, size: int) -> str:
+    """What keeps the patches from tiling the image: timm would cut a border off and say nothing. Empty if nothing does."""
+    stems = (module for module in backbone.children() if hasattr(module, "patch_size") and hasattr(module, "img_size"))
+    stem = next(stems, None)
+    if stem is None or isinstance(stem, HybridEmbed) or getattr(stem, "dynamic_img_pad", False):
+        return ""  # convolutions that pad, or what checks itself
+    whole = isinstance(stem, PatchEmbed) and stem.img_size == (size, size)
+    patch = math.lcm(*stem.patch_size) if whole else backbone.feature_info[0]["reduction"]
+    fitting = " or ".join(str(side) for side in (size // patch * patch, size // patch * patch + patch) if side)
+    return f"{size} pixels are no multiple of the patches' {patch}: use {fitting}" if size % patch else ""
 
 
 def _check_model_name(model: str) -> None:

@@ -115,7 +115,11 @@ def synthetic_faces(
         images = cached_images(key, shape, lambda array: draw(torch.from_numpy(array)), cache_dir)
     who = torch.arange(identities, device=images.device)
     labels = torch.cat([who.repeat_interleave(count) for _, _, count in splits])
-    whole = ImageSet("synthetic_faces", images, labels, tuple(f"id{identity:03d}" for identity in people))
+    classes = tuple(f"id{identity:03d}" for identity in people)
+    drawn = [(stream, i, k) for _, stream, count in splits for i in people for k in range(count)]
+    files = tuple(f"{'train' if stream == TRAIN else 'test'}/id{i:03d}/{k}" for stream, i, k in drawn)
+    digests = tuple(hashlib.sha256(repr((VERSION, seed, *one)).encode()).hexdigest() for one in drawn)
+    whole = ImageSet("synthetic_faces", images, labels, classes, files, digests)
     return whole.subset(slice(cut)), whole.subset(slice(cut, None))
 
 

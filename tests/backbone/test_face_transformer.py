@@ -6,6 +6,8 @@ from torch import nn
 
 from backbone import face_transformer
 from backbone.heads import CosFace
+from backbone.recognizer import Architecture, build_recognizer
+from util.runtime.errors import UsageError
 
 NAMES = ["face_vit_p8s8_d6", "face_vit_p8s8_d12", "face_vit_p8s8_d18", "face_vit_p12s8_d6", "face_vit_tiny"]
 
@@ -44,10 +46,55 @@ def test_arguments_override_the_defaults(name):
     assert timm.create_model(name, img_size=64, depth=0).pos_embed.shape[1] == 65
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_an_image_size_that_patches_do_not_tile_is_refused(name):
-    with pytest.raises(ValueError, match="multiple of 8, not 100"):
-        timm.create_model(name, img_size=100)
+UNTILED = {
+    **{(name, 100): "8: use 96 or 104" for name in NAMES},
+    ("face_vit_tiny", 4): "8: use 8",
+    ("vit_tiny_patch16_224", 56): "16: use 48 or 64",
+    ("vit_tiny_patch16_224", 15): "16: use 16",
+    ("pit_ti_224", 76): "8: use 72 or 80",  # overlapping patches
+    ("visformer_tiny", 76): "8: use 72 or 80",  # patches of what convolutions leave
+    ("sequencer2d_s", 72): "7: use 70 or 77",
+    ("resmlp_12_224", 56): "16: use 48 or 64",
+    ("swinv2_cr_tiny_224", 67): "4: use 64 or 68",
+}
+
+
+@pytest.mark.parametrize(("name", "size"), UNTILED)
+def test_an_image_size_that_patches_do_not_tile_is_refused(name, size):
+    """timm would cut the border off and say nothing."""
+    with torch.device("meta"), pytest.raises(UsageError) as error:
+        build_recognizer(Architecture(name, 3, size))
+    problem = f"{size} pixels are no multiple of the patches' {UNTILED[name, size]}"
+    assert str(error.value) == f"cannot build {name} for {size}×{size} images: {problem}"
+
+
+def test_patches_that_are_not_square_are_tiled_both_ways():
+    options = {"patch_size": (16, 12), "depth": 1}
+    with pytest.raises(UsageError, match="64 pixels are no multiple of the patches' 48: use 48 or 96"):
+        build_recognizer(Architecture("vit_tiny_patch16_224", 3, 64, model_options=options))
+    assert build_recognizer(Architecture("vit_tiny_patch16_224", 3, 48, model_options=options))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("vit_tiny_patch16_224", 56, {"dynamic_img_pad": True, "dynamic_img_size": True, "depth": 1}),
+        ("vit_small_r26_s32_224", 72, {"depth": 1}),  # its convolutions pad
+        ("efficientvit_m0", 72, {}),
+        ("mobilevit_xxs", 67, {}),
+        ("pit_ti_224", 72, {}),  # patches of 16 every 8 pixels
+    ],
+)
+def test_no_pixel_is_lost_at_a_size_that_is_taken(name, size, options):
+    model = build_recognizer(Architecture(name, 3, size, model_options=options)).eval()
+    images = torch.rand(1, 3, size, size, requires_grad=True)
+    model.backbone(images).square().sum().backward()
+    assert images.grad.abs().sum((0, 1))[-1].any() and images.grad.abs().sum((0, 1))[:, -1].any()
+
+
+def test_a_hybrid_that_timm_refuses_is_refused_in_words():
+    with pytest.raises(UsageError, match="for 72×72 images: its patches do not fit"):
+        build_recognizer(Architecture("vit_tiny_r_s16_p8_224", 3, 72))
 
 
 @pytest.mark.parametrize("name", ["face_vit_p8s8_d6", "face_vit_p12s8_d6"])

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import data.image_folder
 from data.image_folder import image_folder
+from data.image_set import class_digests
 
 SIZE = 16
 
@@ -51,3 +53,7 @@ def decoded(monkeypatch):
 
     monkeypatch.setattr(data.image_folder, "decode_image", count)
     return counts
+
+
+def tag_of(data) -> str:
+    return replace(data[0], contents=class_digests(*data)).tag

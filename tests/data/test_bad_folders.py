@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zlib
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data.image_files
 import data.image_folder
 from data.image_folder import image_folder
 from tests.data.conftest import SIZE, noise, save
@@ -44,11 +46,28 @@ def test_damaged_images_of_both_splits_are_named_together(tmp_path, root, load):
     assert not [*(tmp_path / "cache").glob("*.raw*")]
 
 
-def test_only_the_first_of_many_damaged_images_are_named(root, load):
+def test_the_first_of_many_damaged_images_are_named_and_all_are_listed(tmp_path, root, load):
+    names = [f"train/b/x{index:02d}.png" for index in range(40)]
+    for name in names:
+        (root / name).write_bytes(b"")
+    listed = tmp_path / "cache/damaged-faces.txt"
+    shown = r"40 of 46 images.*x00\.png.*x04\.png \(not an image\) and 35 more, all in "
+    with pytest.raises(RunError, match=f"{shown}{listed}; replace or remove them$"):
+        load(root)
+    assert listed.read_text().splitlines() == [f"{name} (not an image)" for name in names]
+    for name in names[1:]:
+        (root / name).unlink()
+    with pytest.raises(RunError, match=r"1 of 7 images.*x00\.png \(not an image\); replace or remove them$"):
+        load(root)
+    assert listed.read_text().splitlines() == [f"{names[0]} (not an image)"]
+
+
+def test_damaged_images_are_named_where_no_list_can_be_kept(tmp_path, root):
     for index in range(40):
         (root / f"train/b/x{index:02d}.png").write_bytes(b"")
-    with pytest.raises(RunError, match=r"40 of 46 images.*x00\.png.*x04\.png \(not an image\) and 35 more; "):
-        load(root)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"x04\.png \(not an image\) and 35 more; replace or remove them$"):
+        image_folder(root, SIZE, tmp_path / "file")
 
 
 def png_of_zeros(width, height):
@@ -76,6 +95,10 @@ def test_float_pixels_of_unknown_range(root, load, value):
         load(root)
 
 
+def copy(root, name, other):
+    shutil.copytree(root / "train" / name, root / "train" / other)
+
+
 def empty_folder(root):
     for path in sorted(root.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -88,7 +111,8 @@ WRONG_FOLDERS = {
     ": cannot be read as {train,test}/<class>/<image>: [Errno 2] No such file or directory": empty_folder,
     "/train: 0 class folders; at least 2 are needed": lambda root: empty_folder(root / "train"),
     "/train: 1 class folders; at least 2 are needed": lambda root: (root / "train/a").rename(root / "train/.a"),
-    "Found no valid file for the classes c": lambda root: (root / "train/c").mkdir(),
+    "/train: 1 class folders; at least 2 are needed, <": lambda root: empty_folder(root / "train/a"),
+    "/test/a: no class of that name in train/": lambda root: (empty_folder(root / "train/a"), copy(root, "b", "c")),
     "/test/c: no class of that name in train/ (1 such class folders)": lambda root: (root / "test/c").mkdir(),
     "/test: no images": lambda root: empty_folder(root / "test"),
 }
@@ -138,7 +162,7 @@ def test_interrupted_decoding_stops_and_leaves_nothing(tmp_path, root, load, mon
         decoded.append(path)
         return decode(path, image_size)
 
-    monkeypatch.setattr(data.image_folder, "tqdm", bar)
+    monkeypatch.setattr(data.image_files, "tqdm", bar)
     monkeypatch.setattr(data.image_folder, "decode_image", count)
     with pytest.raises(KeyboardInterrupt):
         load(root)

@@ -161,10 +161,17 @@ def test_wrong_extension_of_another_image_format(root, pixels_of):
 def test_what_is_no_image_is_skipped_and_counted(root, load, capsys):
     (root / "train/.git").mkdir()
     (root / "train/a/.thumbnails").mkdir()
-    for name in (".hidden.png", "Thumbs.db", "face.eps", ".thumbnails/1.png"):
-        (root / "train/a" / name).write_bytes(b"nothing")
-    assert len(load(root)[0]) == 4
-    assert capsys.readouterr().err == f"{root}: skipped 4 files that are not images, {root}/train/a/.hidden.png first\n"
+    for name in ("a/.hidden.png", "a/Thumbs.db", "a/face.eps", "a/.thumbnails/1.png", "outside.png"):
+        (root / "train" / name).write_bytes(b"nothing")
+    (root / "test/notes").write_bytes(b"nothing")
+    (root / "train/erased").mkdir()
+    (root / "train/unused/texts").mkdir(parents=True)
+    (root / "train/unused/texts/why.txt").write_bytes(b"nothing")
+    assert load(root)[0].classes == ("a", "b")
+    assert capsys.readouterr().err == (
+        f"{root}: skipped 3 hidden (train/.git, …), 2 outside the class folders (train/outside.png, …), "
+        "3 without an image's extension (train/a/Thumbs.db, …), 2 class folders without images (train/erased, …)\n"
+    )
 
 
 def test_folders_in_class_folders_belong_to_the_class(root, load):
@@ -195,6 +202,7 @@ def test_class_without_test_images_is_warned_about_once(root, load, capsys):
 def test_test_images_among_the_training_images_are_counted_at_every_run(root, load, capsys):
     (root / "test/a/copy.png").write_bytes((root / "train/b/1.png").read_bytes())
     os.link(root / "train/a/2.png", root / "test/b/another.png")
+    os.link(root / "train/b/1.png", root / "train/b/9.png")
     padded = (root / "train/a/1.png").read_bytes()
     (root / "test/a/same_size.png").write_bytes(padded[:-1] + b"\0")  # as long, and another file
     for _ in range(2):

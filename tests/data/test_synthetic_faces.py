@@ -171,3 +171,22 @@ def test_identities_are_recognisable_at_all():
 def test_any_size_and_a_large_seed():
     train, _ = synthetic_faces(2, 1, 1, image_size=45, seed=2**63)
     assert train.images.shape == (2, 3, 45, 45)
+
+
+def test_digests_are_of_what_determines_an_image(small):
+    train, test = small
+    assert train.files[:5] == ("train/id000/0", "train/id000/1", "train/id000/2", "train/id000/3", "train/id001/0")
+    assert test.files[-1] == "test/id004/1"
+    assert len({*train.digests, *test.digests}) == 30
+    more_train, more_test = synthetic_faces(3, 6, 3, 16, seed=3, first=2)  # another size, other counts
+    for few, many in ((train, more_train), (test, more_test)):
+        known = dict(zip(many.files, many.digests, strict=True))
+        shared = [(file, digest) for file, digest in zip(few.files, few.digests, strict=True) if "/id002/" in file]
+        assert shared and all(known[file] == digest for file, digest in shared)
+    other, _ = synthetic_faces(5, 4, 2, 16, seed=4)
+    assert not {*other.digests} & {*train.digests}
+
+
+def test_another_version_has_other_digests(small, monkeypatch):
+    monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
+    assert not {*synthetic_faces(5, 4, 2, 8, seed=3)[0].digests} & {*small[0].digests}

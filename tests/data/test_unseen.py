@@ -46,7 +46,12 @@ def test_skipped_files_are_told_with_the_first_of_them(root, load_flat, capsys):
     (root / "train/a/notes.txt").write_text("")
     (root / "train/b/.hidden.png").write_text("")
     assert len(load_flat(root / "train")) == 4
-    assert capsys.readouterr().err == f"{root}/train: skipped 2 files that are not images, {root}/train/a/notes.txt first\n"
+    (root / "train/outside.png").write_text("")
+    (root / "train/c").mkdir()
+    assert len(load_flat(root / "train")) == 4
+    told = ["1 outside the class folders (outside.png)", "1 without an image's extension (a/notes.txt)"]
+    told += ["1 hidden (b/.hidden.png)", "1 class folders without images (c)"]
+    assert capsys.readouterr().err.splitlines()[1] == f"{root}/train: skipped {', '.join(told)}"
 
 
 def test_damaged_images_are_named_and_nothing_is_kept(tmp_path, root, load_flat):
@@ -61,7 +66,7 @@ def test_damaged_images_are_named_and_nothing_is_kept(tmp_path, root, load_flat)
 WRONG_FOLDERS = {
     "No such file or directory": lambda folder: folder.rename(folder.with_name("moved")),
     "no class folders; <class>/<image> is needed": lambda folder: (folder / "ann").rename(folder / ".ann"),
-    "Found no valid file for the classes c": lambda folder: (folder / "c").mkdir(),
+    ": no class folders; <class>/<image> is needed": lambda folder: (folder / "ann/1.png").unlink(),
     "Not a directory": lambda folder: (folder.rename(folder.with_name("moved")), folder.write_text("")),
 }
 

@@ -1,0 +1,38 @@
+"""Print a short name of a data set that changes with its images, for the folders of its runs: lfw100-3f2a9c01.
+
+python scripts/data_tag.py path/to/faces
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+# A script's own folder, not the repository's root, is where Python looks first.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from data import SYNTHETIC
+from data.cache import cache_folder
+from data.image_files import file_digests, list_images
+from data.image_set import ImageSet, class_digests
+from util.cli.main import run_main
+from util.runtime.errors import UsageError
+
+
+def main(argv: list[str] | None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    if len(words) != 1 or words[0].startswith("-"):
+        raise UsageError("one data folder is needed: data_tag.py DATA")
+    tag = words[0]
+    if tag != SYNTHETIC:
+        listed = list_images(tag)
+        labels, digests = torch.tensor(listed.labels), file_digests(listed, cache_folder())
+        images = ImageSet(listed.root.name, torch.empty(0), labels, listed.classes, listed.files, digests)
+        tag = replace(images, contents=class_digests(images)).tag
+    sys.stdout.buffer.write(os.fsencode(tag + "\n"))  # a folder's name may be no text
+
+
+if __name__ == "__main__":
+    run_main(main)
