@@ -127,7 +127,7 @@ def test_names_that_are_no_text(command, tmp_path, make_images):
     assert code == 0, err
     code, _, err = command("train_forget.py", "--config", run / "config.json", "--output-dir", tmp_path / "again")
     assert code == 0, err
-    assert torch.load(task, weights_only=True)["forgotten"] == [[0]]
+    assert torch.load(task, weights_only=True)["forgotten"] == [[3]]
 
 
 def test_held_out_images_that_were_trained_on_are_told(trained, colours, command, tmp_path):
