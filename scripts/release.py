@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from backbone.heads import HEADS
 from backbone.recognizer import Recognizer
+from data.tasks import people
 from util.cli import options
 from util.cli.main import run_main
 from util.runtime.errors import RunError, UsageError
@@ -124,8 +125,9 @@ def main(argv: list[str] | None) -> None:
         if not error <= TOLERANCE:
             raise RunError(f"{args.output_dir / name} embeds otherwise than {args.checkpoint}: off by {error:.1g}")
         print(f"{name}: embeds as the checkpoint does, to {error:.1g}")
-    gone = sum(map(len, checkpoint.forgotten))
-    print(f"{args.output_dir}: {a.num_classes} classes, none of the {gone} forgotten; the run's folder stays behind")
+    gone = [c for task in checkpoint.forgotten for c in task]
+    whom = people(gone, checkpoint.classes) if checkpoint.classes else f"{len(gone)} classes"
+    print(f"{args.output_dir}: {a.num_classes} classes, without {whom}; the run's folder stays behind")
 
 
 if __name__ == "__main__":
