@@ -1,5 +1,6 @@
 """Two runs and one folder; a folder without room; signals; and losses that are not finite."""
 
+import errno
 import json
 import os
 import resource
@@ -192,10 +193,17 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(trained, colours, 
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["position"]["epoch"] == 2
 
 
-def test_a_file_system_without_locks(tmp_path, monkeypatch):
-    def acquire(self, *_, **__):
-        raise NotImplementedError("no flock here")
+def test_a_file_system_without_locks(trained, colours, command, tmp_path, monkeypatch):
+    """As some NFS are: every lock fails. The cache is made anew, so that it locks as well."""
 
-    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
-    with RunFolder(tmp_path / "run").locked():
-        assert (tmp_path / "run").is_dir()
+    def fail(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    words = [*forget_options(trained, colours, tmp_path / "run"), "--epochs", 1, "--cache-dir", tmp_path / "cache"]
+    code, _, err = command("train_forget.py", *words)
+    assert code == 0, err
+    told = f"warning: {tmp_path / 'run'} cannot be locked (No locks available): nothing keeps a second run out"
+    assert told in err.splitlines()
+    assert "held in memory" not in err
+    assert list((tmp_path / "cache").glob("*.raw"))

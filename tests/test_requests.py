@@ -249,6 +249,16 @@ def test_a_config_is_enough_to_run_again(named, command, tmp_path):
     assert results_of(tmp_path / "other")["seed"] == 7
 
 
+def test_a_config_of_a_comparisons_run_is_enough_as_well(trained, colours, command, tmp_path):
+    words = ["--checkpoint", trained, "--data", colours, "--num-tasks", 1, "--epochs", 1, "--batch-size", 12]
+    code, _, err = command("scripts/compare.py", "--methods", "gs_lora", "--output-dir", tmp_path / "all", "--", *words)
+    assert code == 0, err
+    run = tmp_path / "all" / "gs_lora-seed1337"
+    code, _, err = command("train_forget.py", "--config", run / "config.json", "--output-dir", tmp_path / "again")
+    assert code == 0, err
+    same_but_times(results_of(tmp_path / "again"), results_of(run))
+
+
 def test_a_config_of_drawn_classes_and_of_pre_training(run_folder, colours, command, tmp_path):  # noqa: F811
     code, _, err = command("train_forget.py", "--config", run_folder / "config.json", "--output-dir", tmp_path / "again")
     assert code == 0, err
