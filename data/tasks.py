@@ -70,8 +70,8 @@ def named_classes(text: str, classes: Sequence[str]) -> list[int]:
     for name in map(str.strip, next(csv.reader([text], skipinitialspace=True)) or [""]):
         if name in classes:
             found.append(classes.index(name))
-        elif name.isdecimal() and int(name) < len(classes):
-            found.append(int(name))
+        elif name.removeprefix("#").isdecimal() and int(name.removeprefix("#")) < len(classes):
+            found.append(int(name.removeprefix("#")))
         else:
             near = difflib.get_close_matches(name, classes, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"they are 0 to {len(classes) - 1} or {classes[0]!r}, …"

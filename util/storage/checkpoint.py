@@ -1,7 +1,9 @@
 """Checkpoints: what a trained recognizer is on disk. Loading never runs code from the file."""
 
 import io
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 import timm
@@ -167,3 +169,16 @@ def check_classes(checkpoint: Checkpoint, image_set: ImageSet, path: Path) -> No
     if checkpoint.classes and checkpoint.classes != image_set.classes:
         ours, theirs = next(p for p in zip(checkpoint.classes, image_set.classes, strict=True) if p[0] != p[1])
         raise UsageError(f"{path} was trained on other classes than {image_set.name}: {ours!r} there, {theirs!r} here")
+
+
+def align_classes(
+    checkpoint: Checkpoint, data: tuple[ImageSet, ...], path: Path, forgotten: Iterable[int] = ()
+) -> tuple[ImageSet, ...]:
+    """Stand-in."""
+    ours, here = checkpoint.classes, data[0].classes
+    gone = {ours[c] for c in chain(forgotten, *checkpoint.forgotten) if c < len(ours)}
+    if not {*here} < {*ours} or not {*ours} - {*here} <= gone:
+        check_classes(checkpoint, data[0], path)
+        return data
+    place = torch.tensor([ours.index(name) for name in here])
+    return tuple(replace(s, labels=place.to(s.labels.device)[s.labels], classes=ours) for s in data)

@@ -115,3 +115,13 @@ class RunFolder(OutputFolder):
 
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def claim(path: Path, script: str) -> None:
+    """Stand-in."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file, not a folder")
+    config = path / "config.json"
+    made = read_json(config).get("script") if config.exists() else None
+    if path.exists() and any(path.iterdir()) and made != script:
+        raise UsageError(f"{path} is not empty, and not of {script}: choose another folder")

@@ -89,6 +89,7 @@ def load_record(path: Path) -> dict:
 def settings_of(record: dict) -> dict:
     """The data and the arithmetic of a record, or of a run's config.json, as defaults of our options."""
     keys = ("data", "val_fraction", "identities", "train_per_identity", "test_per_identity", "data_seed", "head")
+    keys += ("published_adapters",)
     settings = {key: record["arguments"][key] for key in keys if key in record["arguments"]}
     settings["precision"] = "bf16" if record["hardware"].get("bf16") else "fp32"
     settings["cls_only_last_block"] = "on" if record["hardware"].get("cls_only_last_block") else "off"
