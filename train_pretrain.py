@@ -9,8 +9,10 @@ Leaves checkpoint.pth, config.json, checkpoints/last.pth and TensorBoard events 
 """
 
 import argparse
+import csv
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,6 +65,7 @@ def build_parser() -> options.Parser:
     parser.add_argument(
         "--without-classes", metavar="LIST", help="leave these out: names or ids, separated by commas; class ids stay"
     )
+    parser.add_argument("--absent-classes", metavar="LIST", help="names of people without images who keep their class ids")
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
     group.add_argument("--image-size", type=options.number(int, 1), help="pixels (default: the model's own)")
@@ -107,12 +110,22 @@ def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> 
     return model
 
 
+def with_absent(images: ImageSet, absent: list[str]) -> ImageSet:
+    """Stand-in."""
+    classes = tuple(sorted({*images.classes, *absent}))
+    place = torch.tensor([classes.index(name) for name in images.classes])
+    return replace(images, labels=place.to(images.labels.device)[images.labels], classes=classes)
+
+
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.hardware_of(args)
     image_size = args.image_size or default_image_size(args.model)
     train_set, test_set = build_datasets(args, image_size, hardware.device)
+    absent = [] if args.absent_classes is None else next(csv.reader([args.absent_classes]))
+    train_set, test_set = (with_absent(s, absent) for s in (train_set, test_set))
     without = [] if args.without_classes is None else named_classes(args.without_classes, train_set.classes)
+    without = [*without, *map(train_set.classes.index, absent)]
     task = whole_set(train_set.labels.cpu(), len(train_set.classes), without)
     if len(task.remain) < 2:
         raise UsageError(f"--without-classes leaves {len(task.remain)} classes; at least 2 are needed")
