@@ -17,6 +17,7 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
 
     Exit code 2 for wrong usage, 1 for a failed run, 130 when interrupted.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file name may be no text; stderr writes it so by itself
     try:
         main(None)
         distributed.stop()
