@@ -131,8 +131,8 @@ def test_it_is_trained_by_the_recipe_on_as_many_images(colours, recipe):
 
 
 def test_any_name_of_a_class_is_left_out(colours, recipe):
-    names = ("a", "o'neil, pat", '"eve"', "-x", "--seed", "7", "0", "ann, ", "é", "#")
-    for without in ([c] for c in (1, 2, 3, 4, 5, 6, 8, 9)):
+    names = ("\n", "o'neil, pat", '"eve"', "-x", "--seed", "7", "0", " ann, ", "\udcff", "#")
+    for without in ([c] for c in range(10)):
         parsed = train_pretrain.parse_arguments(job_of(colours, recipe, without, classes=names).arguments)
         assert named_classes(parsed.without_classes, names) == without
 
@@ -198,7 +198,7 @@ def test_one_that_fails_is_named_in_one_line(early, colours, command, tmp_path):
     log = Path(result[2].split("(see ")[1].split(")")[0])
     assert "the loss is not finite" in log.read_text()
     assert result[1] == "references: 3 needed, 0 in the cache\n"
-    assert not (tmp_path / "audit").exists()
+    assert [path.name for path in (tmp_path / "audit").iterdir()] == ["config.json"]
 
 
 def test_sigterm_ends_them_saved(early, colours, tmp_path):
@@ -221,7 +221,7 @@ def test_sigterm_ends_them_saved(early, colours, tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
         assert "Traceback" not in err
-        (folder,) = references.iterdir()
+        (folder,) = (log.parent for log in references.glob("*/log.txt"))
         with PretrainFolder(folder).locked():  # nobody holds it any more
             pass
     finally:
