@@ -3,11 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from backbone.heads import HEADS
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from util.audit import FIGURES, Figure
@@ -82,17 +85,17 @@ def audit(
     Raises UsageError if a reference has seen one of the forgotten, if `unseen` shares people or images with the training
     set, or if there are too few references or images.
     """
-    train_set, _ = data
-    remain = [c for c in range(len(train_set.classes)) if c not in forget] if remain is None else remain
-    check_references(references, forget, train_set.classes)
-    subject = Subject(after, *data, unseen, hardware)
-    known = [_shared(model, weights_sha256(model), *data, unseen, hardware, True) for model in (before, *originals)]
-    never = [_shared(model, weights_sha256(model), *data, unseen, hardware, False) for model in references]
-    people = tuple(sorted(forget)), tuple(sorted(remain))
-    scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
-    scene.check()
+    remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
+    check_references(references, forget, data[0].classes)
+    Scene(*data, tuple(sorted(forget)), tuple(sorted(remain)), unseen, None, (), hardware).check()
     if unseen is not None:
-        check_unseen(unseen, train_set)
+        check_unseen(unseen, data[0])
+    data, present = with_images(*data)
+    subject = Subject(with_rows(after, present), *data, unseen, hardware)
+    known = [_shared(model, weights_sha256(model), present, *data, unseen, hardware, True) for model in (before, *originals)]
+    never = [_shared(model, weights_sha256(model), present, *data, unseen, hardware, False) for model in references]
+    people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
+    scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
     store = Store(cache, scene)
     found = {}
     for number, other in enumerate([*never, *known], start=1):
@@ -109,9 +112,32 @@ def audit(
 
 
 @lru_cache(maxsize=16)
-def _shared(model: Recognizer, _weights_sha256: str, *rest: Any) -> Subject:
+def _shared(model: Recognizer, _weights_sha256: str, present: tuple[int, ...], *rest: Any) -> Subject:
     """The next audit in this process, of another model beside the same ones, finds them embedded."""
-    return Subject(model, *rest)
+    return Subject(with_rows(model, present), *rest)
+
+
+@lru_cache(maxsize=1)
+def with_images(train_set: ImageSet, test_set: ImageSet) -> tuple[tuple[ImageSet, ImageSet], tuple[int, ...]]:
+    """The sets with the classes alone that have training images, numbered anew, and their ids of before.
+
+    Whoever asked to be forgotten may have had all images erased: such people take no part in any figure.
+    """
+    present = train_set.labels.unique()
+    names, data = tuple(train_set.classes[c] for c in present), (train_set, test_set)
+    if len(names) < len(train_set.classes):
+        data = tuple(replace(s, labels=torch.searchsorted(present, s.labels), classes=names) for s in data)
+    return data, tuple(present.tolist())
+
+
+def with_rows(model: Recognizer, classes: tuple[int, ...]) -> Recognizer:
+    """The model with the head's rows of these classes alone."""
+    if len(classes) == len(model.head.weight):
+        return model
+    architecture = replace(model.architecture, num_classes=len(classes))
+    head = HEADS[architecture.head](model.head.weight.shape[1], len(classes), **architecture.head_options)
+    head.load_state_dict({name: rows[list(classes)] for name, rows in model.head.state_dict().items()})
+    return Recognizer(architecture, model.backbone, head).eval()
 
 
 def check_references(references: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
