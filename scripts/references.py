@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
+from backbone.recognizer import default_image_size, misfits
 from data.cache import cache_folder
 from data.image_set import ImageSet
 from scripts.jobs import Job, deal_out, places
-from train_pretrain import RECIPE
+from train_pretrain import RECIPE, build_model
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import file_lock, read_json, sha256
+from util.runtime.files import file_lock, read_json, readable, sha256
 from util.runtime.interrupt import end_on_sigterm
 from util.storage.checkpoint import Checkpoint
 from util.storage.folders import PretrainFolder
@@ -35,23 +36,30 @@ PASSED_ON = (*DATA_OPTIONS, "device", "precision", "attention", "cls_only_last_b
 def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
     """How the pre-trained model was trained, from the checkpoint or the config.json of its run.
 
-    Raises UsageError where neither tells, or where the weights that it began with are gone.
+    Raises UsageError where neither tells, where that is another model's, or where the weights it began with are gone.
     """
-    recipe = checkpoint.info.get("recipe") if config is None else read_json(config).get("arguments")
-    whole = isinstance(recipe, dict) and {*RECIPE} <= recipe.keys()
-    counts = [recipe["epochs"], recipe["warmup_epochs"]] if whole else [None]
-    if not all(type(count) is int for count in counts) or counts[0] < 1:
+    recipe, a = checkpoint.info.get("recipe"), checkpoint.model.architecture
+    if config is not None:
+        recipe = read_json(config).get("arguments")
+    if not isinstance(recipe, dict) or not {*RECIPE} <= recipe.keys():
         where = f"{config} has" if config else f"{path} names"
         raise UsageError(
             f"{where} no recipe of pre-training, and references are trained by the same: give the config.json of its run "
             f"with --recipe, or references with --references"
         )
-    if recipe["weights"] and not Path(recipe["weights"]).is_file():
-        raise UsageError(
-            f"no file {recipe['weights']}, whose weights pre-training began with: a copy of its config.json, given with "
-            f"--recipe, can say where it lies now"
-        )
-    return {key: recipe[key] for key in RECIPE}
+    recipe = {key: recipe[key] for key in RECIPE}
+    with readable(config or path, "no recipe of pre-training"), torch.device("meta"):
+        untrained = argparse.Namespace(**recipe | {"seed": 0, "init": "timm", "weights": None, "pretrained": False})
+        model = build_model(untrained, a.num_classes, recipe["image_size"] or default_image_size(recipe["model"]))
+        range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers
+        if problems := misfits(checkpoint.model.state_dict(), model.state_dict()):
+            raise UsageError(f"{path} was not trained by the recipe in {config or path}: {problems}")
+        if recipe["weights"] and not Path(recipe["weights"]).is_file():
+            raise UsageError(
+                f"no file {recipe['weights']}, whose weights {path} was trained from: a copy of its run's config.json that "
+                f"says where it lies now can be given with --recipe"
+            )
+    return recipe
 
 
 def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, without: Sequence[int], seed: int) -> Job:
