@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, recipe_of, reference_job
-from util.audit.audit import Audit, audit, check_references, check_unseen
+from util.audit.audit import Audit, audit, check_originals, check_references, check_unseen
 from util.audit.pictures import pictures
 from util.audit.subject import Scene
 from util.cli import options
@@ -93,9 +94,11 @@ class Trail:
             self.load(case.after)
             people = tuple(sorted(case.forget)), tuple(self._remain(case))
             Scene(*self.data, *people, self.unseen, None, (), self.hardware).check()
+            known = [self.before.model, *(self.load(path).model for path in args.originals)]
+            check_originals(known, case.forget, self.classes)
             if args.references is not None:
-                given = {path: self.load(path).model for path in (*args.originals, *args.references)}
-                check_references([given[path] for path in dict.fromkeys(args.references)], case.forget, self.classes)
+                never = [self.load(path).model for path in dict.fromkeys(args.references)]
+                check_references(never, case.forget, self.classes)
 
     def _cases_of_run(self) -> list[Case]:
         tasks, forget = self.results["tasks"], self.requests
@@ -222,7 +225,8 @@ class Trail:
 
 
 def describe(path: Path, checkpoint: Checkpoint, train_set: ImageSet) -> dict:
-    info, rows = checkpoint.info, checkpoint.model.head.weight.detach()
+    rows = checkpoint.model.head.weight.detach()
+    info = {key: value for key, value in checkpoint.info.items() if isinstance(value, int | float) and isfinite(value)}
     # Whoever has no images is in no model that is trained now.
     without = [c for c in train_set.labels.unique().tolist() if not rows[c].any()]
     about = {"seed": info.get("seed"), "sha256": sha256(path), "acc_remain": info.get("acc")}

@@ -70,7 +70,7 @@ def whole(run, strangers, here, command, tmp_path_factory) -> Path:  # noqa: F81
         options = ("--num-references", 3, "--num-originals", 2, "--unseen", strangers)
         code, out, err = command("scripts/audit.py", run, *options)
         assert code == 0, err
-        assert len(here) == 4
+        assert len(here) <= 4
         (run.parent / "audit.out").write_text(out)
     return run / "audit"
 
@@ -415,6 +415,8 @@ def test_references_that_say_nothing_are_refused(files, references, early, tmp_p
     refused(files("--references", *references[:2], references[0]), 2, "2 references: their spread cannot be told")
     message = "reference 3 was trained with 5 of the 5 forgotten identities, 'c0' first"
     refused(files("--references", *references[:2], early), 2, message)
+    refused(files("--originals", references[0]), 2, "original 1 was trained without 'c0'")
+    refused(files("--before", references[0]), 2, "the pre-trained model was trained without 'c0'")
     message = "reference 1 was trained with 1 of the 6 forgotten identities, 'c7' first"
     refused(files("--forget-classes", ",".join([*FIRST, "c7"])), 2, message)
     assert not (tmp_path / "audit").exists()
@@ -539,11 +541,11 @@ def test_a_moved_run_is_audited_where_its_files_are_told(whole, run, early, trai
 
 def test_a_published_checkpoint_is_audited_by_a_recipe_or_beside_references(colours, here, command, tmp_path):  # noqa: F811
     pre = tmp_path / "pre"
-    words = ("--model", "face_vit_p8s8_d6", "--image-size", 32, "--depth", 1, "--epochs", 1, "--published-layout")
+    words = ("--model", "face_vit_p8s8_d6", "--image-size", 32, "--depth", 1, "--epochs", 1, "--precision", "fp32", "--published-layout")
     code, _, err = command("train_pretrain.py", "--data", colours, *words, "--output-dir", pre)
     assert code == 0, err
     words = ("--before", pre / "published.pth", "--after", pre / "checkpoint.pth", "--forget-classes", "c8,c9")
-    words += ("--data", colours, "--quick", "--figures", "readout", "--output-dir", tmp_path / "audit")
+    words += ("--data", colours, "--precision", "fp32", "--quick", "--figures", "readout", "--output-dir", tmp_path / "audit")
     code, _, err = command("scripts/audit.py", *words, "--recipe", pre / "config.json")
     assert code == 0, err
     assert len(here) == 3
@@ -636,6 +638,16 @@ def test_references_that_do_not_fit_are_refused(files, references, colours, comm
         refused(files("--references", *references[:2], path), 2, told)
         refused(files("--originals", path), 2, told)
     assert not (tmp_path / "audit").exists()
+
+
+def test_what_a_checkpoint_says_of_itself_may_be_anything(files, early, tmp_path):  # noqa: F811
+    checkpoint = torch.load(early, weights_only=True)
+    checkpoint["info"] = {"acc": float("nan"), "seed": "x", "without_classes": [99], "recipe": {"lr": torch.ones(2)}}
+    torch.save(checkpoint, tmp_path / "odd.pth")
+    code, _, err = files("--before", tmp_path / "odd.pth")
+    assert code == 0, err
+    (entry,) = audit_of(tmp_path / "audit")["originals"]
+    assert (entry["seed"], entry["acc_remain"], entry["without"]) == (None, None, [])
 
 
 def test_originals_belong_to_given_references(early, command):  # noqa: F811

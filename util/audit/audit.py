@@ -87,6 +87,7 @@ def audit(
     """
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
     check_references(references, forget, data[0].classes)
+    check_originals([before, *originals], forget, data[0].classes)
     Scene(*data, tuple(sorted(forget)), tuple(sorted(remain)), unseen, None, (), hardware).check()
     if unseen is not None:
         check_unseen(unseen, data[0])
@@ -146,13 +147,18 @@ def check_references(references: Sequence[Recognizer], forget: Sequence[int], cl
     if len({weights_sha256(model) for model in references}) < len(references):
         raise UsageError("two references are the same model: give each once")
     for number, model in enumerate(references, start=1):
-        has_row = (model.head.weight.detach() != 0).any(dim=1).cpu()
-        seen = [c for c in forget if has_row[c]]
-        if seen:
+        if seen := [c for c in forget if model.head.weight[c].any()]:
             raise UsageError(
                 f"reference {number} was trained with {len(seen)} of the {len(forget)} forgotten identities, "
                 f"{classes[seen[0]]!r} first: it cannot tell what never seen means"
             )
+
+
+def check_originals(originals: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
+    for number, model in enumerate(originals):
+        if lacking := [c for c in forget if not model.head.weight[c].any()]:
+            which = f"original {number}" if number else "the pre-trained model"
+            raise UsageError(f"{which} was trained without {classes[lacking[0]]!r}: it cannot tell what known means")
 
 
 def check_unseen(unseen: ImageSet, train_set: ImageSet) -> None:
