@@ -28,9 +28,9 @@ from util.evaluation.evaluate import Predictions, embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
 from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import load_tensors, sha256, write_json, write_text
+from util.runtime.files import load_tensors, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
-from util.storage.folders import CONFIG, TASK_FILES, claim
+from util.storage.folders import CONFIG, claim, folder_of
 from util.training.deletion_record import load_record, settings_of
 from util.training.record_check import verify_record
 
@@ -119,15 +119,6 @@ def load_model(args: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
-def output_folder(args: argparse.Namespace) -> Path:
-    """--output-dir, or one of these files' own: test-<run>-<checkpoint>-<the first digits of each one's SHA-256>."""
-    files = [args.checkpoint, *args.adapters, *filter(None, [args.deposit])]
-    parent = args.checkpoint.absolute().parent
-    run = parent.parent if parent.name in TASK_FILES else parent
-    name = "-".join(["test", run.name, args.checkpoint.stem, *(sha256(file)[:8] for file in files)])
-    return args.output_dir or Path("exps") / name
-
-
 def load_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[ImageSet, dict]:
     """The test set, with the checkpoint's classes, and the groups of these. Images of forgotten classes may be gone."""
     _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, device)
@@ -162,7 +153,9 @@ def main(argv: list[str] | None) -> None:
     if args.verify_record is not None:
         return confirm(args)
     hardware = options.hardware_of(args)
-    checkpoint, output = load_model(args), output_folder(args)
+    checkpoint = load_model(args)
+    more = [*args.adapters, *filter(None, [args.deposit])]
+    output = args.output_dir or folder_of("test", args.checkpoint, *more)
     claim(output, SCRIPT)
     test_set, groups = load_images(args, checkpoint, hardware.device)
     model = to_device(checkpoint.model, hardware)

@@ -42,6 +42,7 @@ IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
 # The options that a pre-trained model depends on, beside the data, the classes left out and the seed.
 RECIPE = ("model", "image_size", "depth", "head", "drop_rate", "weights", "pretrained", "epochs", "warmup_epochs")
 RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad", "sched", "decay_on", "init", "mirror")
+RECIPE_OF_WEIGHTS = ("published_adapters",)  # of some weights to start from
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -174,7 +175,8 @@ def pretrain(
     accuracies = predict(model, test_set, hardware).accuracies(task.remain)
     arguments = options.plain_arguments(args)
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
-    info |= {"recipe": {key: arguments[key] for key in RECIPE}, "without_classes": list(task.old)}
+    recipe = {key: arguments[key] for key in (*RECIPE, *RECIPE_OF_WEIGHTS) if key in RECIPE or arguments[key]}
+    info |= {"recipe": recipe, "without_classes": list(task.old)}
     info |= {"class_digests": train_set.contents, "val_fraction": args.val_fraction}
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:

@@ -1,7 +1,8 @@
 """A face recognizer: a timm backbone that embeds images, and a margin head that turns embeddings into logits."""
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import timm
 import torch
@@ -62,6 +63,16 @@ class Recognizer(nn.Module):
 
     def num_trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+
+def with_rows(model: Recognizer, classes: Sequence[int]) -> Recognizer:
+    """The model with the head's rows of these classes alone. The backbone is shared."""
+    if [*classes] == [*range(len(model.head.weight))]:
+        return model
+    architecture = replace(model.architecture, num_classes=len(classes))
+    head = HEADS[architecture.head](model.head.weight.shape[1], len(classes), **architecture.head_options)
+    head.load_state_dict({name: rows[[*classes]] for name, rows in model.head.state_dict().items()})  # all are rows
+    return Recognizer(architecture, model.backbone, head).eval()
 
 
 def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:

@@ -15,6 +15,7 @@ from pathlib import Path
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data import SYNTHETIC
 from methods import METHODS
 from scripts.jobs import add_job_options
 from scripts.references import train_references
@@ -37,9 +38,9 @@ def build_parser() -> options.Parser:
     parser = options.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, or of a comparison")
     group = parser.add_argument_group("instead of runs, two checkpoints")
-    group.add_argument("--before", type=Path, metavar="FILE", help="the pre-trained recognizer")
+    group.add_argument("--before", type=Path, metavar="FILE", help="the pre-trained recognizer; of runs, where it lies now")
     group.add_argument("--after", type=Path, metavar="FILE", help="the one that was to forget")
-    group.add_argument("--forget-classes", metavar="LIST", help="whom: ids or names, separated by commas")
+    group.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"whom: {options.NAMES}")
     options.add_published(group)
     options.add_data(parser)
     parser.add_argument("--unseen", type=Path, metavar="DIR", help="<identity>/<image> of people in no training set")
@@ -48,9 +49,8 @@ def build_parser() -> options.Parser:
         "--requests",
         type=request_number,
         nargs="+",
-        default=[1],
         metavar="N",
-        help="these, each after its task; all: each after its task and after the last",
+        help="these, each after its task (default: the run's first); all: each after its task and after the last",
     )
     group.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES), help="which")
     group.add_argument("--quick", action="store_true", help="the first three figures, 3 references, no pictures")
@@ -76,8 +76,8 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
-    files = (args.before, args.after, args.forget_classes)
-    if (files != (None,) * 3) if args.runs else (None in files):
+    files = (args.after, args.forget_classes)
+    if (files != (None, None)) if args.runs else (None in (args.before, *files)):
         raise UsageError("name the folders of runs, or --before, --after and --forget-classes")
     return args
 
@@ -102,21 +102,29 @@ def run_folders(paths: list[Path]) -> list[RunFolder]:
     return sorted(found, key=lambda run: (results[run]["seed"], order.index(results[run]["method"])))
 
 
+def trail_of(run: RunFolder, argv: list[str] | None) -> Trail:
+    """The run beside what it began with. Raises UsageError where that is gone or another file."""
+    config = read_json(run.config)
+    with readable(run.config, "damaged config"):
+        args = parse_arguments(argv, settings_of(config))
+        args.before, expected = args.before or Path(config["arguments"]["checkpoint"]), config["checkpoint_sha256"]
+        if not args.before.is_file():
+            raise UsageError(f"no file {args.before}: --before says where the checkpoint lies that {run.path} began with")
+        if sha256(args.before) != expected:
+            raise UsageError(f"{args.before} is not the checkpoint that {run.path} began with: --before names that")
+        if args.data != SYNTHETIC and not Path(args.data).is_dir():
+            raise UsageError(f"no folder {args.data}: --data says where the images of {run.path} lie")
+    return Trail(args, run)
+
+
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    if args.runs:
-        trails = []
-        for run in run_folders(args.runs):
-            config = read_json(run.config)
-            with readable(run.config, "damaged config"):
-                checkpoint, settings = Path(config["arguments"]["checkpoint"]), settings_of(config)
-                if checkpoint.exists() and sha256(checkpoint) != config["checkpoint_sha256"]:
-                    raise UsageError(f"{checkpoint} is no longer the checkpoint that {run.path} began with")
-            trails.append(Trail(parse_arguments(argv, settings), checkpoint, run))
-        if args.output_dir is not None and len(trails) > 1:
-            raise UsageError(f"--output-dir is for one run, here are {len(trails)}: each gets a folder audit of its own")
-    else:
-        trails = [Trail(args, args.before)]
+    runs = run_folders(args.runs)
+    if args.output_dir is not None and len(runs) > 1:
+        raise UsageError(f"--output-dir is for one run, here are {len(runs)}: each gets a folder audit of its own")
+    trails = [trail_of(run, argv) for run in runs] or [Trail(args)]
+    for trail in trails:
+        trail.claim()
     if args.references is None:
         jobs = [job for trail in trails for case in trail.cases for group in trail.reference_jobs(case) for job in group]
         train_references(jobs, args)

@@ -17,6 +17,7 @@ from util.cli.options import number
 from util.storage.folders import OutputFolder
 
 ROOT = Path(__file__).resolve().parent.parent
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Job:
 
     def open_log(self) -> TextIO:
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        return (self.folder.path / "log.txt").open("a")
+        return (self.folder.path / "log.txt").open("a", **TEXT)
 
 
 def add_job_options(group: argparse._ActionsContainer) -> None:
@@ -71,7 +72,7 @@ def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
         variables = environment | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         with job.open_log() as log:
             command = [sys.executable, str(ROOT / job.script), *job.arguments]
-            process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.PIPE, **TEXT)
             running.add(process)
             _, errors = process.communicate()
             running.discard(process)

@@ -8,18 +8,21 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from backbone.recognizer import default_image_size, misfits
 from data.cache import cache_folder
 from data.image_set import ImageSet
 from scripts.jobs import Job, deal_out, places
-from train_pretrain import RECIPE
+from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, build_model
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import read_json, sha256
+from util.runtime.files import file_lock, read_json, readable, sha256
 from util.runtime.interrupt import end_on_sigterm
 from util.storage.checkpoint import Checkpoint
 from util.storage.folders import PretrainFolder
@@ -33,9 +36,9 @@ PASSED_ON = (*DATA_OPTIONS, "device", "precision", "cls_only_last_block", "image
 def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
     """How the pre-trained model was trained, from the checkpoint or the config.json of its run.
 
-    Raises UsageError where neither tells.
+    Raises UsageError where neither tells, where that is another model's, or where the weights it began with are gone.
     """
-    recipe = checkpoint.info.get("recipe")
+    recipe, a = checkpoint.info.get("recipe"), checkpoint.model.architecture
     if config is not None:
         recipe = read_json(config).get("arguments")
     if not isinstance(recipe, dict) or not {*RECIPE} <= recipe.keys():
@@ -44,7 +47,19 @@ def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
             f"{where} no recipe of pre-training, and references are trained by the same: give the config.json of its run "
             f"with --recipe, or references with --references"
         )
-    return {key: recipe[key] for key in RECIPE}
+    recipe = {key: recipe[key] for key in (*RECIPE, *RECIPE_OF_WEIGHTS) if key in RECIPE or recipe.get(key)}
+    with readable(config or path, "no recipe of pre-training"), torch.device("meta"):
+        untrained = argparse.Namespace(**recipe | {"seed": 0, "init": "timm", "weights": None, "pretrained": False})
+        model = build_model(untrained, a.num_classes, recipe["image_size"] or default_image_size(recipe["model"]))
+        range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers
+        if problems := misfits(checkpoint.model.state_dict(), model.state_dict()):
+            raise UsageError(f"{path} was not trained by the recipe in {config or path}: {problems}")
+        if recipe["weights"] and not Path(recipe["weights"]).is_file():
+            raise UsageError(
+                f"no file {recipe['weights']}, whose weights {path} was trained from: a copy of its run's config.json that "
+                f"says where it lies now can be given with --recipe"
+            )
+    return recipe
 
 
 def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, without: Sequence[int], seed: int) -> Job:
@@ -58,9 +73,11 @@ def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, w
     key = hashlib.sha256(json.dumps([data_sha256(train_set), known, names, seed]).encode()).hexdigest()[:16]
     folder = PretrainFolder((args.cache_dir or cache_folder()) / "references" / f"{train_set.name}-{key}")
     arguments = ["--seed", str(seed), "--output-dir", str(folder.path), "--resume", "--overwrite"]
-    if without:
-        quoted = (name.replace('"', '""') for name in names)
-        arguments += ["--without-classes", ",".join(f'"{name}"' for name in quoted)]
+    if without:  # by id: a name may hold anything
+        arguments += ["--without-classes", ",".join(f"#{c}" for c in sorted(without))]
+    present = {*train_set.labels.tolist()}
+    if absent := [name.replace('"', '""') for c, name in enumerate(train_set.classes) if c not in present]:
+        arguments += ["--absent-classes", ",".join(f'"{name}"' for name in absent)]
     for name, value in (recipe | {name: getattr(args, name) for name in PASSED_ON}).items():
         if value is True:
             arguments.append(option_name(name))
@@ -78,12 +95,49 @@ def train_references(jobs: Sequence[Job], args: argparse.Namespace) -> None:
         return
     print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
     with end_on_sigterm():
-        for done, job in enumerate(deal_out(missing, places(args, len(missing))), start=1):
+        for done, job in enumerate(_trained(missing, args), start=1):
             if job.failure:
                 raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
             seconds = time.perf_counter() - start
             told = f"{_clock(seconds)}, about {_clock(seconds / done * (len(missing) - done))} left"
             print(f"reference {done} of {len(missing)}: {job.label} · {told}", flush=True)
+
+
+def _trained(jobs: list[Job], args: argparse.Namespace) -> Iterator[Job]:
+    """Yield each job as its reference is there. What another audit trains is waited for, and trained if that one dies."""
+    while jobs:
+        with ExitStack() as held:
+            locks = {job.folder.path: held.enter_context(lock) for job in jobs if (lock := _reserve(job))}
+            idle, there = not locks, [job for job in jobs if job.folder.finished]
+            todo = [job for job in jobs if job.folder.path in locks and job not in there]
+            for job in chain(there, deal_out(todo, places(args, len(todo)))):
+                locks.pop(job.folder.path, ExitStack()).close()
+                if job.failure and not _reserve(job):
+                    job.failure = ""  # one that an audit has left behind when it was killed goes on
+                    continue
+                jobs = [other for other in jobs if other is not job]
+                yield job
+        if jobs and idle:
+            print(f"waiting for another audit, which trains {jobs[0].label}", flush=True)
+            for lock in _locks(jobs[0]):
+                with file_lock(lock):
+                    pass
+
+
+def _reserve(job: Job) -> ExitStack | None:
+    """Keep other audits from training this reference until the result is closed; None where another one does."""
+    audits, runs = _locks(job)
+    with ExitStack() as held, suppress(BlockingIOError):
+        held.enter_context(file_lock(audits, wait=False))
+        with file_lock(runs, wait=False):
+            return held.pop_all()
+
+
+def _locks(job: Job) -> tuple[Path, Path]:
+    """That of the audits, and the run's own, which outlives an audit that is killed."""
+    folder = job.folder.path
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.with_name(f".{folder.name}.lock"), folder / ".lock"
 
 
 def _clock(seconds: float) -> str:

@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import timm
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 # A script's own folder, not the repository's root, is where Python looks first.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from backbone.heads import HEADS
-from backbone.recognizer import Recognizer
+from backbone.recognizer import Recognizer, with_rows
 from data.tasks import people
 from util.cli import options
 from util.cli.main import run_main
@@ -48,14 +47,8 @@ class Embedder(nn.Module):
 def released(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the rows and names of the remaining classes alone, and nothing said of others."""
     gone = {c for task in checkpoint.forgotten for c in task}
-    count = checkpoint.model.architecture.num_classes
-    kept = [c for c in range(count) if c not in gone]
-    architecture = replace(checkpoint.model.architecture, num_classes=len(kept))
-    old = checkpoint.model.head
-    head = HEADS[architecture.head](old.weight.shape[1], len(kept), **architecture.head_options)
-    head.load_state_dict({name: rows[kept] for name, rows in old.state_dict().items()})  # all of a head's tensors are rows
-    classes = tuple(checkpoint.classes[c] for c in kept) if checkpoint.classes else ()
-    return Checkpoint(Recognizer(architecture, checkpoint.model.backbone, head).eval(), classes)
+    kept = [c for c in range(checkpoint.model.architecture.num_classes) if c not in gone]
+    return Checkpoint(with_rows(checkpoint.model, kept), tuple(checkpoint.classes[c] for c in kept if checkpoint.classes))
 
 
 def write_onnx(path: Path, embedder: Embedder, size: int) -> None:

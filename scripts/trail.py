@@ -3,13 +3,15 @@
 import argparse
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 
 import torch
 
+from backbone.recognizer import misfits
 from data import build_datasets, build_unseen
 from data.cache import cache_folder
 from data.image_set import ImageSet
@@ -17,20 +19,22 @@ from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, recipe_of, reference_job
-from util.audit.audit import Audit, audit, check_unseen
+from util.audit.audit import Audit, audit, check_originals, check_references, check_unseen
 from util.audit.pictures import pictures
 from util.audit.subject import Scene
 from util.cli import options
+from util.cli.config import describe_command
 from util.report.audit_page import audit_page
 from util.report.audit_tables import audit_markdown
 from util.report.results import load_results
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
-from util.storage.folders import RunFolder
+from util.storage.folders import CONFIG, RunFolder, claim, folder_of
 from util.training.monitor import log_scalars, open_writer
 
 SCHEMA = 1
+FURTHER_OPTIONS = ("unseen", "images", "before", "head", "published_adapters")  # that data depend on, besides DATA_OPTIONS
 
 
 @dataclass
@@ -49,11 +53,17 @@ class Case:
 
 @lru_cache(maxsize=1)
 def load_data(
-    where: tuple[tuple[str, object], ...], image_size: int, device: torch.device
+    where: tuple[tuple[str, object], ...], classes: tuple[str, ...], gone: tuple[int, ...], device: torch.device
 ) -> tuple[tuple[ImageSet, ImageSet], ImageSet | None]:
-    """Training and test set, and people in none of them; runs of one data set share them."""
+    """Training and test set, and people in none of them; runs of one data set share them.
+
+    With the class ids of the pre-trained model; `classes` are its, if it names none. Those of `gone` may have no images.
+    """
     args = argparse.Namespace(**dict(where))
-    data, unseen = build_datasets(args, image_size, device), build_unseen(args, image_size, device)
+    checkpoint = load_once(args.before, args.head, args.published_adapters)
+    size = checkpoint.model.architecture.image_size
+    data, unseen = build_datasets(args, size, device), build_unseen(args, size, device)
+    data = align_classes(replace(checkpoint, classes=checkpoint.classes or classes), data, args.before, gone)
     if unseen is not None:
         check_unseen(unseen, data[0])
     return data, unseen
@@ -65,36 +75,45 @@ load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained
 class Trail:
     """A run, or two checkpoints, with data and models loaded: what becomes one audit.json."""
 
-    def __init__(self, args: argparse.Namespace, before: Path, run: RunFolder | None = None) -> None:
-        self.args, self.path, self.run, self.hardware = args, before, run, options.hardware_of(args)
-        self.before = load_once(before, args.head, args.published_adapters)
-        where = {key: getattr(args, key) for key in (*DATA_OPTIONS, "unseen", "images")}
-        size = self.before.model.architecture.image_size
-        self.data, self.unseen = load_data(tuple(where.items()), size, self.hardware.device)
-        align_classes(self.before, self.data, before)
-        self.classes = self.data[0].classes
+    def __init__(self, args: argparse.Namespace, run: RunFolder | None = None) -> None:
+        self.args, self.run, self.hardware = args, run, options.hardware_of(args)
         self.results = load_results(run.results) if run else None
         self.label = METHODS[self.results["method"]].title if run else args.after.stem
-        self.output = args.output_dir or (run.path / "audit" if run else Path("exps") / f"audit-{self.label}")
-        self.cases = self._cases_of_run() if run else [self._case_of_files()]
+        own = run.path / "audit" if run else folder_of("audit", args.after, whom=args.forget_classes)
+        self.output = args.output_dir or own
+        if run and not self.results["tasks"]:
+            raise UsageError(f"{run.path} has finished no task")
+        after = self._load(run.checkpoint(self.results["tasks"][-1]["task"]) if run else args.after)
+        self.cases = self._cases_of_run(after.forgotten) if run else []
+        self.before = self._load(args.before)
+        gone = tuple(sorted({*chain(*after.forgotten)}))
+        where = tuple((key, getattr(args, key)) for key in (*DATA_OPTIONS, *FURTHER_OPTIONS))
+        self.data, self.unseen = load_data(where, after.classes, gone, self.hardware.device)
+        self.classes = self.data[0].classes
+        self.cases = self.cases or [self._case_of_files()]
+        unasked = args.references is not None and args.recipe is None
+        self.recipe = None if unasked else recipe_of(self.before, args.before, args.recipe)
         for case in self.cases:  # what is wrong is found before references are trained
             self.load(case.after)
             people = tuple(sorted(case.forget)), tuple(self._remain(case))
             Scene(*self.data, *people, self.unseen, None, (), self.hardware).check()
+            known = [self.before.model, *(self.load(path).model for path in args.originals)]
+            check_originals(known, case.forget, self.classes)
+            if args.references is not None:
+                never = [self.load(path).model for path in dict.fromkeys(args.references)]
+                check_references(never, case.forget, self.classes)
 
-    def _cases_of_run(self) -> list[Case]:
-        tasks = self.results["tasks"]
-        if not tasks or tasks[0]["task"] != 1:
-            raise UsageError(f"{self.run.path} does not begin with the first task: audit the run that it continues")
-        forget = [task["forget_classes"] for task in tasks]
-        count, numbers = len(tasks), [*dict.fromkeys(self.args.requests)]
-        moments = [(n, n) for n in (range(1, count + 1) if "all" in numbers else numbers)]
-        if "all" in numbers:
-            moments += [(n, count) for n in range(1, count)]
-        elif max(numbers) > count:
-            raise UsageError(f"--requests {max(numbers)}: {self.run.path} has finished {count} tasks")
+    def _cases_of_run(self, forgotten: list[list[int]]) -> list[Case]:
+        """Of the run's own tasks; `forgotten` are the class ids of these and of those before them."""
+        own = [task["task"] for task in self.results["tasks"]]
+        wanted = [*dict.fromkeys(self.args.requests or own[:1])]
+        moments = [(number, number) for number in (own if "all" in wanted else wanted)]
+        if "all" in wanted:
+            moments += [(number, own[-1]) for number in own[:-1]]
+        elif strange := [number for number in wanted if number not in own]:
+            raise UsageError(f"--requests {strange[0]}: {self.run.path} has finished {', '.join(map(str, own))}")
         return [
-            Case(self.run.checkpoint(after), task, after, forget[task - 1], sorted(chain(*forget[:after])))
+            Case(self.run.checkpoint(after), task, after, forgotten[task - 1], sorted(chain(*forgotten[:after])))
             for task, after in moments
         ]
 
@@ -107,17 +126,27 @@ class Trail:
 
     def reference_jobs(self, case: Case) -> tuple[list[Job], list[Job]]:
         """The references and the further originals to train."""
-        recipe, args = recipe_of(self.before, self.path, self.args.recipe), self.args
+        args = self.args
         # From 1 on, without the pre-trained model's own.
         seeds = [s for s in range(1, args.num_references + args.num_originals + 1) if s != self.before.info.get("seed")]
         wanted = (case.gone, args.num_references), ([], args.num_originals - 1)
         return tuple(
-            [reference_job(args, recipe, self.data[0], without, seed) for seed in seeds[:count]] for without, count in wanted
+            [reference_job(args, self.recipe, self.data[0], gone, seed) for seed in seeds[:count]] for gone, count in wanted
         )
 
+    def _load(self, path: Path) -> Checkpoint:
+        return load_once(path, self.args.head, self.args.published_adapters)
+
     def load(self, path: Path) -> Checkpoint:
-        checkpoint = load_once(path, self.args.head, self.args.published_adapters)
+        """A checkpoint that can be measured beside the pre-trained one: of the same classes, image size and kind of rows."""
+        checkpoint = self._load(path)
         align_classes(checkpoint, self.data, path)
+        known, own = self.before.model, checkpoint.model
+        size, expected = own.architecture.image_size, known.architecture.image_size
+        if problems := misfits(own.head.state_dict(), known.head.state_dict()):
+            raise UsageError(f"{path} is no model like {self.args.before}: in its head {problems}")
+        if size != expected:
+            raise UsageError(f"{path} was trained on images of {size} pixels, {self.args.before} on images of {expected}")
         return checkpoint
 
     def audit(self, case: Case) -> tuple[Audit, list[dict], list[dict]]:
@@ -150,8 +179,13 @@ class Trail:
         )
         if live:
             print("\r\033[K", end="", file=sys.stderr)
-        known = {self.path: self.before, **known}
-        return found, *([describe(path, checkpoint) for path, checkpoint in group.items()] for group in (never, known))
+        known = {self.args.before: self.before, **known}
+        return found, *([describe(*entry, self.data[0]) for entry in group.items()] for group in (never, known))
+
+    def claim(self) -> None:
+        """Make the output folder this audit's. Raises UsageError if it is of something else."""
+        claim(self.output, "audit.py")
+        write_json(self.output / CONFIG, describe_command(self.args, "audit.py"))
 
     def write(self) -> dict:
         """Audit every case and leave the files. Returns the content of audit.json."""
@@ -170,7 +204,7 @@ class Trail:
             "schema": SCHEMA,
             "data": self.data[0].name,
             "method": self.label if self.run else None,
-            "recipe": self.before.info.get("recipe"),
+            "recipe": self.recipe,
             **{name: [*group.values()] for name, group in others.items()},
             "requests": requests,
             "arguments": options.plain_arguments(self.args) | dict.fromkeys(("runs", "references", "originals")),
@@ -190,8 +224,10 @@ class Trail:
                     log_scalars(writer, f"audit/request_{request['task']}/{what}", values, request["after_task"])
 
 
-def describe(path: Path, checkpoint: Checkpoint) -> dict:
-    info = checkpoint.info
-    without = [checkpoint.classes[c] for c in info.get("without_classes", [])]
-    about = {"seed": info.get("seed"), "sha256": sha256(path), "acc_remain": info.get("acc"), "without": without}
-    return about | {"file": str(path.resolve())}
+def describe(path: Path, checkpoint: Checkpoint, train_set: ImageSet) -> dict:
+    rows = checkpoint.model.head.weight.detach()
+    info = {key: value for key, value in checkpoint.info.items() if isinstance(value, int | float) and isfinite(value)}
+    # Whoever has no images is in no model that is trained now.
+    without = [c for c in train_set.labels.unique().tolist() if not rows[c].any()]
+    about = {"seed": info.get("seed"), "sha256": sha256(path), "acc_remain": info.get("acc")}
+    return about | {"without": [train_set.classes[c] for c in without], "file": str(path.resolve())}

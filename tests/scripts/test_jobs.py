@@ -52,3 +52,14 @@ def test_runs_side_by_side_share_the_cores_and_see_one_gpu(monkeypatch, tmp_path
     assert done.keys() == {"one", "two", "three"}
     assert {seen[0] for seen in done.values()} == {threads}
     assert {seen[1] for seen in done.values()} == {"None", "4"}
+
+
+def test_what_a_run_says_is_logged_whatever_it_is(tmp_path):
+    """Names of files that are no text, in any encoding."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.stdout.buffer.write(b'out\\xff'); sys.stderr.buffer.write(b'err\\xfe'); sys.exit(1)")
+    job = Job("odd", PretrainFolder(tmp_path / "odd"), str(script), [])
+    with job.open_log() as log:
+        log.write("\udcfd ")
+    assert [done.failure for done in deal_out([job], [""])] == ["err\\xfe"]
+    assert (tmp_path / "odd" / "log.txt").read_bytes() == b"\\udcfd out\xfferr\\xfe"

@@ -1,12 +1,14 @@
 """References of the audit: what they are trained by, when they are trained, and what is said where they cannot be."""
 
 import contextlib
+import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -20,10 +22,11 @@ import train_pretrain
 from data import build_datasets
 from data.tasks import named_classes
 from scripts.audit import parse_arguments
-from scripts.references import recipe_of, reference_job, train_references
+from scripts.references import _locks, recipe_of, reference_job, train_references
 from tests.conftest import ROOT, SMALL
 from tests.test_bad_input import refused
 from train_pretrain import RECIPE
+from util.runtime.files import file_lock
 from util.storage.checkpoint import load_checkpoint
 from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
@@ -126,15 +129,26 @@ def test_it_is_trained_by_the_recipe_on_as_many_images(colours, recipe):
         assert epochs * 12 * (10 - len(without)) == 20 * 120
         assert (parsed.seed, parsed.output_dir, parsed.data) == (3, job.folder.path, str(colours))
         assert (parsed.precision, parsed.device, parsed.resume, parsed.overwrite) == ("fp32", "cpu", True, True)
+        assert parsed.absent_classes is None
         left_out = parsed.without_classes and named_classes(parsed.without_classes, [f"c{c}" for c in range(10)])
         assert left_out == ([*without] or None)
 
 
 def test_any_name_of_a_class_is_left_out(colours, recipe):
-    names = ("a", "o'neil, pat", '"eve"', "-x", "--seed", "7", "0", "ann, ", "é", "#")
-    for without in ([c] for c in (1, 2, 3, 4, 5, 6, 8, 9)):
+    names = ("\n", "o'neil, pat", '"eve"', "-x", "--seed", "7", "0", " ann, ", "\udcff", "#")
+    for without in ([c] for c in range(10)):
         parsed = train_pretrain.parse_arguments(job_of(colours, recipe, without, classes=names).arguments)
         assert named_classes(parsed.without_classes, names) == without
+
+
+def test_whoever_has_no_images_keeps_the_class_id(colours, recipe):
+    args = parse_arguments(["--before", "b", "--after", "a", "--forget-classes", "c1", "--data", str(colours)])
+    train_set, _ = build_datasets(args, 32, torch.device("cpu"))
+    names = ("b", "a,\n", '"q"', *(f"c{c}" for c in range(10)))
+    train_set = replace(train_set, labels=train_set.labels + 3, classes=names)
+    parsed = train_pretrain.parse_arguments(reference_job(args, recipe, train_set, (4,), 1).arguments)
+    assert next(csv.reader([parsed.absent_classes])) == [*names[:3]]
+    assert named_classes(parsed.without_classes, names) == [4]
 
 
 def test_what_the_cache_has_is_not_trained_again(colours, recipe, here, capsys):
@@ -198,7 +212,7 @@ def test_one_that_fails_is_named_in_one_line(early, colours, command, tmp_path):
     log = Path(result[2].split("(see ")[1].split(")")[0])
     assert "the loss is not finite" in log.read_text()
     assert result[1] == "references: 3 needed, 0 in the cache\n"
-    assert not (tmp_path / "audit").exists()
+    assert [path.name for path in (tmp_path / "audit").iterdir()] == ["config.json"]
 
 
 def test_sigterm_ends_them_saved(early, colours, tmp_path):
@@ -221,12 +235,73 @@ def test_sigterm_ends_them_saved(early, colours, tmp_path):
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
         assert "Traceback" not in err
-        (folder,) = references.iterdir()
+        (folder,) = (log.parent for log in references.glob("*/log.txt"))
         with PretrainFolder(folder).locked():  # nobody holds it any more
             pass
     finally:
         for holder in references.glob("*/.lock.holder"):
             os.kill(int(holder.read_text().split("process ")[1].split()[0]), signal.SIGTERM)
+
+
+ANOTHER_AUDIT = """
+import sys
+from pathlib import Path
+from util.runtime.files import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+    Path(sys.argv[2]).write_bytes(b"")
+"""
+
+
+@pytest.mark.parametrize("held", ["the audit", "the run that a killed audit left"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_reference_that_another_audit_trains_is_waited_for(held, killed, colours, recipe, monkeypatch, tmp_path):
+    """And trained where that one dies before it is there; meanwhile the others are."""
+    jobs, lines, trained = [job_of(colours, recipe, (4,), seed, cache_dir=tmp_path) for seed in (1, 2)], [], []
+    words = [_locks(jobs[0])[held != "the audit"], jobs[0].folder.results]
+    command = [sys.executable, "-c", ANOTHER_AUDIT, *map(str, words)]
+    other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+
+    def deal_out(jobs, gpus):
+        for job in jobs:
+            trained.append(job.label)
+            job.folder.results.write_bytes(b"")
+            yield job
+
+    def note(line, **_):
+        lines.append(line.split(" · ")[0])
+        if "waiting" in line:
+            threading.Timer(0.2, other.kill if killed else other.stdin.close).start()
+
+    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
+    monkeypatch.setattr(scripts.references, "print", note, raising=False)
+    train_references(jobs, ONE_DEVICE)
+    other.wait()
+    second, first = (f"colours without 1 classes, seed {seed}" for seed in (2, 1))
+    assert trained == ([second, first] if killed else [second])
+    assert lines[1:] == [
+        f"reference 1 of 2: {second}",
+        f"waiting for another audit, which trains {first}",
+        f"reference 2 of 2: {first}",
+    ]
+
+
+def test_a_run_that_another_process_has_taken_in_the_meantime_is_waited_for(colours, recipe, monkeypatch, tmp_path):
+    """A killed audit's run may begin late: ours fails then, and is no failure."""
+    job, tried = job_of(colours, recipe, (4,), cache_dir=tmp_path), []
+
+    def deal_out(jobs, gpus):
+        for job in jobs:
+            tried.append(job.label)
+            with file_lock(_locks(job)[1]) if len(tried) == 1 else contextlib.nullcontext():
+                job.failure = "in use by another" if len(tried) == 1 else ""
+                yield job
+
+    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
+    train_references([job], ONE_DEVICE)
+    assert len(tried) == 2
 
 
 @pytest.fixture
@@ -249,6 +324,18 @@ def test_an_unknown_recipe_is_asked_for(asked, trained, early, here, tmp_path):
         refused(asked("--recipe", tmp_path / f"{name}.json"), 2, f"{name}.json has no recipe of pre-training")
     refused(asked("--recipe", tmp_path / "absent.json"), 2, f"no file {tmp_path / 'absent.json'}")
     refused(asked("--recipe", early), 1, "not readable as JSON")
+    config = json.loads((early.parent / "config.json").read_text())
+    for changes, code, message in (
+        ({"depth": 3}, 2, "was not trained by the recipe in"),
+        ({"image_size": 48}, 2, "was not trained by the recipe in"),
+        ({"head": "softmax"}, 2, "head.bias is missing"),
+        ({"model": "face"}, 2, "unknown model 'face'"),
+        ({"epochs": None}, 1, "no recipe of pre-training"),
+        ({"epochs": 0}, 1, "no recipe of pre-training"),
+        ({"weights": str(tmp_path / "gone.pth")}, 2, f"no file {tmp_path / 'gone.pth'}, whose weights"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"arguments": config["arguments"] | changes}))
+        refused(asked("--recipe", tmp_path / "config.json"), code, message)
     assert not here
     assert not (tmp_path / "audit").exists()
 

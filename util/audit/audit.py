@@ -3,12 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from backbone.recognizer import Recognizer
+import torch
+
+from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
 from util.audit import FIGURES, Figure
 from util.audit.statistics import CANNOT_TELL, STILL_KNOWN, VERDICTS, bootstrap_interval, compare, value_of
@@ -82,17 +84,18 @@ def audit(
     Raises UsageError if a reference has seen one of the forgotten, if `unseen` shares people or images with the training
     set, or if there are too few references or images.
     """
-    train_set, _ = data
-    remain = [c for c in range(len(train_set.classes)) if c not in forget] if remain is None else remain
-    check_references(references, forget, train_set.classes)
-    subject = Subject(after, *data, unseen, hardware)
-    known = [_shared(model, weights_sha256(model), *data, unseen, hardware, True) for model in (before, *originals)]
-    never = [_shared(model, weights_sha256(model), *data, unseen, hardware, False) for model in references]
-    people = tuple(sorted(forget)), tuple(sorted(remain))
-    scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
-    scene.check()
+    remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
+    check_references(references, forget, data[0].classes)
+    check_originals([before, *originals], forget, data[0].classes)
+    Scene(*data, tuple(sorted(forget)), tuple(sorted(remain)), unseen, None, (), hardware).check()
     if unseen is not None:
-        check_unseen(unseen, train_set)
+        check_unseen(unseen, data[0])
+    data, present = with_images(*data)
+    subject = Subject(with_rows(after, present), *data, unseen, hardware)
+    known = [_shared(model, weights_sha256(model), present, *data, unseen, hardware, True) for model in (before, *originals)]
+    never = [_shared(model, weights_sha256(model), present, *data, unseen, hardware, False) for model in references]
+    people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
+    scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
     store = Store(cache, scene)
     found = {}
     for number, other in enumerate([*never, *known], start=1):
@@ -109,9 +112,22 @@ def audit(
 
 
 @lru_cache(maxsize=16)
-def _shared(model: Recognizer, _weights_sha256: str, *rest: Any) -> Subject:
+def _shared(model: Recognizer, _weights_sha256: str, present: tuple[int, ...], *rest: Any) -> Subject:
     """The next audit in this process, of another model beside the same ones, finds them embedded."""
-    return Subject(model, *rest)
+    return Subject(with_rows(model, present), *rest)
+
+
+@lru_cache(maxsize=1)
+def with_images(train_set: ImageSet, test_set: ImageSet) -> tuple[tuple[ImageSet, ImageSet], tuple[int, ...]]:
+    """The sets with the classes alone that have training images, numbered anew, and their ids of before.
+
+    Whoever asked to be forgotten may have had all images erased: such people take no part in any figure.
+    """
+    present = train_set.labels.unique()
+    names, data = tuple(train_set.classes[c] for c in present), (train_set, test_set)
+    if len(names) < len(train_set.classes):
+        data = tuple(replace(s, labels=torch.searchsorted(present, s.labels), classes=names) for s in data)
+    return data, tuple(present.tolist())
 
 
 def check_references(references: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
@@ -120,13 +136,18 @@ def check_references(references: Sequence[Recognizer], forget: Sequence[int], cl
     if len({weights_sha256(model) for model in references}) < len(references):
         raise UsageError("two references are the same model: give each once")
     for number, model in enumerate(references, start=1):
-        has_row = (model.head.weight.detach() != 0).any(dim=1).cpu()
-        seen = [c for c in forget if has_row[c]]
-        if seen:
+        if seen := [c for c in forget if model.head.weight[c].any()]:
             raise UsageError(
                 f"reference {number} was trained with {len(seen)} of the {len(forget)} forgotten identities, "
                 f"{classes[seen[0]]!r} first: it cannot tell what never seen means"
             )
+
+
+def check_originals(originals: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
+    for number, model in enumerate(originals):
+        if lacking := [c for c in forget if not model.head.weight[c].any()]:
+            which = f"original {number}" if number else "the pre-trained model"
+            raise UsageError(f"{which} was trained without {classes[lacking[0]]!r}: it cannot tell what known means")
 
 
 def check_unseen(unseen: ImageSet, train_set: ImageSet) -> None:

@@ -72,6 +72,8 @@ class Scene:
     def check(self) -> None:
         """Raise UsageError where the images do not suffice."""
         classes = self.train_set.classes
+        if gone := [classes[c] for c in self.forget if not len(self.train_by_class[c])]:
+            raise UsageError(f"the images of {', '.join(gone)} are gone: nothing of them can be audited")
         for c in self.forget:
             if (count := len(self.train_by_class[c])) < 2:
                 raise UsageError(f"{classes[c]} has {count} training images: the audit needs 2 or more")

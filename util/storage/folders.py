@@ -5,6 +5,7 @@ earlier run, by name, once the run that replaces them has finished.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from util.runtime import distributed
 from util.runtime.errors import UsageError
-from util.runtime.files import TEMPORARY_SUFFIX, file_lock, read_json
+from util.runtime.files import TEMPORARY_SUFFIX, file_lock, read_json, sha256
 
 CONFIG = "config.json"  # names the script that made a folder
 REPLACED = ".replaced"  # where a run lies until the one that replaces it has finished
@@ -55,6 +56,18 @@ def maker_of(path: Path) -> str | None:
             if isinstance(config, dict) and {"script", "arguments", "packages"} <= config.keys():
                 return str(config["script"])
     return None
+
+
+def folder_of(script: str, checkpoint: Path, *files: Path, whom: str = "") -> Path:
+    """The default folder of what a script finds in a checkpoint: <script>-<run>-<checkpoint>-<beginnings of hashes>.
+
+    `files` and `whom` are what it depends on beside the checkpoint.
+    """
+    parent = checkpoint.absolute().parent
+    run = parent.parent if parent.name in TASK_FILES else parent
+    hashes = [sha256(file) for file in (checkpoint, *files)]
+    hashes += [hashlib.sha256(os.fsencode(whom)).hexdigest()] if whom else []
+    return Path("exps") / "-".join([script, run.name, checkpoint.stem, *(digest[:8] for digest in hashes)])
 
 
 class OutputFolder:

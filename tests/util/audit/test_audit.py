@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,3 +247,36 @@ def test_too_few_images_are_refused(never_seen):
     data = coloured_images(per_class=1), coloured_images(seed=1)
     with pytest.raises(UsageError, match=r"^c1 has 1 training images"):
         audit(small_recognizer(), small_recognizer(), never_seen, data, [1, 4], hardware=CPU)
+
+
+@pytest.mark.parametrize("head", ["cosface", "softmax"])
+def test_people_without_images_take_no_part(head, monkeypatch):
+    """What is found is what would be, had there never been rows for them; d is gone."""
+    monkeypatch.setattr(relearning, "STEPS", (0, 1))
+    small = [coloured_images(7, per_class, seed=seed) for per_class, seed in ((4, 0), (3, 1))]
+    names = tuple("abcdefgh")
+    place = torch.tensor([0, 1, 2, 4, 5, 6, 7])
+    gaps = tuple(replace(images, labels=place[images.labels], classes=names) for images in small)
+    small = tuple(replace(images, classes=names[:3] + names[4:]) for images in small)
+    whole, fewer = [], []
+    for number in range(5):
+        whole.append(
+            edited(
+                small_recognizer(8, head),
+                lambda m, n=number: [p.add_(0.1 * n * torch.randn_like(p)) for p in m.parameters()],
+            )
+        )
+        fewer.append(small_recognizer(7, head))
+        if number > 1:
+            take_rows(whole[-1], [1, 3, 4])
+        fewer[-1].backbone.load_state_dict(whole[-1].backbone.state_dict())
+        fewer[-1].head.load_state_dict({key: rows[place] for key, rows in whole[-1].head.state_dict().items()})
+    options = {"unseen": coloured_images(9, 2, seed=3).subset(slice(14, None)), "hardware": CPU}
+    options["unseen"] = replace(options["unseen"], classes=tuple(f"u{c}" for c in range(9)))
+    one, other = (
+        audit(models[0], models[1], models[2:], data, forget, **options)
+        for models, data, forget in ((whole, gaps, [1, 4]), (fewer, small, [1, 3]))
+    )
+    assert json.dumps(one.as_dict(), allow_nan=False) == json.dumps(other.as_dict(), allow_nan=False)
+    with pytest.raises(UsageError, match="the images of d are gone: nothing of them can be audited"):
+        audit(whole[0], whole[1], whole[2:], gaps, [1, 3], **options)
