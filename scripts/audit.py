@@ -31,6 +31,7 @@ from util.runtime.files import read_json, readable, sha256, write_text
 from util.storage.folders import RunFolder
 from util.training.deletion_record import settings_of
 
+TABLE_BEGINS = "## Seed "
 QUICK = {"num_references": 3, "num_originals": 1, "figures": ["readout", "enrolment", "verification"]}
 
 
@@ -122,6 +123,9 @@ def main(argv: list[str] | None) -> None:
     runs = run_folders(args.runs)
     if args.output_dir is not None and len(runs) > 1:
         raise UsageError(f"--output-dir is for one run, here are {len(runs)}: each gets a folder audit of its own")
+    table = args.runs[0] / "audit.md" if len(args.runs) == 1 and len(runs) > 1 else None
+    if table and table.exists() and not table.read_bytes().startswith(TABLE_BEGINS.encode()):
+        raise UsageError(f"{table} is there and not of this script: move it")
     trails = [trail_of(run, argv) for run in runs] or [Trail(args)]
     for trail in trails:
         trail.claim()
@@ -138,9 +142,9 @@ def main(argv: list[str] | None) -> None:
                 print(*lines if len(audits) == 1 else lines[-1:], sep="\n", flush=True)
         if len(audits[0][2]["requests"]) > 1:
             print(*overview(audits, width), sep="\n")
-        tables.append(f"## Seed {seed}\n\n{comparison_markdown(audits)}")
-    if len(args.runs) == 1 and len(trails) > 1:
-        write_text(args.runs[0] / "audit.md", "\n\n".join(tables) + "\n")
+        tables.append(f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(audits)}")
+    if table:
+        write_text(table, "\n\n".join(tables) + "\n")
     pages = trails[0].output if len(trails) == 1 else trails[0].run.path.parent / "*" / "audit"
     print(f"\nwhat each figure says, and the pages to look at: {pages}/audit.html")
 

@@ -79,13 +79,13 @@ class Trail:
         self.args, self.run, self.hardware = args, run, options.hardware_of(args)
         self.results = load_results(run.results) if run else None
         self.label = METHODS[self.results["method"]].title if run else args.after.stem
-        own = run.path / "audit" if run else folder_of("audit", args.after, whom=args.forget_classes)
-        self.output = args.output_dir or own
         if run and not self.results["tasks"]:
             raise UsageError(f"{run.path} has finished no task")
         after = self._load(run.checkpoint(self.results["tasks"][-1]["task"]) if run else args.after)
         self.cases = self._cases_of_run(after.forgotten) if run else []
         self.before = self._load(args.before)
+        own = run.path / "audit" if run else folder_of("audit", args.after, whom=args.forget_classes)
+        self.output = args.output_dir or own
         gone = tuple(sorted({*chain(*after.forgotten)}))
         where = tuple((key, getattr(args, key)) for key in (*DATA_OPTIONS, *FURTHER_OPTIONS))
         self.data, self.unseen = load_data(where, after.classes, gone, self.hardware.device)

@@ -31,7 +31,7 @@ TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
     ("--originals", "without --references", lambda a: a.references is None),
     ("--requests", "without a RUN", lambda a: not a.runs),
     (
-        "--num-references --num-originals --recipe --jobs-per-gpu",
+        "--num-references --num-originals --jobs-per-gpu",
         "with --references, which are given",
         lambda a: getattr(a, "references", None) is not None,
     ),
