@@ -59,8 +59,6 @@ def load_checkpoint(path: Path, head: str | None = None, adapters: str | None = 
     data = torch_load(path)
     with readable(path):
         if isinstance(data, dict) and data.get("format") == FORMAT:
-            if adapters is not None:
-                raise UsageError(f"{path} is no published checkpoint: leave --published-adapters out")
             return _load_own(path, data, head)
         if isinstance(data, dict) and is_published(data):
             return _load_published(path, data, head, adapters)
