@@ -3,18 +3,14 @@
 # are trained first where the cache does not have them. Leaves RUN/audit/audit.html, .md and .json.
 #
 #   bash scripts/run_audit.sh exps/gs_lora-yaleb38-38-8-seed1337                one run, its first request
-#   bash scripts/run_audit.sh exps/cl_forget-yaleb38 --requests all             every run of a comparison, every request
+#   bash scripts/run_audit.sh exps/cl_forget-yaleb38-3f2a9c01 --requests all             every run of a comparison, every request
 #   bash scripts/run_audit.sh RUN --unseen path/to/strangers                    with people that no model has seen
 #   bash scripts/run_audit.sh --before a.pth --after b.pth --forget-classes "ann, bob" --data path/to/faces
 #
-# Everything goes to scripts/audit.py (--help). Variables: GPUS JOBS_PER_GPU, explained in settings.sh: what to train
-# references on; without a GPU, one on each core.
-_caller=$PWD
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-
-arguments=()
-for word in "$@"; do # paths are relative to where the script was called from
-  case "$word" in -* | /*) ;; *) [ ! -e "$_caller/$word" ] || word="$_caller/$word" ;; esac
-  arguments+=("$word")
-done
-"$PYTHON" scripts/audit.py "${arguments[@]}" --gpus ${GPUS:-} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU}
+# Everything goes to scripts/audit.py; -- --help lists its options. Paths are relative to the current folder, RUNs come
+# first. Variables: GPUS JOBS_PER_GPU, explained in settings.sh: what to train references on; without a GPU, one on each core.
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
+absolute_paths RUN "$@"
+[ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
+source scripts/setup.sh
+"$PYTHON" scripts/audit.py "${arguments[@]}" ${GPUS:+--gpus $GPUS} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU}

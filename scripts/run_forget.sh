@@ -9,19 +9,23 @@
 #   bash scripts/run_forget.sh rank       rank of the adapters
 #   bash scripts/run_forget.sh position   adapters in the FFN or in the attention
 #
+#   bash scripts/run_forget.sh -- --overwrite     replace the run that its folder holds; one of other options is refused
+#
 # Each sweep ends in one table and one figure, in exps/sweep-<name>-<data>-seed<seed> (or OUTPUT).
 # Variables: DATA CHECKPOINT OUTPUT SEED SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS, explained in settings.sh; and
 #   VALUES      the values of a sweep, as "0.1 0.5 1"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
 case "${1:-}" in ratio | grouping | depth | beta | rank | position) sweep=$1 && shift ;; "" | -*) sweep="" ;; *)
-  echo "run_forget.sh: unknown sweep '$1': ratio, grouping, depth, beta, rank or position" >&2 && exit 2 ;;
+  refuse "unknown sweep '$1': ratio, grouping, depth, beta, rank or position" ;;
 esac
-source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+[ "$sweep" != depth ] || [ -z "${CHECKPOINT:-}" ] || refuse "CHECKPOINT has one depth: the depth sweep pre-trains its own"
+source scripts/settings.sh
 
 forget() { # output folder or nothing, further arguments
   local output=()
   [ -z "$1" ] || output=(--output-dir "$1")
   "$PYTHON" train_forget.py --method gs_lora --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 1 --seed "$SEED" \
-    $FORGET $SINGLE_STEP "${output[@]}" $(continue_or_replace "$@") "${@:2}"
+    $FORGET $SINGLE_STEP "${output[@]}" $(resume_or_overwrite "$@") "${@:2}"
 }
 
 if [ -z "$sweep" ]; then
@@ -39,7 +43,8 @@ rank) option=--rank values="1 2 4 8 16 32" title="rank r of the adapters" ;;
 position) option=--lora-place values="ffn attention" title="place of the adapters" ;;
 esac
 values=${VALUES:-$values}
-folder=${OUTPUT:-exps/sweep-$sweep-$(basename "$DATA")-seed$SEED}
+[ -n "$OUTPUT" ] || tag_data
+folder=${OUTPUT:-exps/sweep-$sweep-$tag-seed$SEED}
 
 runs=()
 for value in $values; do

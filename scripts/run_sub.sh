@@ -5,7 +5,13 @@
 #   DATA=path/to/faces MODEL=face_vit_p8s8_d6 SETTING=paper bash scripts/run_sub.sh
 #
 # Variables: DATA OUTPUT SEED SETTING MODEL PRETRAIN_EPOCHS GPUS, explained in settings.sh. With none of OUTPUT and SEED
-# set, the checkpoint is the one that run_cl_forget.sh and run_forget.sh take.
-source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+# set, the checkpoint is the one that run_cl_forget.sh and run_forget.sh take; --overwrite replaces it.
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
+source scripts/settings.sh
+if [ -z "$OUTPUT" ]; then
+  tag_data
+  OUTPUT="exps/pretrain-$tag-$MODEL"
+  [ "$SEED" = 1337 ] || OUTPUT+="-seed$SEED"
+fi
 "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --seed "$SEED" \
-  --output-dir "${OUTPUT:-exps/pretrain-$(basename "$DATA")-$MODEL}" $(continue_or_replace "$@") "$@"
+  --output-dir "$OUTPUT" $(resume_or_overwrite "$@") "$@"

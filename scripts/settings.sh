@@ -2,8 +2,9 @@
 #
 #   DATA        folder with train/ and test/, or synthetic_faces. Default: CASIA-100 if it lies at
 #               data/faces_webface_112x112_sub100_train_test and there is a GPU, else synthetic_faces (drawn, no download)
-#   CHECKPOINT  a pre-trained recognizer, ours or published. Default: exps/pretrain-<data>-<model>/checkpoint.pth, which
-#               is trained first where it does not exist
+#   CHECKPOINT  a pre-trained recognizer, ours or published. Default: exps/pretrain-<data>-<model>/checkpoint.pth, <data>
+#               being the folder's name and a hash of its images, which is trained first where it is missing
+#               (one that was trained with other options is refused: run_sub.sh --overwrite replaces it)
 #   OUTPUT      folder for the results. Default: one in exps, named for the script and the data
 #   SEED        class order, samples, batches; default 1337, the published one (pre-training always uses 1337)
 #   SETTING     paper or small. Default: paper with a GPU and a data folder, else small
@@ -12,13 +13,8 @@
 #   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh deals its runs out over them; default: the first one
 #   JOBS_PER_GPU  of these runs, how many share a device; default: 1 on a GPU (small steps leave it idle: try 4), and
 #               without one a run on each core
-# Arguments after -- go to the Python script as they are.
+# Paths are relative to where the script was called from. Arguments after -- go to the Python script.
 
-_caller=$PWD
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-
-# Paths are relative to where the script was called from.
-_absolute() { case "$1" in "" | /*) echo "$1" ;; *) echo "$_caller/$1" ;; esac; }
 _has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
 
 CASIA=data/faces_webface_112x112_sub100_train_test
@@ -46,31 +42,29 @@ small) # minutes on two CPU cores
   FORGET="--epochs ${EPOCHS:-5} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
   SINGLE_STEP="--alpha 1e-2 --bound 110 --beta 0.15" # of GS-LoRA
   ;;
-*)
-  echo "SETTING=$SETTING is unknown: paper or small" >&2
-  exit 2
-  ;;
+*) refuse "SETTING=$SETTING is unknown: paper or small" ;;
 esac
 
 CHECKPOINT=$(_absolute "${CHECKPOINT:-}")
 OUTPUT=$(_absolute "${OUTPUT:-}")
 [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
-[ "${1:-}" != "--" ] || shift
+absolute_paths none "$@"
+set -- "${arguments[@]}"
+source scripts/setup.sh
 
-# Sets CHECKPOINT, pre-training first where there is none. Arguments: a suffix of the folder's name and further options,
+# Sets `tag`, which names the data and changes with its images, for the names of folders.
+tag=""
+tag_data() { [ -n "$tag" ] || tag=$("$PYTHON" scripts/data_tag.py "$DATA") || exit $?; }
+
+# Sets CHECKPOINT, pre-training first where that was not done. Arguments: a suffix of the folder's name and further options,
 # for models that are pre-trained differently.
 pretrain_if_missing() {
-  local folder
-  folder="exps/pretrain-$(basename "$DATA")-$MODEL${1:-}"
   [ -z "$CHECKPOINT" ] || return 0
-  if [ ! -f "$folder/checkpoint.pth" ]; then
-    "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --output-dir "$folder" \
-      --resume --overwrite "${@:2}" || exit $?
-  fi
+  tag_data
+  local folder="exps/pretrain-$tag-$MODEL${1:-}"
+  "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --output-dir "$folder" --resume "${@:2}" || exit $?
   CHECKPOINT="$PWD/$folder/checkpoint.pth"
 }
 
-# An interrupted run of the same name and options is continued, any other replaced, unless the arguments say what to do.
-continue_or_replace() {
-  case " $* " in *" --resume "* | *" --resume-from "* | *" --overwrite "*) ;; *) echo --resume --overwrite ;; esac
-}
+# A run of the same options is continued or was finished before, any other refused, unless the arguments say --overwrite.
+resume_or_overwrite() { case " $* " in *" --overwrite "*) ;; *) echo --resume ;; esac; }

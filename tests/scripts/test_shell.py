@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,16 @@ from tests.conftest import results_of
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("backbone", "data", "methods", "scripts", "util")
+# In Python's place: prints the command instead of running it, and a tag of the data as data_tag.py would. Where a variable
+# is named as the script, its exit code is the variable's.
+ECHO = """#!/usr/bin/env bash
+case "$1" in
+scripts/data_tag.py) echo "$(basename "$2")$([ "$2" = synthetic_faces ] || printf -- "-%.8s" "$(cksum <<<"$2")")" ;;
+*) printf '%s\\n' "$*" ;;
+esac
+name=$(basename "$1" .py)
+exit "${!name:-0}"
+"""
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +34,8 @@ def copy(tmp_path_factory) -> Path:
     for path in ROOT.glob("*.py"):
         shutil.copy(path, target)
     shutil.copy(ROOT / "requirements.txt", target)
+    (target / "echo").write_text(ECHO)
+    (target / "echo").chmod(0o755)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "faces_*"))
     return target
@@ -42,6 +55,8 @@ def script(copy, colours, tmp_path, monkeypatch):
             "SETTING": "small",
             "JOBS_PER_GPU": "1",
         }
+        if variables.get("PYTHON") == "echo":
+            variables["PYTHON"] = str(copy / "echo")
         return subprocess.run(
             ["bash", copy / "scripts" / name, *arguments],
             env={**os.environ, **fast, **variables},
@@ -64,8 +79,8 @@ def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script,
     results = results_of(tmp_path / "my results" / "gs_lora-seed1337")
     assert [task["setting"] for task in results["tasks"]] == ["10-2", "8-2", "6-2", "4-2"]
     assert results["model"]["trainable"] == 4 * 2 * 3 * (128 + 512)
-    checkpoint = copy / "exps" / "pretrain-colours-face_vit_tiny" / "checkpoint.pth"
-    assert checkpoint.exists()
+    (checkpoint,) = (copy / "exps").glob("pretrain-colours-*-face_vit_tiny/checkpoint.pth")
+    assert re.fullmatch("pretrain-colours-[0-9a-f]{8}-face_vit_tiny", checkpoint.parent.name)
     # The audit of the first request comes after the table, beside three references.
     assert "reference 3 of 3" in done.stdout
     *_, never, before, l2, gs_lora, _, where = done.stdout.splitlines()
@@ -74,10 +89,14 @@ def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script,
     assert where.endswith("my results/*/audit/audit.html")
     audit = json.loads((tmp_path / "my results" / "l2-seed1337" / "audit" / "audit.json").read_text())
     assert (len(audit["references"]), len(audit["originals"])) == (3, 1)
-    # The next command, printed by `echo` in Python's place, takes the model that is there.
-    again = script("run_cl_forget_open.sh", PYTHON="echo", AUDIT="off")
-    assert "train_pretrain.py" not in again.stdout
-    assert f"--checkpoint {checkpoint} " in again.stdout
+    # The next command takes the model that is there, and one that wants another is refused.
+    before = checkpoint.read_bytes()
+    again = script("run_forget.sh", OUTPUT="again")
+    assert again.returncode == 0, again.stderr
+    other = script("run_forget.sh", OUTPUT="other", PRETRAIN_EPOCHS="2")
+    assert other.returncode == 2
+    assert "--epochs 1, now 2" in other.stderr
+    assert checkpoint.read_bytes() == before
 
 
 def test_the_open_form_reports_acc_m(script, copy, trained):
@@ -87,18 +106,39 @@ def test_the_open_form_reports_acc_m(script, copy, trained):
     assert "pre-training" not in done.stdout
     assert "Never seen" not in done.stdout
     assert "Acc_m" in done.stdout
-    (task,) = results_of(copy / "exps" / "cl_forget_open-colours" / "lwf-seed5")["tasks"]
+    (folder,) = (copy / "exps").glob("cl_forget_open-colours-*")
+    (task,) = results_of(folder / "lwf-seed5")["tasks"]
     assert task["setting"] == "10-1"
     assert len(task["missing_classes"]) == 2
     assert task["after"]["acc_missing"] is not None
 
 
 def test_paths_for_the_audit_are_relative_to_the_callers_folder(script, tmp_path):
-    """`echo` stands for Python: the command is printed, not run."""
-    (tmp_path / "my results").mkdir()
-    done = script("run_audit.sh", "my results", "--requests", "all", PYTHON="echo")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"scripts/audit.py {tmp_path}/my results --requests all --gpus --jobs-per-gpu 1\n"
+    for name in ("all", "s01", "enrolment", "names.txt"):
+        (tmp_path / name).touch()  # what is there is not therefore a path
+    for words, made in (
+        ("my_results other --requests all", "{}/my_results {}/other --requests all"),
+        (
+            "RUN --forget-classes s01 --figures enrolment --output-dir new",
+            "{}/RUN --forget-classes s01 --figures enrolment --output-dir {}/new",
+        ),
+        ("--quick RUN --unseen /strangers", "--quick {}/RUN --unseen /strangers"),
+        (
+            "--before a.pth --after=b.pth --forget-classes @names.txt",
+            "--before {}/a.pth --after={}/b.pth --forget-classes @{}/names.txt",
+        ),
+        (
+            "--references a b --originals c --recipe d --seed 1",
+            "--references {}/a {}/b --originals {}/c --recipe {}/d --seed 1",
+        ),
+        ("--data synthetic_faces --cache-dir ../cache", "--data synthetic_faces --cache-dir {}/../cache"),
+        ("RUN -- --help", "{}/RUN --help"),
+    ):
+        done = script("run_audit.sh", *words.split(), PYTHON="echo")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"scripts/audit.py {made.replace('{}', str(tmp_path))} --jobs-per-gpu 1\n"
+    done = script("run_audit.sh", "my results", PYTHON="echo", GPUS="2 3")
+    assert done.stdout == f"scripts/audit.py {tmp_path}/my results --gpus 2 3 --jobs-per-gpu 1\n"
 
 
 def test_a_sweep_ends_in_one_table_and_one_figure(script, trained, tmp_path):
@@ -118,8 +158,8 @@ def test_the_depth_sweep_pretrains_a_model_for_each_depth(script, copy):
     assert done.returncode == 0, done.stderr
     *commands, table = done.stdout.splitlines()
     for depth, pretrain, forget in zip("12", commands[::2], commands[1::2], strict=True):
-        folder = f"exps/pretrain-colours-face_vit_tiny-depth{depth}"
-        assert f"--output-dir {folder} --resume --overwrite --depth {depth}" in pretrain
+        folder = re.search(r"exps/pretrain-colours-\d{8}-face_vit_tiny-depth\d", pretrain)[0]
+        assert f"--output-dir {folder} --resume --depth {depth}" in pretrain
         assert f"--checkpoint {copy}/{folder}/checkpoint.pth" in forget
         assert f"/depths/{depth} " in forget
     assert "--sweep number of blocks --labels 1 2 --results" in table
@@ -162,10 +202,124 @@ def test_wrong_words_are_refused_at_once(script):
         ("run_forget.sh", ["colour"], {}, "unknown sweep 'colour'"),
         ("run_cl_forget.sh", [], {"SETTING": "huge"}, "SETTING=huge is unknown"),
         ("run_cl_forget.sh", [], {"AUDIT": "some"}, "AUDIT=some is unknown: first, all or off"),
+        ("run_cl_forget.sh", ["l2"], {}, "unknown word 'l2': methods are named in METHODS"),
+        ("run_cl_forget.sh", [], {"UNSEEN": "absent"}, "absent is no folder"),
+        ("run_forget.sh", ["depth"], {"CHECKPOINT": "a.pth"}, "CHECKPOINT has one depth"),
+        ("run_tests.sh", [], {"FACES": "absent"}, "absent is no folder"),
+        ("run_sub.sh", [], {"SETTING": "huge"}, "SETTING=huge is unknown"),
         ("run_audit.sh", [], {}, "name the folders of runs"),
-        ("run_cl_forget.sh", [], {"DATA": "absent", "CHECKPOINT": "absent.pth"}, "no file"),
+        ("run_cl_forget.sh", [], {"DATA": "absent", "CHECKPOINT": "absent.pth", "OUTPUT": "new"}, "no file"),
     ):
         done = script(name, *arguments, **variables)
         assert done.returncode == 2
         assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+SHELL_SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh") if path.read_text().startswith("#!"))
+
+
+@pytest.mark.parametrize("name", SHELL_SCRIPTS)
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--overwrite", "--help", "--", "--epochs", "3"]])
+def test_help_and_wrong_words_come_before_any_set_up(script, copy, tmp_path, name, words):
+    """Without PYTHON, a set-up would begin with a python3 that lacks everything."""
+    (tmp_path / "python3").write_text("#!/bin/sh\necho set up >&2\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = script(name, *words, PYTHON="", PATH=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    header = (copy / "scripts" / name).read_text().split("\n")[1:]
+    count = next(number for number, line in enumerate(header) if not line.startswith("#"))
+    assert done.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in header[:count]]
+    wrong = script(name, *words[3:], PYTHON="", PATH=path, SETTING="huge", FACES="absent")
+    if name != "run_audit.sh":
+        assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+
+
+def test_words_after_two_dashes_are_pythons(script):
+    done = script("run_forget.sh", "--", "--help", PYTHON="echo")
+    assert "train_forget.py" in done.stdout and done.stdout.endswith(" --resume --help\n")
+
+
+def test_a_run_is_replaced_only_where_the_words_say_so(script):
+    for name, words, last in (
+        ("run_sub.sh", [], "--resume"),
+        ("run_sub.sh", ["--", "--overwrite"], "--overwrite"),
+        ("run_forget.sh", [], "--resume"),
+        ("run_forget.sh", ["--", "--resume-from", "/a.pth"], "--resume --resume-from /a.pth"),
+        ("run_forget.sh", ["rank", "--overwrite", "--", "--lr", "1"], "--rank 2 --overwrite --lr 1"),
+    ):
+        done = script(name, *words, PYTHON="echo", VALUES="2", CHECKPOINT="" if name == "run_forget.sh" else "x")
+        *shared, command = [line for line in done.stdout.splitlines() if line.startswith("train_")]
+        assert command.endswith(last), command
+        assert command.count("--overwrite") == words.count("--overwrite")
+        assert [line.split()[-1] for line in shared] == ["--resume"] * (name == "run_forget.sh")
+
+
+def test_folders_are_named_for_the_data_itself(script, tmp_path):
+    def folders(data: str, name: str, *words: str, **variables: str) -> list[str]:
+        done = script(name, *words, PYTHON="echo", DATA=data, VALUES="2", **variables)
+        assert done.returncode == 0, done.stderr
+        return re.findall(r"exps/\S+", done.stdout)
+
+    for command in (("run_sub.sh",), ("run_cl_forget.sh",), ("run_cl_forget_open.sh",), ("run_forget.sh", "rank")):
+        one, other = (folders(data, *command) for data in ("a/faces", "b/faces"))
+        assert one and not {*one} & {*other}
+    assert folders("synthetic_faces", "run_sub.sh") == ["exps/pretrain-synthetic_faces-face_vit_tiny"]
+    assert folders("synthetic_faces", "run_sub.sh", SEED="5") == ["exps/pretrain-synthetic_faces-face_vit_tiny-seed5"]
+
+
+def test_data_that_have_no_tag_end_the_script(script):
+    for name, *words in (("run_sub.sh",), ("run_cl_forget.sh",), ("run_forget.sh", "rank"), ("test_sub.sh",)):
+        done = script(name, *words, PYTHON="echo", data_tag="2")
+        assert (done.returncode, done.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("asked", "compared", "audited", "code"),
+    [("", 0, 2, 0), ("", 1, 2, 1), ("", 0, 1, 1), ("first", 0, 2, 2), ("all", 0, 2, 2), ("", 2, 0, 2)],
+)
+def test_an_audit_that_nobody_asked_for_may_be_impossible(script, asked, compared, audited, code):
+    done = script("run_cl_forget.sh", PYTHON="echo", AUDIT=asked, CHECKPOINT="p", compare=str(compared), audit=str(audited))
+    assert done.returncode == code
+    assert ("scripts/audit.py" in done.stdout) == (compared < 2)
+
+
+def test_paths_and_options_with_spaces_reach_python_from_anywhere(script, copy, tmp_path):
+    """Also through a link to the script, and with words before and after the two dashes."""
+    link = tmp_path / "a link"
+    link.symlink_to(copy / "scripts" / "run_forget.sh")
+    done = script(
+        link,
+        "--",
+        "--resume-from",
+        "runs/task_1.pth",
+        PYTHON="echo",
+        DATA="my faces",
+        CHECKPOINT="my *.pth",
+        OUTPUT="an output",
+    )
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "--data {}/my faces",
+        "--checkpoint {}/my *.pth",
+        "--output-dir {}/an output",
+        "--resume-from {}/runs/task_1.pth",
+    ):
+        assert f"{words.replace('{}', str(tmp_path))} " in f"{done.stdout.strip()} "
+    done = script(
+        "run_cl_forget_open.sh", "--published", "--", "--cache-dir", "cache", PYTHON="echo", AUDIT="off", CHECKPOINT="p"
+    )
+    before, after = done.stdout.strip().split(" -- ")
+    assert before.endswith(" --published")
+    assert after.endswith(f"--missing-classes 5 --cache-dir {tmp_path}/cache")
+
+
+def test_every_option_that_takes_a_path_is_known_to_the_shell():
+    known = (ROOT / "scripts" / "command_line.sh").read_text()
+    sources = [
+        ROOT / name for name in ("test.py", "train_forget.py", "train_pretrain.py", "scripts/audit.py", "scripts/compare.py")
+    ]
+    for source in (*sources, *(ROOT / "util" / "cli").glob("*.py")):
+        for option in re.findall(r'"(--[a-z-]+)", type=Path', source.read_text()):
+            assert f" {option} " in known or f' {option}"' in known, f"{option} of {source.name}"
