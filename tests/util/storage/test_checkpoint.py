@@ -180,6 +180,11 @@ def test_a_published_checkpoint_with_adapters_asks_whether_its_weights_contain_t
         load_checkpoint(tmp_path / "trained.pth")
     found = load_checkpoint(tmp_path / "trained.pth", adapters=said).model.backbone.blocks[0].mlp.fc1.weight
     torch.testing.assert_close(found, model.backbone.blocks[0].mlp.fc1.weight + update, rtol=1e-5, atol=1e-5)
+    start = small_recognizer(embed_dim=64, num_heads=1, depth=1)  # of another training
+    with pytest.raises(UsageError, match="add --published-adapters merged"):
+        load_backbone(start, tmp_path / "trained.pth")
+    load_backbone(start, tmp_path / "trained.pth", said)
+    assert torch.equal(start.backbone.blocks[0].mlp.fc1.weight, found)
 
 
 def test_adapters_that_are_not_finite(tmp_path):
