@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from util.runtime.errors import RunError, UsageError
 from util.runtime.files import file_lock, read_json, readable, sha256
 from util.runtime.interrupt import end_on_sigterm
 from util.storage.checkpoint import Checkpoint
-from util.storage.folders import LOCK, PretrainFolder
+from util.storage.folders import PretrainFolder
 from util.storage.hashes import data_sha256
 
 # Options that say where the images come from, and on what to run: a reference gets the audit's.
@@ -102,32 +103,41 @@ def train_references(jobs: Sequence[Job], args: argparse.Namespace) -> None:
             print(f"reference {done} of {len(missing)}: {job.label} · {told}", flush=True)
 
 
-def _trained(jobs: Sequence[Job], args: argparse.Namespace) -> Iterator[Job]:
+def _trained(jobs: list[Job], args: argparse.Namespace) -> Iterator[Job]:
     """Yield each job as its reference is there. What another audit trains is waited for, and trained if that one dies."""
-    jobs = [*jobs]
     while jobs:
-        there = [job for job in jobs if job.folder.finished]
-        todo = [job for job in jobs if job not in there and not _busy(job)]
-        if not there and not todo:
+        with ExitStack() as held:
+            locks = {job.folder.path: held.enter_context(lock) for job in jobs if (lock := _reserve(job))}
+            idle, there = not locks, [job for job in jobs if job.folder.finished]
+            todo = [job for job in jobs if job.folder.path in locks and job not in there]
+            for job in chain(there, deal_out(todo, places(args, len(todo)))):
+                locks.pop(job.folder.path, ExitStack()).close()
+                if job.failure and not _reserve(job):
+                    job.failure = ""  # one that an audit has left behind when it was killed goes on
+                    continue
+                jobs = [other for other in jobs if other is not job]
+                yield job
+        if jobs and idle:
             print(f"waiting for another audit, which trains {jobs[0].label}", flush=True)
-            with file_lock(jobs[0].folder.path / LOCK):
-                continue
-        for job in chain(there, deal_out(todo, places(args, len(todo)))):
-            if job.failure and (job.folder.finished or _busy(job)):
-                job.failure = ""  # another audit's run, or one that a killed audit has left, came first
-                continue
-            jobs.remove(job)
-            yield job
+            for lock in _locks(jobs[0]):
+                with file_lock(lock):
+                    pass
 
 
-def _busy(job: Job) -> bool:
-    """Whether a run is at this reference."""
-    job.folder.path.mkdir(parents=True, exist_ok=True)
-    try:
-        with file_lock(job.folder.path / LOCK, wait=False):
-            return False
-    except BlockingIOError:
-        return True
+def _reserve(job: Job) -> ExitStack | None:
+    """Keep other audits from training this reference until the result is closed; None where another one does."""
+    audits, runs = _locks(job)
+    with ExitStack() as held, suppress(BlockingIOError):
+        held.enter_context(file_lock(audits, wait=False))
+        with file_lock(runs, wait=False):
+            return held.pop_all()
+
+
+def _locks(job: Job) -> tuple[Path, Path]:
+    """That of the audits, and the run's own, which outlives an audit that is killed."""
+    folder = job.folder.path
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.with_name(f".{folder.name}.lock"), folder / ".lock"
 
 
 def _clock(seconds: float) -> str:

@@ -22,13 +22,13 @@ import train_pretrain
 from data import build_datasets
 from data.tasks import named_classes
 from scripts.audit import parse_arguments
-from scripts.references import recipe_of, reference_job, train_references
+from scripts.references import _locks, recipe_of, reference_job, train_references
 from tests.conftest import ROOT, SMALL
 from tests.test_bad_input import refused
 from train_pretrain import RECIPE
 from util.runtime.files import file_lock
 from util.storage.checkpoint import load_checkpoint
-from util.storage.folders import LOCK, PretrainFolder
+from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.resume import LastState
 
@@ -254,12 +254,12 @@ with file_lock(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.parametrize("held", ["the audit", "the run that a killed audit left"])
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_reference_that_another_audit_trains_is_waited_for(killed, colours, recipe, monkeypatch, tmp_path):
+def test_a_reference_that_another_audit_trains_is_waited_for(held, killed, colours, recipe, monkeypatch, tmp_path):
     """And trained where that one dies before it is there; meanwhile the others are."""
     jobs, lines, trained = [job_of(colours, recipe, (4,), seed, cache_dir=tmp_path) for seed in (1, 2)], [], []
-    jobs[0].folder.path.mkdir(parents=True)
-    words = [jobs[0].folder.path / LOCK, jobs[0].folder.results]
+    words = [_locks(jobs[0])[held != "the audit"], jobs[0].folder.results]
     command = [sys.executable, "-c", ANOTHER_AUDIT, *map(str, words)]
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
@@ -295,7 +295,7 @@ def test_a_run_that_another_process_has_taken_in_the_meantime_is_waited_for(colo
     def deal_out(jobs, gpus):
         for job in jobs:
             tried.append(job.label)
-            with file_lock(job.folder.path / LOCK) if len(tried) == 1 else contextlib.nullcontext():
+            with file_lock(_locks(job)[1]) if len(tried) == 1 else contextlib.nullcontext():
                 job.failure = "in use by another" if len(tried) == 1 else ""
                 yield job
 
