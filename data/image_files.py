@@ -1,8 +1,7 @@
 """The image files of a data folder: listed, and hashed; none is decoded here.
 
-- Links are followed. Those that lead out of the folder are counted on stderr, those that lead back are skipped, and two
-  classes that share a folder are refused.
-- Hidden files and folders, files of other formats, files outside class folders and empty classes are skipped and counted.
+- Links are followed. Those that lead out of the folder are counted on stderr; two classes that share a folder are refused.
+- What is there twice (as by a link back), hidden or no image of a class, and empty classes are skipped and counted.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import os
 import stat
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -26,6 +25,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "ICO"
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items() if name in FORMATS)
 IMAGES_PER_JOB = 32
 DAMAGED_SHOWN = 5
+NO_IMAGES = "files that are hidden or no image of a class"
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
         raise UsageError(one_line(f"{root}: cannot be read as {layout}: {error}")) from error
     walk.skipped["class folders without images"] += [os.path.join(top, name) for name in train if name not in names]
     walk.tell()
-    if len(names) < (2 if split else 1):
-        few = f"{len(names)} class folders; at least 2 are needed, <class>/<image>"
-        raise UsageError(one_line(f"{root / top}: {few if split else 'no class folders; <class>/<image> is needed'}"))
+    least = 2 if split else 1
+    if len(names) < least:
+        few = f"{len(names)} class folders; at least {least} are needed, <class>/<image>"
+        raise UsageError(one_line(f"{root / top}: {few}"))
     if split:
         _check_test(root, train, test, names)
     paths, labels = zip(*files, strict=True)
@@ -76,9 +77,9 @@ def _check_test(root: Path, train: dict[str, list[str]], test: dict[str, list[st
     if unknown:
         found = f"no class of that name in train/ ({len(unknown)} such class folders)"
         raise UsageError(one_line(f"{root}/test/{unknown[0]}: {found}"))
-    if not any(test.values()):
-        raise UsageError(one_line(f"{root}/test: no images"))
     untested = [name for name in names if not test.get(name)]
+    if len(untested) == len(names):
+        raise UsageError(one_line(f"{root}/test: no images"))
     if untested:
         tell(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first")
 
@@ -91,64 +92,45 @@ class _Walk:
 
     def classes(self, top: str) -> dict[str, list[str]]:
         """The class folders in `top` → their images, as paths below the root; both sorted."""
-        self.owners, folders, real = {}, {}, os.path.realpath(os.path.join(self.root, top))
-        self._note_outside(top, real)
-        for name, path, target in self._entries(top, real):
-            if target:
-                folders[name] = path, target
-            else:
-                self.skipped["outside the class folders"].append(path)
-        return {name: self._images(*folder, name) for name, folder in folders.items()}
-
-    def _images(self, folder: str, real: str, owner: str) -> list[str]:
-        pending, found = [(folder, real)], []
-        while pending:
-            folder, real = pending.pop()
-            for name, path, target in self._entries(folder, real, owner):
-                if target:
-                    pending.append((path, target))
-                elif _is_image(name):
-                    found.append((folder, name))
+        owners, found, pending = {}, {}, [(top, self._followed(top), "")]
+        for folder, real, owner in pending:  # it grows by what is found there
+            with os.scandir(os.path.join(self.root, folder)) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+            for entry in entries:
+                path, target = os.path.join(folder, entry.name), os.path.join(real, entry.name)
+                if entry.name.startswith("."):
+                    self.skipped[NO_IMAGES].append(path)
+                    continue
+                if entry.is_symlink():
+                    target = self._followed(path)
+                if os.path.isdir(target) if entry.is_symlink() else entry.is_dir():
+                    if self._is_new(path, target, real, owner or entry.name, owners):
+                        found.setdefault(owner or entry.name, [])
+                        pending.append((path, target, owner or entry.name))
+                elif owner and entry.name.lower().endswith(EXTENSIONS):
+                    found[owner].append((folder, entry.name))  # a dead link is named with what else is damaged
+                elif os.path.exists(target):
+                    self.skipped[NO_IMAGES].append(path)
                 else:
-                    self.skipped["without an image's extension"].append(path)
-        return [os.path.join(*parts) for parts in sorted(found)]
-
-    def _entries(self, folder: str, real: str, owner: str | None = None) -> Iterator[tuple[str, str, str | None]]:
-        """What is to be looked at in a folder of the class `owner`: name, path below the root, real path of a folder."""
-        with os.scandir(os.path.join(self.root, folder)) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        for entry in entries:
-            path, target = os.path.join(folder, entry.name), os.path.join(real, entry.name)
-            if entry.name.startswith("."):
-                self.skipped["hidden"].append(path)
-                continue
-            if entry.is_symlink():
-                target = os.path.realpath(target)
-                self._note_outside(path, target)
-                # A dead link that stands for an image is named with what else is damaged.
-                if not os.path.exists(target) and not (owner and _is_image(entry.name)):
                     dead = f"a link to {target}, which cannot be reached; mend or remove it"
                     raise UsageError(one_line(f"{self.root}/{path}: {dead}"))
-            if not (os.path.isdir(target) if entry.is_symlink() else entry.is_dir()):
-                yield entry.name, path, None
-            elif self._is_new(path, target, real, owner or entry.name):
-                yield entry.name, path, target
+        return {name: [os.path.join(*parts) for parts in sorted(images)] for name, images in found.items()}
 
-    def _is_new(self, path: str, target: str, parent: str, owner: str) -> bool:
-        first, first_owner = self.owners.setdefault(target, (path, owner))
-        if _within(parent, target):
-            self.skipped["links back to a folder they lie in"].append(path)
-        elif first_owner != owner:
+    def _is_new(self, path: str, target: str, parent: str, owner: str, owners: dict[str, tuple[str, str]]) -> bool:
+        first, first_owner = owners.setdefault(target, (path, owner))
+        back = _within(parent, target)
+        if first_owner != owner and not back:
             raise UsageError(one_line(f"{self.root}: {first} and {path} are one folder: one person under two names"))
-        elif first != path:
+        if back or first != path:
             self.skipped["folders that are there twice"].append(path)
-        else:
-            return True
-        return False
+        return not back and first == path
 
-    def _note_outside(self, path: str, target: str) -> None:
+    def _followed(self, path: str) -> str:
+        """Where it really lies, noted if that is outside."""
+        target = os.path.realpath(os.path.join(self.root, path))
         if not _within(target, self.root):
             self.outside.append((path, target))
+        return target
 
     def tell(self) -> None:
         found = {kind: paths for kind, paths in self.skipped.items() if paths}
@@ -159,43 +141,32 @@ class _Walk:
             tell(f"{self.root}: {len(self.outside)} links lead out of this folder, {' to '.join(self.outside[0])} first")
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
 def _within(path: str, folder: str) -> bool:
     return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def _state(path: str) -> tuple[str, int, int]:
-    try:
-        found = os.stat(path)
-    except OSError:  # a dead link stands for itself
-        found = os.lstat(path)
+    found = os.stat(path, follow_symlinks=os.path.exists(path))  # a dead link stands for itself
     return path, found.st_size, found.st_mtime_ns
 
 
 def file_digests(listed: ImageFiles, cache_dir: Path) -> tuple[str, ...]:
     """The SHA-256 of each file, from the cache where these files are known. RunError names those that cannot be read."""
-    kept = cache_dir / f"{listed.root.name}-{_sha256(repr(listed.states))[:32]}.sha256"
+    states = hashlib.sha256(repr(listed.states).encode()).hexdigest()[:32]
+    kept = cache_dir / f"{listed.root.name}-{states}.sha256"
     with suppress(OSError, ValueError):
-        seal, digests = kept.read_text().split("\n", 1)
-        if seal == _sha256(digests):
-            return tuple(digests.split())
+        digests = tuple(kept.read_text().split())
+        if {*map(len, digests)} == {64} and len(digests) == len(listed.files):
+            return digests
     found = [""] * len(listed.files)
 
     def digest(index: int, path: str) -> None:
         found[index] = sha256(Path(path))
 
     for_all(digest, listed, "hashing", cache_dir)
-    digests = "\n".join(found)
     with suppress(OSError):  # the cache of the images says that it cannot be written
-        write_text(kept, f"{_sha256(digests)}\n{digests}")
+        write_text(kept, "\n".join(found))
     return tuple(found)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def for_all(work: Callable[[int, str], None], listed: ImageFiles, doing: str, cache_dir: Path) -> None:

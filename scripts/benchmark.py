@@ -2,7 +2,6 @@
 
 python scripts/benchmark.py                     training steps and evaluation of face_vit_p8s8_d6, fast and plain
 python scripts/benchmark.py ablation --batch-size 8
-python scripts/benchmark.py targets             what a large GPU should reach; on a CPU a small table, to see that it runs
 
 The plain path: float32, eager, timm's last block, torch's dropout and default AdamW, JPEGs decoded in DataLoader workers,
 a forward pass for each stream, the teacher run and the loss read back in every step. Its attention is the fast path's: fused
@@ -10,14 +9,11 @@ a forward pass for each stream, the teacher run and the loss read back in every 
 """
 
 import argparse
-import contextlib
 import copy
 import io
 import math
 import os
 import sys
-import tempfile
-import time
 from collections import namedtuple
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
@@ -37,15 +33,13 @@ from backbone.recognizer import Architecture, Recognizer, build_recognizer, defa
 from data.batches import Batch, batches
 from data.synthetic_faces import synthetic_faces
 from data.tasks import forgetting_tasks, whole_set
-from methods import METHODS, PUBLISHED
+from methods import METHODS
 from methods.pretrain import Pretrain
-from scripts import compare
 from util.cli import options
 from util.cli.main import run_main
 from util.evaluation.evaluate import predict
-from util.runtime.files import read_json, write_json
+from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, save_checkpoint
 from util.training.engine import Trainer
 from util.training.optim import Schedule
 
@@ -53,8 +47,6 @@ from util.training.optim import Schedule
 FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
 FORWARD, LOSS, TEACHER = "one forward pass", "loss left on the device", "teacher once a task"
 IDENTITIES = 8  # half of them are forgotten
-# Of the targets: methods, runs side by side, and the size of CASIA-100: identities, training and test images of each.
-TABLE = {"cuda": ([method.name for method in PUBLISHED], 4, (100, 360, 90)), "cpu": (["gs_lora"], 1, (10, 12, 3))}
 Work = namedtuple("Work", ("run", "images"))
 
 
@@ -124,8 +116,8 @@ def decode(files: list[tuple]) -> list[torch.Tensor]:
     return [torch.stack(part) for part in (images, *rest)]
 
 
-def untrained(model: str, hardware: Hardware, identities: int = IDENTITIES) -> Recognizer:
-    return to_device(build_recognizer(Architecture(model, identities, default_image_size(model))), hardware)
+def untrained(model: str, hardware: Hardware) -> Recognizer:
+    return to_device(build_recognizer(Architecture(model, IDENTITIES, default_image_size(model))), hardware)
 
 
 def make_step(trainer: Trainer, undone: Collection[str]) -> Callable[[Batch], object]:
@@ -183,52 +175,12 @@ def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
     return show(table.to_dict("records"))
 
 
-def targets(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    """The table's time is that of two epochs, compiling included, and of 98 by which two further tables differ."""
-    with tempfile.TemporaryDirectory() as folder:  # before anything is compiled here
-        first, few, more = tables(args, hardware, Path(folder))
-        runs = [read_json(path) for path in Path(folder).glob("*/*/results.json")]
-    (forget,) = measure(args, Bench(hardware, args.model, args.batch_size, args.batch_size).fast("gs_lora"))
-    large = 10 * args.batch_size
-    (pretrain,) = measure(args, Bench(hardware, args.model, large, large // 2).fast("pretrain"))
-    found = [("gs_lora step", "≤ 8 ms", 1000 * forget)]
-    found += [(f"pre-training, batch {large}", "≥ 20,000 images/s", large / pretrain)]
-    found += [("the whole table, extrapolated", "≤ 20 minutes", (first + 98 * (more - few) / 3) / 60)]
-    found += [("its largest run", "≤ 8 GB", max(task["peak_memory_mb"] for run in runs for task in run["tasks"]) / 1024)]
-    return show([dict(zip(("work", "target", "measured"), row, strict=True)) for row in found])
-
-
-def tables(args: argparse.Namespace, hardware: Hardware, folder: Path) -> list[float]:
-    """Seconds of tables of 2, 2 and 5 epochs a task, left in `folder`. Faces are drawn before."""
-    methods, jobs, counts = TABLE[args.device]
-    model, checkpoint = args.model, folder / "untrained.pth"
-    drawn = synthetic_faces(*counts, default_image_size(model), 0, hardware.device)
-    for split, faces in zip(("train", "test"), drawn, strict=True):
-        for number, (image, label) in enumerate(zip(faces.images, faces.labels, strict=True)):
-            path = folder / "faces" / split / faces.classes[label] / f"{number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(jpeg(image))
-    save_checkpoint(checkpoint, Checkpoint(untrained(model, hardware, len(faces.classes)), faces.classes))
-    words = ["--checkpoint", checkpoint, "--data", folder / "faces", "--cache-dir", folder / "cache"]
-    words += ["--as-published", "--batch-size", args.batch_size, "--warmup-epochs", 0, "--device", hardware.device]
-    words += ["--compile", "on" if hardware.compile else "off"]
-    seconds = []
-    for epochs in (2, 2, 5):
-        ours = ["--methods", *methods, "--jobs-per-gpu", jobs, "--output-dir", folder / f"{len(seconds)}", "--"]
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(None):
-            compare.main([str(word) for word in (*ours, *words, "--epochs", epochs)])
-        seconds.append(time.perf_counter() - start)
-        print(f"{len(methods)} methods, 4 tasks of {epochs} epochs: {seconds[-1]:.0f} s", flush=True)
-    return seconds
-
-
 def show(rows: list[dict]) -> list[dict]:
     print(f"\n{pd.DataFrame(rows).to_markdown(index=False, floatfmt=',.2f')}\n", flush=True)
     return rows
 
 
-MODES = {"steps": steps, "ablation": ablation, "targets": targets}
+MODES = {"steps": steps, "ablation": ablation}
 
 
 def main(argv: list[str] | None) -> None:

@@ -25,6 +25,7 @@ from util.storage.folders import CONFIG, claim
 
 SCRIPT = Path(__file__).name
 
+
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="results.json of each run")

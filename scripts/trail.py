@@ -1,8 +1,6 @@
 """A trail: what became of a pre-trained model, by a run or as two checkpoints, with all that an audit of it needs."""
 
 import argparse
-import sys
-import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -10,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from backbone.recognizer import misfits
 from data import build_datasets, build_unseen
@@ -156,29 +155,23 @@ class Trail:
         else:
             files = [self.args.references, self.args.originals]
         never, known = ({path: self.load(path) for path in group} for group in files)
-        label, start, live = f"{self.label}, request {case.task}", time.perf_counter(), sys.stderr.isatty()
-
-        def progress(what: str) -> None:
-            if live:
-                print(f"\r\033[K{label}: {what}, {time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
-
-        found = audit(
-            self.before.model,
-            self.load(case.after).model,
-            [checkpoint.model for checkpoint in never.values()],
-            self.data,
-            case.forget,
-            self.unseen,
-            hardware=self.hardware,
-            originals=[checkpoint.model for checkpoint in known.values()],
-            remain=self._remain(case),
-            figures=self.args.figures,
-            seed=self.args.seed,
-            cache=(self.args.cache_dir or cache_folder()) / "audits",
-            progress=progress,
-        )
-        if live:
-            print("\r\033[K", end="", file=sys.stderr)
+        label = f"{self.label}, request {case.task}"
+        with tqdm(bar_format="{desc}, {elapsed}", leave=False, disable=None) as bar:  # None: only on a terminal
+            found = audit(
+                self.before.model,
+                self.load(case.after).model,
+                [checkpoint.model for checkpoint in never.values()],
+                self.data,
+                case.forget,
+                self.unseen,
+                hardware=self.hardware,
+                originals=[checkpoint.model for checkpoint in known.values()],
+                remain=self._remain(case),
+                figures=self.args.figures,
+                seed=self.args.seed,
+                cache=(self.args.cache_dir or cache_folder()) / "audits",
+                progress=lambda what: bar.set_description_str(f"{label}: {what}"),
+            )
         known = {self.args.before: self.before, **known}
         return found, *([describe(*entry, self.data[0]) for entry in group.items()] for group in (never, known))
 

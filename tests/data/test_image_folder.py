@@ -169,8 +169,8 @@ def test_what_is_no_image_is_skipped_and_counted(root, load, capsys):
     (root / "train/unused/texts/why.txt").write_bytes(b"nothing")
     assert load(root)[0].classes == ("a", "b")
     assert capsys.readouterr().err == (
-        f"{root}: skipped 3 hidden (train/.git, …), 2 outside the class folders (train/outside.png, …), "
-        "3 without an image's extension (train/a/Thumbs.db, …), 2 class folders without images (train/erased, …)\n"
+        f"{root}: skipped 8 files that are hidden or no image of a class (train/.git, …), "
+        "2 class folders without images (train/erased, …)\n"
     )
 
 

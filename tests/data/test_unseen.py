@@ -49,8 +49,7 @@ def test_skipped_files_are_told_with_the_first_of_them(root, load_flat, capsys):
     (root / "train/outside.png").write_text("")
     (root / "train/c").mkdir()
     assert len(load_flat(root / "train")) == 4
-    told = ["1 outside the class folders (outside.png)", "1 without an image's extension (a/notes.txt)"]
-    told += ["1 hidden (b/.hidden.png)", "1 class folders without images (c)"]
+    told = ["3 files that are hidden or no image of a class (outside.png, …)", "1 class folders without images (c)"]
     assert capsys.readouterr().err.splitlines()[1] == f"{root}/train: skipped {', '.join(told)}"
 
 
@@ -65,8 +64,8 @@ def test_damaged_images_are_named_and_nothing_is_kept(tmp_path, root, load_flat)
 
 WRONG_FOLDERS = {
     "No such file or directory": lambda folder: folder.rename(folder.with_name("moved")),
-    "no class folders; <class>/<image> is needed": lambda folder: (folder / "ann").rename(folder / ".ann"),
-    ": no class folders; <class>/<image> is needed": lambda folder: (folder / "ann/1.png").unlink(),
+    "0 class folders; at least 1 are needed, <class>/<image>": lambda folder: (folder / "ann").rename(folder / ".ann"),
+    ": 0 class folders; at least 1 are needed, <class>/<image>": lambda folder: (folder / "ann/1.png").unlink(),
     "Not a directory": lambda folder: (folder.rename(folder.with_name("moved")), folder.write_text("")),
 }
 

@@ -425,7 +425,7 @@ def test_references_that_say_nothing_are_refused(files, references, early, tmp_p
 
 def test_strangers_who_are_none_are_refused(files, colours, strangers, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(files("--unseen", tmp_path / "empty"), 2, "no class folders; <class>/<image> is needed")
+    refused(files("--unseen", tmp_path / "empty"), 2, "0 class folders; at least 1 are needed")
     refused(files("--unseen", colours / "train"), 2, "--unseen has 10 identities of the training set, 'c0' first")
     renamed = shutil.copytree(strangers, tmp_path / "renamed")
     shutil.copy(next((colours / "train" / "c8").iterdir()), renamed / "c12" / "copy.png")

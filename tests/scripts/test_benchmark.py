@@ -1,7 +1,6 @@
 """The benchmark runs, at sizes that say nothing about speed; no timing is asserted."""
 
 import json
-import math
 import runpy
 from dataclasses import replace
 
@@ -42,15 +41,6 @@ def test_ablation_undoes_one_part_at_a_time(measure):
     for row in undone[: len(undone) - 2]:
         assert row["times as long"] == pytest.approx(row["ms"] / whole["ms"])
     assert undone[-1]["times as long"] == pytest.approx(undone[-1]["ms"] / undone[-2]["ms"])
-
-
-def test_targets_are_set_beside_what_is_measured(measure):
-    rows, out = measure("targets")
-    assert [row["target"] for row in rows] == ["≤ 8 ms", "≥ 20,000 images/s", "≤ 20 minutes", "≤ 8 GB"]
-    step, speed, table, memory = [row["measured"] for row in rows]
-    assert min(step, speed, memory) > 0
-    assert math.isfinite(table)  # a difference of two short runs: on a busy machine of any sign
-    assert out.count("1 methods, 4 tasks of") == 3
 
 
 @pytest.mark.parametrize("name", ["gs_lora", "der_pp", "ewc", "pretrain"])

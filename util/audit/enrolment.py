@@ -9,7 +9,7 @@ from util.audit.base import Figure, Measurement
 from util.audit.statistics import mean_statistic
 from util.audit.subject import DRAWS, ENROLLED, Scene, Subject
 
-BLOCK, SIMILARITIES = 1 << 16, 1 << 26  # most templates, and most similarities, computed at a time: 256 MB each
+SIMILARITIES = 1 << 26  # most that are computed at a time: 256 MB
 FPIR = 0.01
 
 
@@ -50,16 +50,12 @@ class Enrolment(Figure):
         return Measurement(statistics, {"enrolment": curve})
 
 
-def search(probes: Tensor, gallery: Tensor, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+def search(probes: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
     """The most similar template of each probe: cosines (N,) and positions in the gallery (N,).
 
-    probes (N, dim); gallery (M, dim), which may be mapped from a file: it is read in blocks, and may be larger than memory.
+    probes (N, dim); gallery (M, dim).
     """
-    probes, block = F.normalize(probes), max(1, min(block, SIMILARITIES // max(1, len(probes))))
-    best, where = torch.full((len(probes),), -torch.inf), torch.zeros(len(probes), dtype=torch.long)
-    for start in range(0, len(gallery), block):
-        similarity, position = (probes @ F.normalize(gallery[start : start + block].float()).T).max(dim=1)
-        better = similarity > best
-        best = torch.where(better, similarity, best)
-        where = torch.where(better, start + position, where)
-    return best, where
+    gallery = F.normalize(gallery)
+    parts = F.normalize(probes).split(max(1, SIMILARITIES // len(gallery)))
+    best = [(part @ gallery.T).max(dim=1) for part in parts]
+    return torch.cat([part.values for part in best]), torch.cat([part.indices for part in best])
