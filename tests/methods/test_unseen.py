@@ -183,4 +183,4 @@ def test_too_few_kept_images_are_refused(begin, few, make_images, make_tasks, ma
     task = replace(task, remain_indices=one_each if few == 1 else one_class)
     method = METHODS["unseen"](method_arguments("unseen"), cpu)
     with pytest.raises(UsageError, match="two remaining classes"):
-        method.begin_run(make_recognizer(), [task], images)
+        method.check(make_recognizer(), [task], images)
