@@ -59,13 +59,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def add_method_choice(parser: options.Parser) -> None:
     parser.add_argument("--method", default="gs_lora", help=f"{', '.join(METHODS)}; with --help, its options")
-    parser.add_argument(
-        "--as-published",
-        nargs="?",
-        const="table",
-        choices=PRESETS,
-        help="as the published code ran the method, for its 4-task table or few-shot; further options still count",
-    )
+    told = "as the published code ran the method, for its 4-task table or few-shot; further options still count"
+    parser.add_argument("--as-published", nargs="?", const="table", choices=PRESETS, help=told)
 
 
 def build_parser(method: type[Method], as_published: str | None) -> options.Parser:
@@ -79,40 +74,30 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group = parser.add_argument_group("forgetting protocol")
     count, ratio = options.number(int, 1), options.number(float, 1e-12, 1)
     group.add_argument("--num-tasks", type=count, help="requests to forget, in turn, of drawn classes (default: 4)")
-    group.add_argument(
-        "--forget-per-task", type=count, help="classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
-    )
+    told = "classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
+    group.add_argument("--forget-per-task", type=count, help=told)
     names = {"type": options.class_list, "metavar": "LIST"}
     group.add_argument("--forget-classes", **names, help=f"instead of drawn ones, forget these people: {options.NAMES}")
     group.add_argument("--then", action="append", default=[], **names, help="and these in a further task; repeatable")
-    group.add_argument(
-        "--allow-copies", action="store_true", help="go on where photos of a named person stay under another person's name"
-    )
+    told = "go on where photos of a named person stay under another person's name"
+    group.add_argument("--allow-copies", action="store_true", help=told)
     group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images a method sees")
     group.add_argument("--few-shot", type=count, metavar="N", help="exactly N images a class instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
     options.add_optimization(parser, epochs=100)
-    parser.add_argument(
-        "--epoch-over",
-        choices=("longest", "forget", "remain"),
-        default="longest",
-        help="whose pass an epoch is, of the paired streams of D_f and D_r",
-    )
-    parser.add_argument(
-        "--min-updates", type=options.number(int, 0), default=0, help="more epochs where a task makes fewer updates"
-    )
+    streams, told = ("longest", "forget", "remain"), "whose pass an epoch is, of the paired streams of D_f and D_r"
+    parser.add_argument("--epoch-over", choices=streams, default="longest", help=told)
+    none = {"type": options.number(int, 0), "default": 0}
+    parser.add_argument("--min-updates", **none, help="more epochs where a task makes fewer updates")
     options.add_hardware(parser)
     options.add_fast_path(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<hash>-<setting>-seed<seed>")
-    group.add_argument(
-        "--eval-every", type=options.number(int, 0), default=0, help="log test accuracies every so many epochs; 0: no"
-    )
+    group.add_argument("--eval-every", **none, help="log test accuracies every so many epochs; 0: no")
     group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth in that layout")
     add_resume_options(group)
-    group.add_argument(
-        "--resume-from", type=Path, metavar="FILE", help="start after the tasks that this task_<t>.pth has forgotten"
-    )
+    told = "start after the tasks that this task_<t>.pth has forgotten"
+    group.add_argument("--resume-from", type=Path, metavar="FILE", help=told)
     options.add_method(parser, method, as_published)
     return parser
 
@@ -126,10 +111,8 @@ def make_requests(args: argparse.Namespace, classes: Sequence[str], earlier: lis
     per_task = max(1, round(len(classes) / share)) if args.forget_per_task is None else args.forget_per_task
     requests = drawn_requests(len(classes), num_tasks, per_task, args.seed)
     if earlier != [sorted(request) for request in requests[: len(earlier)]]:
-        raise UsageError(
-            f"{args.resume_from} has not forgotten what the first tasks of this run forget: check --seed, --num-tasks "
-            f"and --forget-per-task"
-        )
+        told = f"{args.resume_from} has not forgotten what the first tasks of this run forget"
+        raise UsageError(f"{told}: check --seed, --num-tasks and --forget-per-task")
     return requests
 
 
@@ -153,11 +136,8 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     """All parts of a run. Raises UsageError if they do not fit together."""
     checkpoint = load_checkpoint(args.checkpoint, args.head, args.published_adapters)
     if checkpoint.forgotten:
-        count = sum(map(len, checkpoint.forgotten))
-        raise UsageError(
-            f"{args.checkpoint} has already forgotten {count} classes: give the pre-trained one with --checkpoint, "
-            f"this one with --resume-from"
-        )
+        told = f"{args.checkpoint} has already forgotten {sum(map(len, checkpoint.forgotten))} classes"
+        raise UsageError(f"{told}: give the pre-trained one with --checkpoint, this one with --resume-from")
     model = checkpoint.model
     data = build_datasets(args, model.architecture.image_size, hardware.device)
     earlier = [] if args.resume_from is None else load_checkpoint(args.resume_from).forgotten
@@ -179,8 +159,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
 def check_held_out(args: argparse.Namespace, info: dict) -> None:
     """Say so where the recognizer was trained on images that are held out now."""
     if args.val_fraction is not None and (info.get("val_fraction") or 0) < args.val_fraction:
-        told = f"{args.checkpoint} was trained on images that --val-fraction holds out, or does not say"
-        print(f"warning: {told}", file=sys.stderr)
+        print(f"warning: {args.checkpoint} may have been trained on images that --val-fraction holds out", file=sys.stderr)
 
 
 def training_flops(run: ContinualRun) -> float:

@@ -67,9 +67,8 @@ def build_parser() -> options.Parser:
     group.add_argument("--image-size", type=options.number(int, 1), help="pixels (default: the model's own)")
     group.add_argument("--depth", type=options.number(int, 1), help="number of blocks (default: the model's own)")
     group.add_argument("--head", choices=HEADS, default="cosface", help="margin head")
-    group.add_argument(
-        "--drop-rate", type=options.number(float, 0, 0.99), help="of the embedding and in blocks (default: the model's)"
-    )
+    told = "of the embedding and in blocks (default: the model's)"
+    group.add_argument("--drop-rate", type=options.number(float, 0, 0.99), help=told)
     group.add_argument("--init", choices=("timm", "published"), default="timm", help="random weights to start from")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")

@@ -4,8 +4,6 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer, build_recognizer, to_device
 from data.batches import Batch
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask
 from methods.base import Option
 from methods.distillation import Distillation, Teacher, kl_divergence
 
@@ -23,15 +21,14 @@ class BadTeacher(Distillation):
         Option("lambda", 0.3, "weight λ of the incompetent teacher"),
     ]
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        self.competent = Teacher(self.teacher_of(model), train_set, task.remain_indices, self.hardware)
+    def prepare(self, model: Recognizer) -> None:
+        super().prepare(model)
         untrained = to_device(build_recognizer(model.architecture), self.hardware)
-        self.incompetent = Teacher(untrained, train_set, task.forget_indices, self.hardware)
+        self.incompetent = Teacher(untrained, self.train_set, self.task.forget_indices, self.hardware)
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, indices = batch.split(model(batch.images)), batch.split(batch.indices)
-        teachers = {"forget": self.incompetent, "remain": self.competent}
+        teachers = {"forget": self.incompetent, "remain": self.teacher}
         parts = {
             stream: kl_divergence(teacher.logits(indices[stream]), logits[stream], self.args.temperature)
             for stream, teacher in teachers.items()

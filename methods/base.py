@@ -86,13 +86,16 @@ class Method(ABC):
         """Before the first task, also of a resumed run; `model` is the pre-trained one."""
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        """Choose what is trained; take snapshots of `model`; compute a teacher's outputs once.
-
-        By default everything but the head: a head that moved would forget by itself, the backbone keeping the identity.
+        """Before each task, also of a resumed one. Trained is, unless `prepare` chooses otherwise, everything but the head:
+        a head that moved would forget by itself, the backbone keeping the identity.
         """
         self.task, self.train_set, self.epochs = task, train_set, epochs
         model.requires_grad_(True)
         model.head.requires_grad_(False)
+        self.prepare(model)
+
+    def prepare(self, model: Recognizer) -> None:
+        """Choose what is trained; take snapshots of `model`; compute a teacher's outputs once."""
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         """What epoch `epoch` (from 0) of `epochs` runs: by default one pass of paired batches of D_f and D_r."""

@@ -5,10 +5,9 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
-from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Option
-from methods.distillation import Distillation, Teacher, kl_divergence
+from methods.distillation import Distillation, kl_divergence
 
 NEVER = -1e4  # a logit whose softmax is zero; with −∞ the divergence would be 0 · ∞
 
@@ -24,10 +23,7 @@ class DELETE(Distillation):
     source = "arXiv 2503.23751"
     options = [*Distillation.options, Option("lr", 3e-4)]
     unused = ("epoch_over",)
-
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        self.teacher = Teacher(self.teacher_of(model), train_set, task.forget_indices, self.hardware)
+    taught = ("forget",)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return [Pass({"forget": task.forget_indices}, self.args.batch_size)]

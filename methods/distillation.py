@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ class Distillation(Method):
 
     options = (Option("teacher", "task", "as it enters the task, or the run", published="run", choices=("task", "run")),)
 
+    taught: ClassVar[Sequence[str]] = ("remain",)  # the streams that need θ₀'s outputs
     pretrained: Recognizer | None = None
 
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
@@ -59,15 +61,15 @@ class Distillation(Method):
         """θ₀, where `model` is the one that enters the task."""
         return model if self.pretrained is None else self.pretrained
 
+    def prepare(self, model: Recognizer) -> None:
+        indices = torch.cat([getattr(self.task, f"{stream}_indices") for stream in self.taught])
+        self.teacher = Teacher(self.teacher_of(model), self.train_set, indices, self.hardware)
+
 
 class RelabelAndMatch(Distillation):
     """What LwF, DER and FDR share: D_f is relabelled, and a teacher's outputs on D_r are matched."""
 
     options = (*Distillation.options, WRONG_LABELS, Option("epoch_over", "longest", published="forget"))
-
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        self.teacher = Teacher(self.teacher_of(model), train_set, task.remain_indices, self.hardware)
 
     def forget_loss(self, model: Recognizer, logits: Tensor, labels: Tensor) -> Tensor:
         """CE(z_f, ỹ), from label-free logits (B, classes) and the true labels (B,)."""

@@ -29,12 +29,10 @@ class EWC(QuadraticPenalty):
     ]
 
     def importance_of(self, model: Recognizer) -> Importance:
-        data = (self.train_set, self.importance_indices(), self.hardware)
-        if self.args.fisher == "image":
-            return mean_importance(model, model.head.loss_of_logits, torch.square, *data)
-
         def root_of_sum(logits: Tensor, labels: Tensor) -> Tensor:
             """Squared, its gradient is the squared gradient of the mean, times the number of images."""
             return len(labels) ** 0.5 * model.head.loss_of_logits(logits, labels)
 
-        return mean_importance(model, root_of_sum, torch.square, *data, self.args.batch_size)
+        data = (self.train_set, self.importance_indices(), self.hardware)
+        batch_size = self.args.batch_size if self.args.fisher == "batch" else None
+        return mean_importance(model, root_of_sum, torch.square, *data, batch_size)

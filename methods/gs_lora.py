@@ -50,12 +50,11 @@ class GSLoRA(Method):
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        slope = 5.0 if task.number == 1 else self.args.later_slope
+    def prepare(self, model: Recognizer) -> None:
+        slope = 5.0 if self.task.number == 1 else self.args.later_slope
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place, slope)
         self.groups = lora.adapter_groups(model.backbone, self.args.grouping)
-        self.alpha, self.beta = self.args.alpha, per_task(self.args.beta, task)
+        self.alpha, self.beta = self.args.alpha, per_task(self.args.beta, self.task)
 
     def begin_epoch(self, model: Recognizer, epoch: int) -> None:
         self.alpha = self.args.alpha if epoch >= self.args.sparsity_warmup_epochs else 0.0

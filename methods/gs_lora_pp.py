@@ -60,11 +60,11 @@ class GSLoRApp(GSLoRA):
         counts = torch.bincount(labels, minlength=len(sums)).clamp(min=1)
         return sums / counts[:, None]
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
+    def prepare(self, model: Recognizer) -> None:
         if self.args.prototypes == "task":
-            self.prototypes = self._class_means(model, task, train_set)
-        super().begin_task(model, task, train_set, epochs)
-        self.lambda_forget = per_task(self.args.lambda_forget, task)
+            self.prototypes = self._class_means(model, self.task, self.train_set)
+        super().prepare(model)
+        self.lambda_forget = per_task(self.args.lambda_forget, self.task)
         self.adapters = nn.ParameterList([p for group in self.groups.values() for p in group])
         self.average = AveragedModel(self.adapters, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
 

@@ -12,7 +12,7 @@ from data.batches import Batch
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Option, TaskOutput
-from methods.distillation import KD_LOGITS, Distillation, Teacher, kl_divergence
+from methods.distillation import KD_LOGITS, Distillation, kl_divergence
 from methods.relabel import WRONG_LABELS, draw_labels
 from util.evaluation.evaluate import map_images
 from util.runtime.distributed import sharded
@@ -35,6 +35,7 @@ class LIRF(Distillation):
     name = "lirf"
     title = "LIRF"
     source = "arXiv 2207.08224"
+    taught = ("forget",)
     options = [
         *Distillation.options,
         WRONG_LABELS,
@@ -56,19 +57,18 @@ class LIRF(Distillation):
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         half_depth(model.backbone)
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
+    def prepare(self, model: Recognizer) -> None:
+        super().prepare(model)
         self.depth = half_depth(model.backbone)
         teacher = self.teacher_of(model)
-        self.teacher = Teacher(teacher, train_set, task.forget_indices, self.hardware)
 
         def maps_of(images: Tensor) -> Tensor:
             return self._maps_and_embeddings(teacher, teacher.backbone, images)[0]
 
-        self.teacher_maps = map_images(teacher, maps_of, train_set, self.hardware, task.forget_indices).clone()
-        columns, count = range(len(train_set.classes)), len(task.forget)
+        self.teacher_maps = map_images(teacher, maps_of, self.train_set, self.hardware, self.task.forget_indices).clone()
+        columns, count = range(len(self.train_set.classes)), len(self.task.forget)
         by_class = self.args.kd_columns == "classes"
-        forgotten, remaining = (task.forget, task.remain) if by_class else (columns[:count], columns[count:])
+        forgotten, remaining = (self.task.forget, self.task.remain) if by_class else (columns[:count], columns[count:])
         self.forgotten, self.remaining = (torch.tensor(c, device=self.hardware.device) for c in (forgotten, remaining))
         model.requires_grad_(False)
         # Part of the model while the task runs: optimized, moved to the device and saved for --resume with it.

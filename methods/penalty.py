@@ -8,7 +8,6 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
-from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, Option
 from methods.importance import Importance
@@ -32,19 +31,15 @@ class QuadraticPenalty(Method):
 
     options = (WRONG_LABELS,)
     unused = ("epoch_over",)
+    accumulates = True
     importance: Importance | None = None
-
-    @property
-    def accumulates(self) -> bool:
-        return True
 
     @abstractmethod
     def importance_of(self, model: Recognizer) -> Importance:
         """Ω of the model that enters the task, by parameter name."""
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        self.forgotten = torch.tensor(task.forget, device=self.hardware.device)
+    def prepare(self, model: Recognizer) -> None:
+        self.forgotten = torch.tensor(self.task.forget, device=self.hardware.device)
         importance = self.importance_of(model)
         centre = {name: parameter.detach().clone() for name, parameter in self._trained(model)}
         if self.importance is not None and self.accumulates:

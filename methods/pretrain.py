@@ -5,7 +5,6 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass, random_flip
-from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, TaskOutput
 
@@ -19,10 +18,9 @@ class Pretrain(Method):
     name = "pretrain"
     title = "Pre-train"
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
+    def prepare(self, model: Recognizer) -> None:
         model.requires_grad_(True)
-        self.rows = torch.tensor(task.remain, device=self.hardware.device)
+        self.rows = torch.tensor(self.task.remain, device=self.hardware.device)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return [Pass({"train": task.remain_indices}, self.args.batch_size)]

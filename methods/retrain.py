@@ -5,7 +5,6 @@ from torch import Tensor
 from backbone.published import initialize_as_published
 from backbone.recognizer import Recognizer, build_recognizer
 from data.batches import Batch, Pass
-from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, Option
 
@@ -27,9 +26,8 @@ class Retrain(Method):
         Option("restart", "task", "start anew each task, or once", published="run", choices=("task", "run")),
     ]
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        if self.args.restart == "task" or task.number == 1:
+    def prepare(self, model: Recognizer) -> None:
+        if self.args.restart == "task" or self.task.number == 1:
             fresh = build_recognizer(model.architecture)
             if self.args.init == "published":
                 initialize_as_published(fresh.backbone)

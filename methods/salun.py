@@ -5,8 +5,6 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
 from methods.importance import mean_importance
 from methods.relabel import draw_labels
@@ -28,9 +26,8 @@ class SalUn(Method):
         Option("lambda", 2.0, "weight λ of the replay"),
     ]
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        data = train_set, task.forget_indices, self.hardware, self.args.batch_size
+    def prepare(self, model: Recognizer) -> None:
+        data = self.train_set, self.task.forget_indices, self.hardware, self.args.batch_size
         gradients = mean_importance(model, model.head.loss_of_logits, torch.clone, *data)
         sizes = torch.cat([gradient.abs().flatten() for gradient in gradients.values()])
         least = sizes.sort(descending=True).values[max(0, round(self.args.saliency * len(sizes)) - 1)]

@@ -8,10 +8,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
-from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Option, TaskOutput
-from methods.distillation import KD_LOGITS, Distillation, Teacher, kl_divergences
+from methods.distillation import KD_LOGITS, Distillation, kl_divergences
 
 AVERAGE_WEIGHT = 0.1  # of the newest weights in SCRUB-S's running average
 
@@ -29,6 +28,7 @@ class SCRUB(Distillation):
     title = "SCRUB"
     source = "arXiv 2302.09880"
     unused = ("epoch_over",)
+    taught = ("forget", "remain")
     options = [
         *Distillation.options,
         Option("lr", 8e-4, published=1e-4),
@@ -44,11 +44,6 @@ class SCRUB(Distillation):
         Option("bound", 10.0, "divergence beyond which a max pass pushes an image no further", published=1e9),
         KD_LOGITS,
     ]
-
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        seen = torch.cat([task.forget_indices, task.remain_indices])
-        self.teacher = Teacher(self.teacher_of(model), train_set, seen, self.hardware)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         minimize = Pass({"remain": task.remain_indices}, self.args.batch_size, "min")
@@ -91,8 +86,8 @@ class SCRUBS(SCRUB):
     ]
     saved: dict[str, Any] = {}  # an earlier task's average, of a resumed run
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
+    def prepare(self, model: Recognizer) -> None:
+        super().prepare(model)
         self.trained = nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
         if self.average is None:
             self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(1 - AVERAGE_WEIGHT))

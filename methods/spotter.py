@@ -7,7 +7,6 @@ from torch import Tensor
 from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
-from data.tasks import ForgettingTask
 from methods.base import Option
 from methods.delete import DELETE, NEVER
 from methods.distillation import Teacher, kl_divergence
@@ -33,17 +32,17 @@ class Spotter(DELETE):
         Option("epsilon", 0.03, "largest perturbation of a pixel, of 1", high=1),
     ]
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
+    def prepare(self, model: Recognizer) -> None:
+        super().prepare(model)
         teacher = self.teacher_of(model).eval()  # training begins with train()
-        home = task.forget_indices.to(train_set.images.device)
-        images, labels = (part[home].to(self.hardware.device) for part in (train_set.images, train_set.labels))
+        home = self.task.forget_indices.to(self.train_set.images.device)
+        images, labels = (part[home].to(self.hardware.device) for part in (self.train_set.images, self.train_set.labels))
         chunks = zip(images.split(self.hardware.eval_batch), labels.split(self.hardware.eval_batch), strict=True)
         with alone():  # every process perturbs all images
             self.near = torch.cat([self._perturbed(teacher, *chunk) for chunk in chunks])
-        near_set = ImageSet("near", self.near, labels, train_set.classes)
+        near_set = ImageSet("near", self.near, labels, self.train_set.classes)
         self.near_teacher = Teacher(teacher, near_set, torch.arange(len(near_set)), self.hardware)
-        self.forgotten = torch.tensor(task.forget, device=self.hardware.device)
+        self.forgotten = torch.tensor(self.task.forget, device=self.hardware.device)
 
     def _perturbed(self, teacher: Recognizer, images: Tensor, labels: Tensor) -> Tensor:
         """Projected sign-gradient steps on uint8 images (B, 3, H, W), within ε of them; returned as uint8."""

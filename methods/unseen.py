@@ -64,23 +64,20 @@ class Unseen(Method):
         for task in tasks:
             counts = train_set.labels.cpu()[task.remain_indices].unique(return_counts=True)[1]
             if len(counts) < 2 or counts.max() < 2:
-                raise UsageError(
-                    f"task {task.number}: unseen needs images of two remaining classes, two of one of them: raise "
-                    f"--data-ratio or --few-shot, or forget fewer"
-                )
+                told = f"task {task.number}: unseen needs images of two remaining classes, two of one of them"
+                raise UsageError(f"{told}: raise --data-ratio or --few-shot, or forget fewer")
 
-    def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, task, train_set, epochs)
-        seen = torch.cat([task.forget_indices, task.remain_indices])
-        unit = F.normalize(embed_images(model, train_set, self.hardware, seen).clone())
-        counts = [len(task.forget_indices), len(task.remain_indices)]
-        (forgotten, kept), labels = unit.split(counts), train_set.labels[seen.to(train_set.labels.device)].cpu()
+    def prepare(self, model: Recognizer) -> None:
+        seen = torch.cat([self.task.forget_indices, self.task.remain_indices])
+        unit = F.normalize(embed_images(model, self.train_set, self.hardware, seen).clone())
+        counts = [len(self.task.forget_indices), len(self.task.remain_indices)]
+        (forgotten, kept), labels = unit.split(counts), self.train_set.labels[seen.to(self.train_set.labels.device)].cpu()
         self.people, kept_labels = labels.split(counts)
         early, middle = self._features(model, seen)
         near = F.normalize(likeness(middle, labels, len(forgotten), self.args.sharpness).to(kept) @ kept)
         strangers = F.normalize(as_strangers(early, kept, kept_labels)).to(kept)
         self.parts = strangers, without_person(forgotten, self.people), near
-        self.targets = unit.new_zeros(len(train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), unit)
+        self.targets = unit.new_zeros(len(self.train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), unit)
         self._aim(excess=0.0)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
 

@@ -7,11 +7,10 @@ What stays behind: the run's folder. Its earlier checkpoints, adapters, deposits
 """
 
 import argparse
-import importlib
 import json
 import sys
-import tempfile
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import timm
@@ -61,11 +60,8 @@ def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
         part.metadata_props.clear()  # the exporter's notes name the files of this machine
         for value in getattr(part, "outputs", ()):
             value.metadata_props.clear()
-    with tempfile.TemporaryDirectory() as folder:  # the exporter writes by itself, and not atomically
-        program.save(Path(folder) / path.name, external_data=False)
-        content = (Path(folder) / path.name).read_bytes()
     with atomic_write(path) as target:
-        target.write(content)
+        target.write(program.model_proto.SerializeToString())
 
 
 def embed_with(folder: Path, checkpoint: Checkpoint, images: Tensor) -> dict[str, Tensor]:
@@ -92,11 +88,8 @@ def main(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UsageError(f"{args.output_dir} is not empty: what is there would leave the house as well")
-    for package in ("onnxscript", "onnxruntime") if args.onnx else ():
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            raise UsageError("model.onnx needs further packages: pip install onnxscript onnxruntime; or --no-onnx") from None
+    if args.onnx and not all(map(find_spec, ("onnxscript", "onnxruntime"))):
+        raise UsageError("model.onnx needs further packages: pip install onnxscript onnxruntime; or --no-onnx")
     checkpoint = load_checkpoint(args.checkpoint)
     if not checkpoint.forgotten:
         raise UsageError(f"{args.checkpoint} has forgotten nobody: give the checkpoint of a run's task")

@@ -1,7 +1,6 @@
 """config.json: how a run was called and what it ran on; and the same call again, from that file."""
 
 import argparse
-import os
 import platform
 import subprocess
 import sys
@@ -22,9 +21,7 @@ NOT_REPEATED = {"config", "resume", "overwrite"}
 
 
 def add_config_option(parser: Parser) -> None:
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="all arguments from a run's config.json; further ones still count"
-    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="all arguments not given, from a run's config.json")
 
 
 def saved_arguments(argv: list[str], script: str) -> dict:
@@ -79,12 +76,9 @@ def code_and_packages() -> dict:
 
 def _git_commit() -> str | None:
     """The commit of the code that runs, with "+" appended where files differ from it; None outside a checkout."""
-    words = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}
+    words = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
-        done = subprocess.run(
-            words, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=True, timeout=10
-        )
+        done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=10)
         return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -7,13 +7,12 @@ from data import SYNTHETIC
 from util.runtime.errors import UsageError
 
 Arguments = argparse.Namespace
+OF_SYNTHETIC = "--identities --train-per-identity --test-per-identity --data-seed"
+OF_EVALUATION = "--adapters --deposit --forget-classes --results --task --pairs --seed --output-dir"
+OF_REFERENCES = "--num-references --num-originals --jobs-per-gpu"
 # Which options, when they do nothing, in words and as a condition on the arguments.
 TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
-    (
-        "--identities --train-per-identity --test-per-identity --data-seed",
-        f"unless --data is {SYNTHETIC}",
-        lambda a: a.data != SYNTHETIC,
-    ),
+    (OF_SYNTHETIC, f"unless --data is {SYNTHETIC}", lambda a: a.data != SYNTHETIC),
     ("--min-lr", "with --sched step", lambda a: a.sched == "step"),
     ("--min-lr", "above --lr", lambda a: a.min_lr > a.lr),
     ("--cuda-graphs", "with --compile off", lambda a: a.cuda_graphs == "on" and a.compile == "off"),
@@ -23,18 +22,10 @@ TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
     ("--allow-copies", "without --forget-classes", lambda a: a.forget_classes is None),
     ("--task", "without --results", lambda a: a.results is None),
     ("--seed", "with --pairs 0", lambda a: getattr(a, "pairs", None) == 0),
-    (
-        "--adapters --deposit --forget-classes --results --task --pairs --seed --output-dir",
-        "with --verify-record",
-        lambda a: getattr(a, "verify_record", None) is not None,
-    ),
+    (OF_EVALUATION, "with --verify-record", lambda a: getattr(a, "verify_record", None) is not None),
     ("--originals", "without --references", lambda a: a.references is None),
     ("--requests", "without a RUN", lambda a: not a.runs),
-    (
-        "--num-references --num-originals --jobs-per-gpu",
-        "with --references, which are given",
-        lambda a: getattr(a, "references", None) is not None,
-    ),
+    (OF_REFERENCES, "with --references, which are given", lambda a: getattr(a, "references", None) is not None),
     ("--sweep", "without --labels", lambda a: a.labels is None),
 )
 

@@ -99,19 +99,14 @@ NAMES = "names, separated by commas; #13 is class id 13; @FILE has one a line"
 
 def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", default=SYNTHETIC, metavar="DIR", help=f"folder with train/ and test/, or {SYNTHETIC} (drawn, no download)"
-    )
+    group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=f"folder with train/ and test/, or {SYNTHETIC}")
     group.add_argument("--cache-dir", type=Path, help="where decoded images are kept (default: the user's cache folder)")
     group.add_argument("--identities", type=number(int, 2), default=100, help=f"{SYNTHETIC}: number of classes")
     group.add_argument("--train-per-identity", type=number(int, 1), default=24, help=f"{SYNTHETIC}: training images a class")
     group.add_argument("--test-per-identity", type=number(int, 1), default=6, help=f"{SYNTHETIC}: test images a class")
     group.add_argument("--data-seed", type=number(int, 0), default=0, help=f"{SYNTHETIC}: seed of identities and images")
-    group.add_argument(
-        "--val-fraction",
-        type=number(float, 1e-12, 1),
-        help="hold this share of each class's training images out, and measure on it instead of the test set",
-    )
+    told = "hold this share of each class's training images out, and measure on it instead of the test set"
+    group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=told)
 
 
 def add_published(group: argparse._ActionsContainer) -> None:
@@ -121,11 +116,8 @@ def add_published(group: argparse._ActionsContainer) -> None:
 
 
 def add_published_adapters(group: argparse._ActionsContainer) -> None:
-    group.add_argument(
-        "--published-adapters",
-        choices=("merged", "apart"),
-        help="whether the weights of a published checkpoint with adapters contain them already; its authors' files do",
-    )
+    told = "whether the weights of a published checkpoint with adapters contain them already; its authors' files do"
+    group.add_argument("--published-adapters", choices=("merged", "apart"), help=told)
 
 
 def add_hardware(parser: Parser) -> None:

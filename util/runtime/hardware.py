@@ -6,6 +6,7 @@ Each part is automatic, and is worth what `scripts/benchmark.py` measures for it
 import contextlib
 import functools
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -93,12 +94,10 @@ class Hardware:
             torch.cuda.synchronize(self.device)
 
     def peak_memory_mb(self) -> float:
-        """Since `reset_peak_memory`: allocated on the GPU, or resident of the whole process (0 without Linux's /proc)."""
+        """Since `reset_peak_memory`: allocated on the GPU, or resident of the whole process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        with contextlib.suppress(OSError), open("/proc/self/status") as file:
-            return next((int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:")), 0.0)
-        return 0.0
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def reset_peak_memory(self) -> None:
         if self.device.type == "cuda":

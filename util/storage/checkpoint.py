@@ -106,10 +106,8 @@ def _load_published(path: Path, data: dict, head: str | None, merged_or_apart: s
     model = build_recognizer(architecture)
     load_weights(model, state, path)
     if merged_or_apart is None and any(tensor.any() for name, tensor in adapters.items() if name.endswith("lora_B")):
-        raise UsageError(
-            f"{path} has adapters, and does not say whether its weights contain them: add --published-adapters merged "
-            f"(the published training loop saves them so) or apart"
-        )
+        told = f"{path} has adapters, and does not say whether its weights contain them"
+        raise UsageError(f"{told}: add --published-adapters merged (the published training loop saves them so) or apart")
     if merged_or_apart != "merged":
         apply_adapters(model.backbone, adapters, path)
     return Checkpoint(model)

@@ -60,16 +60,13 @@ def goes_on(folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, 
         if args.overwrite:
             resume = difference is None and folder.last.exists() and not folder.finished
         elif difference is not None:
-            raise UsageError(
-                f"--resume: {folder.path} was started with other options: {difference}; repeat the first command, or choose "
-                f"another --output-dir (--overwrite replaces the run)"
-            )
+            told = f"--resume: {folder.path} was started with other options: {difference}; repeat the first command"
+            raise UsageError(f"{told}, or choose another --output-dir (--overwrite replaces the run)")
     if resume:
         _warn_of_other_hardware(folder, config.get("hardware"), hardware)
     elif folder.has_run and not args.overwrite:
-        raise UsageError(
-            f"{folder.path} holds a run: --resume continues it, another --output-dir keeps it, --overwrite replaces it"
-        )
+        told = "--resume continues it, another --output-dir keeps it, --overwrite replaces it"
+        raise UsageError(f"{folder.path} holds a run: {told}")
     else:
         _check_inputs(folder, args)
     folder.check_room(needed)
@@ -81,9 +78,8 @@ def _check_inputs(folder: OutputFolder, args: argparse.Namespace) -> None:
     for key, value in vars(args).items():
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, Path) and path.resolve() in own:
-                raise UsageError(
-                    f"{option_name(key)} {path} lies in the run that would be replaced: choose another --output-dir"
-                )
+                told = f"{option_name(key)} {path} lies in the run that would be replaced"
+                raise UsageError(f"{told}: choose another --output-dir")
 
 
 def _warn_of_other_hardware(folder: OutputFolder, before: object, hardware: Hardware) -> None:
