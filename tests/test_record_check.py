@@ -108,7 +108,7 @@ def test_files_that_have_moved_are_found_or_named(named, trained, colours, comma
     assert lines_of(out)["weights before"][0] == "confirmed"  # in the other run's folder
     code, out, err = command(*call, "--checkpoint", trained)
     assert code == 0, err
-    assert [what for what, (said, _) in lines_of(out).items() if said == "not checked"] == ["record before it", "audit"]
+    assert [what for what, (said, _) in lines_of(out).items() if said == "not checked"] == ["audit"]
     other = tmp_path / "moved" / "first" / "checkpoints" / "task_1.pth"
     code, out, err = command(*call, "--checkpoint", other)
     assert code == 1 and err.endswith("checks failed: file of the pre-trained model\n")
@@ -143,7 +143,7 @@ def test_a_record_of_a_published_checkpoint_with_adapters(colours, command, tmp_
     name = next(iter(json.loads(file.read_text())["request"]["forget"].values()))
     code, out, err = command("test.py", "--verify-record", file)
     assert code == 0, out + err
-    assert [what for what, (said, _) in lines_of(out).items() if said == "not checked"] == ["record before it", "audit"]
+    assert [what for what, (said, _) in lines_of(out).items() if said == "not checked"] == ["audit"]
     # It names no classes, the model after it does.
     data = without(colours, tmp_path / "colours", name)
     code, out, err = command("test.py", "--verify-record", file, "--data", data)

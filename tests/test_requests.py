@@ -111,6 +111,7 @@ def test_a_record_says_what_was_done(named, trained):
     assert second["accuracies"]["after"] == results_of(named / "first")["tasks"][1]["after"]
     third = json.loads((named / "second/deletions/task_3.json").read_text())
     assert third["model"]["before"] == second["model"]["after"]
+    assert third["previous_record"] == sha256(named / "first" / "deletions" / "task_2.json")
 
 
 @pytest.mark.parametrize("record", ["first 1", "first 2", "second 3"])

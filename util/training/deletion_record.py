@@ -43,7 +43,8 @@ class Recorder:
         if distributed.rank():
             return  # the first process alone has written the files that are hashed here
         classes = self.train_set.classes
-        earlier = folder.task_file("deletions", task.number - 1)
+        begun = [folder] if self.args.resume_from is None else [folder, RunFolder(self.args.resume_from.parent.parent)]
+        earlier = [run.task_file("deletions", task.number - 1) for run in begun]
         record = {
             "schema": SCHEMA,
             "task": task.number,
@@ -73,7 +74,7 @@ class Recorder:
             "arguments": plain_arguments(self.args),
             "hardware": self.hardware.as_dict(),
             **code_and_packages(),
-            "previous_record": sha256(earlier) if earlier.exists() else None,
+            "previous_record": next((sha256(file) for file in earlier if file.exists()), None),
         }
         write_json(folder.task_file("deletions", task.number), record)
 

@@ -51,11 +51,15 @@ class _Files:
         return weights_sha256(self.load(file).model)
 
     def compared(self) -> Iterator[Check]:
-        (after, before), earlier = self.models.values(), self.folder.task_file("deletions", self.number - 1)
-        yield _compare("record before it", {earlier: self.record["previous_record"]})
+        after, before = self.models.values()
+        entered = before if self.number == 1 else self.entered()
+        if self.record["previous_record"] is None:
+            yield "record before it", None, "it names none"
+        else:
+            earlier = RunFolder(entered.parent.parent).task_file("deletions", self.number - 1)
+            yield _compare("record before it", {earlier: self.record["previous_record"]})
         yield _compare("file of the pre-trained model", {before: self.hashes["pretrained_file"]})
         yield _compare("file of the model after", {after: self.hashes["after_file"]})
-        entered = before if self.number == 1 else self.entered()
         yield _compare("weights before", {entered: self.hashes["before"]}, self.weights)
         yield _compare("weights after", {after: self.hashes["after"]}, self.weights)
 
