@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from data.cache import cached_images
-from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, tell
+from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, one_line, tell
 from data.image_set import ImageSet
 
 VERSION = 1  # of the decoding: to be raised with every change of its pixels, so that cached ones lapse
@@ -61,7 +61,7 @@ def _image_set(listed: ImageFiles, image_size: int, cache_dir: Path) -> ImageSet
 
     images = cached_images(f"{listed.root.name}-{image_size}-{digest}", shape, decode_all, cache_dir)
     digests = file_digests(listed, cache_dir)
-    return ImageSet(listed.root.name, images, torch.tensor(listed.labels), listed.classes, listed.files, digests)
+    return ImageSet(one_line(listed.root.name), images, torch.tensor(listed.labels), listed.classes, listed.files, digests)
 
 
 def decode_image(path: str, image_size: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 python scripts/data_tag.py path/to/faces
 """
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from data import SYNTHETIC
 from data.cache import cache_folder
-from data.image_files import file_digests, list_images
+from data.image_files import file_digests, list_images, one_line
 from data.image_set import ImageSet, class_digests
 from util.cli.main import run_main
 from util.runtime.errors import UsageError
@@ -29,9 +28,9 @@ def main(argv: list[str] | None) -> None:
     if tag != SYNTHETIC:
         listed = list_images(tag)
         labels, digests = torch.tensor(listed.labels), file_digests(listed, cache_folder())
-        images = ImageSet(listed.root.name, torch.empty(0), labels, listed.classes, listed.files, digests)
+        images = ImageSet(one_line(listed.root.name), torch.empty(0), labels, listed.classes, listed.files, digests)
         tag = replace(images, contents=class_digests(images)).tag
-    sys.stdout.buffer.write(os.fsencode(tag + "\n"))  # a folder's name may be no text
+    print(tag)
 
 
 if __name__ == "__main__":

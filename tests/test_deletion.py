@@ -105,12 +105,18 @@ def test_after_the_images_are_erased_requests_go_on(trained, data, command, tmp_
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
-def test_names_that_are_no_text(command, tmp_path, make_images):
+def test_names_that_are_no_text(command, tmp_path, make_images, monkeypatch):
     data = write_folder(tmp_path / "faces", make_images(4, 6, 32), make_images(4, 2, 32, seed=1))
     odd = os.fsdecode(b"\xff\xfe, \"odd\"\n")
     for split in ("train", "test"):
         (data / split / "c2").rename(data / split / odd)
-    checkpoint = tmp_path / "p" / "checkpoint.pth"
+    checkpoint, named = tmp_path / "p" / "checkpoint.pth", data.rename(tmp_path / os.fsdecode(b"faces\xff"))
+    monkeypatch.chdir(tmp_path)  # default folders are named for the data
+    code, _, err = command("train_pretrain.py", "--data", named, *SMALL, "--epochs", 1)
+    assert code == 0, err
+    assert len(list((tmp_path / "exps").glob("pretrain-faces?udcff-*"))) == 1
+    refused(command("train_pretrain.py", "--data", named, "--output-dir", os.fsdecode(b"x\xff")), 2, "not plain text")
+    data = named.rename(data)
     code, _, err = command("train_pretrain.py", "--data", data, *SMALL, "--epochs", 1, "--output-dir", checkpoint.parent)
     assert code == 0, err
     (tmp_path / "names").write_bytes(os.fsencode('"' + odd.replace('"', '""') + '"'))

@@ -143,7 +143,7 @@ def test_a_record_of_a_published_checkpoint_with_adapters(colours, command, tmp_
     name = next(iter(json.loads(file.read_text())["request"]["forget"].values()))
     code, out, err = command("test.py", "--verify-record", file)
     assert code == 0, out + err
-    assert [what for what, (said, _) in lines_of(out).items() if said == "not checked"] == ["audit"]
+    assert [what for what, (said, _) in lines_of(out).items() if said == "not checked"] == ["record before it", "audit"]
     # It names no classes, the model after it does.
     data = without(colours, tmp_path / "colours", name)
     code, out, err = command("test.py", "--verify-record", file, "--data", data)

@@ -144,7 +144,7 @@ def test_odd_names(tmp_path, root, load, capsys):
     ]
     (odd / "train" / names[1] / "new\nline.png").unlink()
     script = subprocess.run([sys.executable, ROOT / "scripts/data_tag.py", odd], capture_output=True, check=True)
-    assert script.stdout == os.fsencode(tag_of(load(odd)) + "\n")
+    assert script.stdout == f"{tag_of(load(odd))}\n".encode()
 
 
 @pytest.mark.parametrize("place", ["train/c", "test/a2", "train/c.png", "train/a/night", "train/a/itself"])

@@ -98,6 +98,8 @@ class OutputFolder:
 
         Raises UsageError where it is not ours, or in use.
         """
+        if not str(self.path).isprintable():
+            raise UsageError(f"--output-dir {str(self.path)!r}: TensorBoard writes to no name that is not plain text")
         claim(self.path, self.script)
         if distributed.rank():
             yield
