@@ -28,7 +28,7 @@ from util.evaluation.evaluate import Predictions, embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
 from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import load_tensors, write_json, write_text
+from util.runtime.files import load_tensors, read_json, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import CONFIG, claim, folder_of
 from util.training.deletion_record import load_record, settings_of
@@ -155,8 +155,12 @@ def main(argv: list[str] | None) -> None:
     hardware = options.hardware_of(args)
     checkpoint = load_model(args)
     more = [*args.adapters, *filter(None, [args.deposit])]
-    output = args.output_dir or folder_of("test", args.checkpoint, *more)
+    output = args.output_dir or folder_of("test", args.checkpoint, *more, whom=args.forget_classes or "")
     claim(output, SCRIPT)
+    if (output / CONFIG).exists():
+        saved = read_json(output / CONFIG).get("arguments", {})
+        if other := options.first_difference(saved, args, {"output_dir", "cache_dir", "device", "images"}):
+            raise UsageError(f"{output} holds results of other options: {other}; choose another --output-dir")
     test_set, groups = load_images(args, checkpoint, hardware.device)
     model = to_device(checkpoint.model, hardware)
     embeddings = embed_images(model, test_set, hardware)
@@ -178,7 +182,6 @@ def main(argv: list[str] | None) -> None:
     write_json(output / CONFIG, describe_command(args, SCRIPT))
     write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
     write_text(output / "per_class.csv", per_class.round(4).to_csv(index=False))
-    (output / "roc.png").unlink(missing_ok=True)
     if curves:
         from util.report.figures import roc_figure, save_figure
 

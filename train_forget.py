@@ -18,7 +18,7 @@ from pathlib import Path
 from backbone.published import to_published
 from backbone.recognizer import forward_flops, to_device
 from data import build_datasets
-from data.copies import check_copies
+from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests, people
 from methods import METHODS, method_class
@@ -30,7 +30,7 @@ from util.report.results import load_results
 from util.report.tables import Comparison
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import align_classes, load_checkpoint
+from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
@@ -140,17 +140,19 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
         raise UsageError(f"{told}: give the pre-trained one with --checkpoint, this one with --resume-from")
     model = checkpoint.model
     data = build_datasets(args, model.architecture.image_size, hardware.device)
-    earlier = [] if args.resume_from is None else load_checkpoint(args.resume_from).forgotten
+    begun = Checkpoint(model) if args.resume_from is None else load_checkpoint(args.resume_from)
+    earlier = begun.forgotten
     data = align_classes(checkpoint, data, args.checkpoint, [c for request in earlier for c in request])
     check_held_out(args, checkpoint.info)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
     tasks = make_tasks(args, data[0], earlier)
-    named = args.forget_classes is not None
+    named, refuse = args.forget_classes is not None, args.forget_classes is not None and not args.allow_copies
+    check_forgotten(data, tasks[len(earlier)], {*begun.info.get("forgotten_digests", ())}, refuse)
     # Of a person who is named, also copies in other files: the pixels tell.
     sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if named else data
-    check_copies(sets, tasks[len(earlier) :], refuse=named and not args.allow_copies)
+    check_copies(sets, tasks[len(earlier) :], refuse)
     method = METHODS[args.method](args, hardware)
     method.check(model, tasks[len(earlier) :], data[0])
     return ContinualRun(args, model, method, data, tasks, len(earlier))

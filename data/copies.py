@@ -2,13 +2,14 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from util.runtime.errors import UsageError
 
 SHOWN = 3  # pairs of people
+DIGITS = 16  # of a digest, kept in checkpoints
 
 
 def copies(data: Sequence[ImageSet], forgotten: set[int], kept: set[int]) -> dict[tuple[int, int], list[tuple[str, str]]]:
@@ -29,19 +30,37 @@ def copies(data: Sequence[ImageSet], forgotten: set[int], kept: set[int]) -> dic
 def check_copies(data: Sequence[ImageSet], tasks: Sequence[ForgettingTask], refuse: bool) -> None:
     """Name the photos of people whom `tasks` forget that stay under the name of somebody who is kept.
 
-    Raises UsageError with `refuse`, else it is a warning.
+    Raises UsageError with `refuse`, else it is a warning; so it is where that person is forgotten by a later task.
     """
     if not all(images.digests for images in data):
         return
-    forgotten, kept, classes = {c for task in tasks for c in task.forget}, {*tasks[-1].remain}, data[0].classes
-    if not (found := copies(data, forgotten, kept)):
-        return
-    told = [
-        f"{len(files)} of the photos of {classes[c]} are kept as {classes[other]}'s ({files[0][0]} is {files[0][1]})"
-        for (c, other), files in [*found.items()][:SHOWN]
-    ]
-    told += [f"and {len(found) - SHOWN} more such pairs of people"] * (len(found) > SHOWN)
-    message = f"{data[0].name}: {'; '.join(told)}"
-    if refuse:
+    classes, last, found = data[0].classes, {*tasks[-1].remain}, {}
+    for task in tasks:
+        found |= copies(data, {*task.forget}, {*task.remain})
+    for kept in (True, False):
+        told = [
+            f"{len(files)} of the photos of {classes[c]} are kept as {classes[other]}'s ({files[0][0]} is {files[0][1]})"
+            for (c, other), files in found.items()
+            if (other in last) == kept
+        ]
+        _tell(data[0].name, told, refuse and kept)
+
+
+def check_forgotten(data: Sequence[ImageSet], task: ForgettingTask, known: Collection[str], refuse: bool) -> None:
+    """The same of photos that earlier runs have forgotten: `known` are the beginnings of their files' digests."""
+    found = defaultdict(list)
+    for images in data:
+        for c, file, digest in zip(images.labels.tolist(), images.files, images.digests, strict=False):
+            if digest[:DIGITS] in known and c not in task.old:
+                found[images.classes[c]].append(file)
+    told = [f"{len(files)} photos that were forgotten before are {name}'s now ({files[0]})" for name, files in found.items()]
+    _tell(data[0].name, told, refuse)
+
+
+def _tell(name: str, told: list[str], refuse: bool) -> None:
+    more = [f"and {len(told) - SHOWN} more such pairs of people"] * (len(told) > SHOWN)
+    message = f"{name}: {'; '.join(told[:SHOWN] + more)}"
+    if told and refuse:
         raise UsageError(f"{message}: remove them there, name both people, or add --allow-copies")
-    print(f"warning: {message}", file=sys.stderr)
+    if told:
+        print(f"warning: {message}", file=sys.stderr)

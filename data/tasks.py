@@ -94,7 +94,11 @@ def _class_id(name: str, classes: Sequence[str]) -> int:
         return int(number)
     near = difflib.get_close_matches(name, classes, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"they are {classes[0]!r}, …, or #0 to #{len(classes) - 1}"
-    raise UsageError(f"no class {name!r}; " + (f"class id {number} is written #{number}" if known else hint))
+    if known:
+        same = [other for other in classes if other.isdecimal() and int(other) == int(number)]
+        hint = "".join(f"did you mean {other!r}? " for other in same)
+        hint += f"class id {number} is written #{number} and is {classes[int(number)]!r}"
+    raise UsageError(f"no class {name!r}; {hint}")
 
 
 def people(ids: Sequence[int], classes: Sequence[str], most: int = 40) -> str:

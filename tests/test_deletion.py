@@ -37,7 +37,7 @@ def test_photos_that_stay_under_another_name_are_refused(trained, data, command,
     assert code == 0, err
 
 
-@pytest.mark.parametrize("text", ["c3\nc7\n", "\ufeffc3\r\n\r\nc7", "c3, c7"])
+@pytest.mark.parametrize("text", ["c3\nc7\n", "\ufeffc3\r\n\r\n c7 "])
 def test_names_come_one_a_line_or_from_a_file(text, trained, colours, command, tmp_path):
     (tmp_path / "names.txt").write_text(text, "utf-8", newline="")
     for words in (text.removeprefix("\ufeff"), f"@{tmp_path / 'names.txt'}"):
@@ -46,6 +46,9 @@ def test_names_come_one_a_line_or_from_a_file(text, trained, colours, command, t
         assert code == 0, err
         assert "task 1 forgets c3, c7\n" in out
         assert results_of(output)["tasks"][0]["forget_classes"] == [3, 7]
+    (tmp_path / "names.txt").write_text("c3, c7")  # a line is one name
+    line = request(trained, colours, tmp_path / "x", "--forget-classes", f"@{tmp_path / 'names.txt'}")
+    refused(command(*line), 2, "no class 'c3, c7'")
     (tmp_path / "names.txt").write_text("c1")  # a run holds the names, not the file's
     again = ["--config", tmp_path / "run@" / "config.json", "--output-dir", tmp_path / "again"]
     code, _, err = command("train_forget.py", *again)
@@ -102,6 +105,22 @@ def test_after_the_images_are_erased_requests_go_on(trained, data, command, tmp_
     shutil.rmtree(data / "train" / "c9")
     shutil.rmtree(data / "test" / "c9")
     refused(command(*request(trained, data, tmp_path / "x", *words)), 2, "knows 10 classes, the data set faces has 8")
+
+
+def test_photos_of_the_forgotten_are_not_taught_again(trained, data, command, tmp_path):
+    run = tmp_path / "run"
+    assert command(*request(trained, data, run, "--forget-classes", "c3"))[0] == 0
+    photos = sorted((data / "train" / "c3").iterdir())
+    for photo in photos[:2]:
+        photo.rename(data / "train" / "c7" / f"moved-{photo.name}")
+    words = ["--forget-classes", "c5", "--resume-from", run / "checkpoints" / "task_1.pth"]
+    message = "2 photos that were forgotten before are c7's now (train/c7/moved-"
+    refused(command(*request(trained, data, tmp_path / "next", *words)), 2, message)
+    code, _, err = command(*request(trained, data, tmp_path / "next", *words, "--allow-copies"))
+    assert code == 0, err
+    assert f"warning: faces: {message}" in err
+    words = ["--forget-classes", "c6", "--resume-from", tmp_path / "next" / "checkpoints" / "task_2.pth"]
+    refused(command(*request(trained, data, tmp_path / "third", *words)), 2, message)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")

@@ -33,11 +33,12 @@ def test_a_group_without_test_images_has_no_numbers(untested, forget, empty, tra
 
 
 def test_a_group_of_all_classes_or_of_one_named_twice(trained, colours, command, tmp_path):
-    options = ("--checkpoint", trained, "--data", colours, "--output-dir", tmp_path / "t", "--forget-classes")
+    options = ("--checkpoint", trained, "--data", colours, "--forget-classes")
     for forget, sizes in ((",".join(f"c{c}" for c in range(10)), {"all": 10, "forgotten": 10}), ("c1,#1", None)):
-        code, _, err = command("test.py", *options, forget)
+        output = tmp_path / forget
+        code, _, err = command("test.py", *options, forget, "--output-dir", output)
         assert code == 0, err
-        found = {name: len(group["classes"]) for name, group in groups_of(tmp_path / "t").items()}
+        found = {name: len(group["classes"]) for name, group in groups_of(output).items()}
         assert found == (sizes or {"all": 10, "forgotten": 1, "remaining": 9})
 
 
@@ -82,8 +83,10 @@ def test_results_go_to_a_folder_of_test_py_alone(trained, colours, command, tmp_
     config = json.loads((tmp_path / "t" / "config.json").read_text())
     assert config["script"] == "test.py" and config["arguments"]["checkpoint"] == str(trained)
     assert (tmp_path / "t" / "roc.png").exists()
-    assert command(*options, "--pairs", 0)[0] == 0
-    assert not (tmp_path / "t" / "roc.png").exists()  # of the call before
+    before = (tmp_path / "t" / "test.json").read_bytes()
+    refused(command(*options, "--pairs", 0), 2, "holds results of other options: --pairs 20000, now 0")
+    assert command(*options)[0] == 0
+    assert (tmp_path / "t" / "test.json").read_bytes() == before
     refused(command(*options[:-1], trained.parent), 2, str(trained.parent))
     refused(command(*options[:-1], trained), 2, "is a file, not a folder")
     assert not (trained.parent / "test.json").exists()

@@ -132,10 +132,27 @@ def test_a_replaced_run_stays_until_its_successor_has_finished(run_folder, train
     for _ in range(2):  # a second try replaces the first, not what it has replaced
         refused(command("train_forget.py", *words, "--overwrite"), 1, "the loss is not finite")
         assert results_of(run / ".replaced") == before
+    plain = [*forget_options(trained, colours, run), "--epochs", 1]
+    refused(command("train_forget.py", *plain), 2, "holds a run")
+    task = run / ".replaced" / "checkpoints" / "task_1.pth"
+    for flags in (["--overwrite"], ["--resume", "--overwrite"]):
+        result = command("train_forget.py", *plain, *flags, "--resume-from", task)
+        refused(result, 2, f"--resume-from {task} lies in the run")
+    (run / ".replaced" / "mine.txt").write_text("mine")
+    code, _, err = command("train_forget.py", *plain, "--overwrite")
+    assert code == 0, err
+    assert content(run / ".replaced") == {"mine.txt": b"mine"}
+    assert len(results_of(run)["tasks"]) == 2
+
+
+def test_nothing_is_removed_through_a_link(run_folder, trained, colours, command, tmp_path):  # noqa: F811
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    vault = (run / "checkpoints").rename(tmp_path / "vault")
+    (run / "checkpoints").symlink_to(vault)
+    (vault / "task_5.pth").write_text("mine")
     code, _, err = command("train_forget.py", *forget_options(trained, colours, run), "--epochs", 1, "--overwrite")
     assert code == 0, err
-    assert not (run / ".replaced").exists()
-    assert len(results_of(run)["tasks"]) == 2
+    assert (vault / "task_5.pth").read_text() == "mine"
 
 
 def test_requests_data_and_tasks_have_default_folders_of_their_own(trained, colours, command, tmp_path, monkeypatch):

@@ -33,6 +33,9 @@ def test_whoever_is_forgotten_later_is_not_kept(capsys):
     check_copies([TRAIN, TEST], tasks, refuse=True)
     with pytest.raises(UsageError, match=r"2 of the photos of ann are kept as bob's \(a1 is b1\); 1 of the photos of ann"):
         check_copies([TRAIN, TEST], tasks[:1], refuse=True)
+    assert "ann are kept as bob's (a1 is b1)" in capsys.readouterr().err  # until they are forgotten as well
+    with pytest.raises(UsageError):
+        check_copies([TRAIN, TEST], tasks[:1], refuse=True)
     assert capsys.readouterr().err == ""
     check_copies([TRAIN, TEST], tasks[:1], refuse=False)
     assert "warning: data: 2 of the photos of ann" in capsys.readouterr().err

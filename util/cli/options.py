@@ -89,9 +89,11 @@ def class_list(text: str) -> str:
     if not text.startswith("@"):
         return text
     try:
-        return Path(text[1:]).read_text("utf-8-sig", "surrogateescape")
+        lines = Path(text[1:]).read_text("utf-8-sig", "surrogateescape").splitlines()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"cannot read {text[1:]}: {error.strerror}") from None
+    # A line is a name, also with a comma in it.
+    return "\n".join(line if line.startswith('"') else '"' + line.strip().replace('"', '""') + '"' for line in lines)
 
 
 NAMES = "names, separated by commas; #13 is class id 13; @FILE has one a line"

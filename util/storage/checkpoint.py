@@ -175,7 +175,9 @@ def align_classes(
     gone = {classes[c] for c in {*forgotten}.union(*checkpoint.forgotten) if c < len(classes)}
     missing = {*classes} - {*found}
     if known != len(found) + len(missing & gone):
-        raise UsageError(f"{path} knows {known} classes, the data set {name} has {len(found)}: use its training data")
+        absent = sorted(missing - gone)
+        told = f"{absent[0]!r} is missing, and not forgotten by it" if absent else "use its training data"
+        raise UsageError(f"{path} knows {known} classes, the data set {name} has {len(found)}: {told}")
     if strange := sorted({*found} - {*classes}):
         ours = sorted(missing - gone)
         raise UsageError(f"{path} was trained on other classes than {name}: {ours[0]!r} there, {strange[0]!r} here")

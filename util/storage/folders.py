@@ -90,7 +90,7 @@ class OutputFolder:
 
     @property
     def has_run(self) -> bool:
-        return self.results.exists() or self.last.exists()
+        return self.results.exists() or self.last.exists() or (self.path / REPLACED).exists()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -122,11 +122,12 @@ class OutputFolder:
         if free < needed:
             raise UsageError(f"{self.path}: the run needs about {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
 
-    def own_files(self) -> list[Path]:
-        """The files that a run of this script has left, and nothing else."""
-        folders = [self.path, *(path for path in self.path.glob("*/") if not path.name.startswith("."))]
+    def own_files(self, replaced: bool = False) -> list[Path]:
+        """The files that a run of this script has left here, or in the run that is set aside, and nothing else."""
+        root = self.path / REPLACED if replaced else self.path
+        folders = [root, *(path for path in root.glob("[!.]*/") if not path.is_symlink())] if root.is_dir() else []
         files = [file for folder in folders for file in folder.iterdir() if file.is_file()]
-        return [file for file in sorted(files) if self._is_own(file.relative_to(self.path).as_posix())]
+        return [file for file in sorted(files) if self._is_own(file.relative_to(root).as_posix())]
 
     def _is_own(self, name: str) -> bool:
         # Half a file, of a process that was killed, has its name and process in it: checkpoints/.last.pth.123.tmp
@@ -151,11 +152,13 @@ class OutputFolder:
         """Remove the run that was set aside, and what killed processes have left: this one has finished."""
         if distributed.rank():
             return
-        if (self.path / REPLACED).is_dir():
-            shutil.rmtree(self.path / REPLACED)
-        for file in self.own_files():
-            if file.suffix == TEMPORARY_SUFFIX:
-                file.unlink()
+        halves = [file for file in self.own_files() if file.suffix == TEMPORARY_SUFFIX]
+        for file in (*self.own_files(replaced=True), *halves):
+            file.unlink()
+        replaced = self.path / REPLACED
+        for folder in (*replaced.glob("*/"), replaced):
+            with contextlib.suppress(OSError):  # not there, or holding what is not ours
+                folder.rmdir()
 
 
 class PretrainFolder(OutputFolder):

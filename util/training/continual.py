@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from backbone.published import to_published
 from backbone.recognizer import Recognizer
+from data.copies import DIGITS
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, TaskOutput
@@ -43,7 +44,7 @@ class ContinualRun:
 
         `config` is the content of config.json. An earlier run in the folder is set aside unless it is resumed.
         """
-        self.folder, self.results = folder, None
+        self.folder, self.results, self.forgotten_digests = folder, None, []
         self.train_set, self.test_set = self.data
         self.num_parameters = self.model.num_parameters()
         self.last = LastState(folder.last, self.args.save_every, resume)
@@ -73,6 +74,7 @@ class ContinualRun:
         if checkpoint.forgotten != self._forgotten(done):
             raise RunError(f"{path} has not forgotten what the first tasks of this run forget; use --overwrite")
         load_weights(self.model, checkpoint.model.state_dict(), path)
+        self.forgotten_digests = checkpoint.info.get("forgotten_digests", [])
         state = self.folder.method_state(done, path.parent)
         if state.exists():
             with readable(state):
@@ -154,6 +156,10 @@ class ContinualRun:
             torch_save(self.folder.method_state(task.number), {self.method.name: state})
         info = {"dataset": self.train_set.name, "method": self.method.name, "task": task.number, **entry["after"]}
         info["class_digests"] = self.train_set.contents
+        for images in self.data:
+            labelled = zip(images.labels.tolist(), images.digests, strict=False)
+            self.forgotten_digests += [digest[:DIGITS] for c, digest in labelled if c in task.forget]
+        info["forgotten_digests"] = self.forgotten_digests
         checkpoint = Checkpoint(self.model, self.train_set.classes, self._forgotten(task.number), info)
         save_checkpoint(self.folder.checkpoint(task.number), checkpoint)
         if self.args.published_layout:

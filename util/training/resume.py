@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from backbone.recognizer import Recognizer
@@ -67,14 +68,14 @@ def goes_on(folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, 
     elif folder.has_run and not args.overwrite:
         told = "--resume continues it, another --output-dir keeps it, --overwrite replaces it"
         raise UsageError(f"{folder.path} holds a run: {told}")
-    else:
-        _check_inputs(folder, args)
+    _check_inputs(args, [*folder.own_files(replaced=True), *(() if resume else folder.own_files())])
     folder.check_room(needed)
     return distributed.all_processes(resume)
 
 
-def _check_inputs(folder: OutputFolder, args: argparse.Namespace) -> None:
-    own = {file.resolve() for file in folder.own_files()}
+def _check_inputs(args: argparse.Namespace, files: Sequence[Path]) -> None:
+    """Raise UsageError if the run reads one of the `files`, which it removes now or when it has finished."""
+    own = {file.resolve() for file in files}
     for key, value in vars(args).items():
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, Path) and path.resolve() in own:
