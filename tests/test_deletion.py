@@ -173,7 +173,6 @@ def test_held_out_images_that_were_trained_on_are_told(trained, colours, command
         ("train_forget.py", "--checkpoint x --identities 5 --data x", "--identities does nothing unless --data is"),
         ("train_forget.py", "--checkpoint x --min-lr 1e-6 --sched step", "--min-lr does nothing with --sched step"),
         ("train_forget.py", "--checkpoint x --min-lr=1", "--min-lr does nothing above --lr"),
-        ("train_forget.py", "--checkpoint x --cuda-graphs on --compile off", "--cuda-graphs does nothing"),
         ("train_forget.py", "--checkpoint x --allow-copies", "--allow-copies does nothing without --forget-classes"),
         ("train_pretrain.py", "--weights x --init published", "--init does nothing with --weights"),
         ("train_pretrain.py", "--published-adapters apart", "--published-adapters does nothing without --weights"),

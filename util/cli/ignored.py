@@ -15,7 +15,6 @@ TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
     (OF_SYNTHETIC, f"unless --data is {SYNTHETIC}", lambda a: a.data != SYNTHETIC),
     ("--min-lr", "with --sched step", lambda a: a.sched == "step"),
     ("--min-lr", "above --lr", lambda a: a.min_lr > a.lr),
-    ("--cuda-graphs", "with --compile off", lambda a: a.cuda_graphs == "on" and a.compile == "off"),
     ("--decay-on", "with --weight-decay 0", lambda a: a.weight_decay == 0),
     ("--init --pretrained", "with --weights, which says where to start", lambda a: getattr(a, "weights", None) is not None),
     ("--published-adapters", "without --weights", lambda a: getattr(a, "weights", "none here") is None),

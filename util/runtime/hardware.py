@@ -43,6 +43,8 @@ class Hardware:
         elif compiles and not can_compile(self.device):
             raise UsageError("torch.compile does not work here (is there a C++ compiler?); switch compiling off")
         graphs = compiles and self.device.type == "cuda" and self.cuda_graphs is not False
+        if self.cuda_graphs and not graphs:
+            raise UsageError("--cuda-graphs on does nothing here: it needs CUDA and a compiled backbone (--compile on)")
         return replace(self, compile=compiles, cuda_graphs=graphs)
 
     def compile_backbone(self, model: torch.nn.Module) -> None:

@@ -75,6 +75,8 @@ def test_compiling_is_decided_by_the_work(monkeypatch):
     assert not choose_hardware("cpu", compile="off").resolve_compile(1e16).compile
     assert choose_hardware("cpu", compile="on").resolve_compile(0).compile
     assert not choose_hardware("cpu", compile="on").resolve_compile(0).cuda_graphs
+    with pytest.raises(UsageError, match="--cuda-graphs on does nothing here"):
+        choose_hardware("cpu", cuda_graphs="on").resolve_compile(0)
     monkeypatch.setattr("util.runtime.hardware.can_compile", lambda device: False)
     assert not auto.resolve_compile(1e16).compile
     with pytest.raises(UsageError, match=r"torch.compile does not work here"):
