@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,4 +40,6 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
 def _fail(message: str, code: int) -> None:
     if not distributed.rank():
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    else:
+        time.sleep(2)  # torchrun ends all processes with the first that ends: let the one that says why be it
     sys.exit(code)

@@ -98,12 +98,12 @@ class OutputFolder:
 
         Raises UsageError where it is not ours, or in use.
         """
+        if distributed.rank():  # the first process alone looks at the folder and makes it
+            yield
+            return
         if not str(self.path).isprintable():
             raise UsageError(f"--output-dir {str(self.path)!r}: TensorBoard writes to no name that is not plain text")
         claim(self.path, self.script)
-        if distributed.rank():
-            yield
-            return
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self.path / LOCK
         with contextlib.ExitStack() as held:
@@ -118,6 +118,8 @@ class OutputFolder:
 
     def check_room(self, needed: int) -> None:
         """Raise UsageError unless `needed` bytes are free here."""
+        if distributed.rank():
+            return
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UsageError(f"{self.path}: the run needs about {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free")
