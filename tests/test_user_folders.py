@@ -142,6 +142,9 @@ def test_a_replaced_run_stays_until_its_successor_has_finished(run_folder, train
     code, _, err = command("train_forget.py", *plain, "--overwrite")
     assert code == 0, err
     assert content(run / ".replaced") == {"mine.txt": b"mine"}
+    before = results_of(run)  # which is set aside beside it in turn
+    refused(command("train_forget.py", *words, "--overwrite"), 1, "the loss is not finite")
+    assert results_of(run / ".replaced") == before
     assert len(results_of(run)["tasks"]) == 2
 
 

@@ -90,7 +90,7 @@ class OutputFolder:
 
     @property
     def has_run(self) -> bool:
-        return self.results.exists() or self.last.exists() or (self.path / REPLACED).exists()
+        return self.results.exists() or self.last.exists() or bool(self.own_files(replaced=True))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -140,7 +140,7 @@ class OutputFolder:
         """Move what a run has left out of the way of the one that replaces it, until `discard`."""
         if distributed.rank() or not (own := self.own_files()):
             return
-        if (self.path / REPLACED).exists():  # by an interrupted run, which is replaced in turn
+        if self.own_files(replaced=True):  # by an interrupted run, which is replaced in turn
             for file in own:
                 file.unlink()
             return
