@@ -142,10 +142,10 @@ def test_a_replaced_run_stays_until_its_successor_has_finished(run_folder, train
     code, _, err = command("train_forget.py", *plain, "--overwrite")
     assert code == 0, err
     assert content(run / ".replaced") == {"mine.txt": b"mine"}
+    assert len(results_of(run)["tasks"]) == 2
     before = results_of(run)  # which is set aside beside it in turn
     refused(command("train_forget.py", *words, "--overwrite"), 1, "the loss is not finite")
     assert results_of(run / ".replaced") == before
-    assert len(results_of(run)["tasks"]) == 2
 
 
 def test_nothing_is_removed_through_a_link(run_folder, trained, colours, command, tmp_path):  # noqa: F811
