@@ -36,6 +36,7 @@ from util.training.record_check import verify_record
 
 SCRIPT = Path(__file__).name
 
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)

@@ -39,6 +39,7 @@ from util.training.resume import add_resume_options, goes_on, identity_of, neede
 
 SCRIPT = Path(__file__).name
 
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     config = saved_arguments(argv, SCRIPT)

@@ -24,7 +24,7 @@ from util.audit import FIGURES
 from util.audit.audit import LEAST_REFERENCES
 from util.cli import options
 from util.cli.main import run_main
-from util.report.audit_tables import comparison_markdown, overview
+from util.report.audit_tables import comparison_markdown, overview, verdicts
 from util.report.results import load_results
 from util.runtime.errors import UsageError
 from util.runtime.files import read_json, readable, sha256, write_text
@@ -134,14 +134,15 @@ def main(argv: list[str] | None) -> None:
         train_references(jobs, args)
     tables, width = [], max(len(trail.label) for trail in trails)
     for seed, group in groupby(trails, lambda trail: trail.results and trail.results["seed"]):  # who is forgotten
-        audits = []
+        audits, whom = [], None
         for trail in group:
             audits.append((trail.label, trail.results, trail.write()))
             if len(trail.cases) == 1:
-                lines = overview(audits[-1:], width)
-                print(*lines if len(audits) == 1 else lines[-1:], sep="\n", flush=True)
+                lines, before, whom = overview(audits[-1:], width), whom, trail.cases[0].forget
+                print(*lines if whom != before else lines[-1:], sep="\n", flush=True)
         if len(audits[0][2]["requests"]) > 1:
             print(*overview(audits, width), sep="\n")
+        print("", *verdicts(audits), sep="\n")
         tables.append(f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(audits)}")
     if table:
         write_text(table, "\n\n".join(tables) + "\n")

@@ -32,7 +32,7 @@ from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import CONFIG, RunFolder, claim, folder_of
 from util.training.monitor import log_scalars, open_writer
 
-SCHEMA = 1
+SCHEMA = 2
 FURTHER_OPTIONS = ("unseen", "images", "before", "head", "published_adapters")  # that data depend on, besides DATA_OPTIONS
 
 

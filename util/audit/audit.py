@@ -13,9 +13,10 @@ import torch
 from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
 from util.audit import FIGURES, Figure
-from util.audit.statistics import CANNOT_TELL, STILL_KNOWN, VERDICTS, bootstrap_interval, compare, value_of
+from util.audit.statistics import bootstrap_interval, compare, value_of
 from util.audit.subject import Scene, Subject
 from util.audit.utility import recognition, utility
+from util.audit.verdict import judge
 from util.runtime.errors import UsageError
 from util.runtime.files import read_json, write_json
 from util.runtime.hardware import Hardware
@@ -31,8 +32,9 @@ DIGITS = 4
 class Audit:
     """What was found of one request; `scene` and `after` are what pictures are drawn from.
 
-    figures: by key, {"value", "interval", "references", "originals", "known", "delta", "z", "rho", "power", "verdict"}, in
-    percent but for z, rho and power; what could not be measured is None, with a "reason". "known" is the originals' mean.
+    figures: by key, {"family", "value", "interval", "references", "originals", "known", "delta", "z", "rho", "power",
+    "significant", "verdict"}, in percent but for z, rho and power; what could not be measured is None, with a "reason".
+    "known" is the originals' mean.
     utility: of the unlearned model, "before" of the pre-trained one, "references" of each reference.
     """
 
@@ -44,16 +46,12 @@ class Audit:
 
     @property
     def verdict(self) -> str:
-        """Of all figures that can tell: still known by any, else over-forgotten by any, else as if never seen."""
-        # Nothing to be seen upside down is no sign of forgetting: originals show nothing there either.
-        borrowed = {key for figure in FIGURES.values() for key in figure.known_by}
-        found = {e["verdict"] for key, e in self.figures.items() if key not in borrowed or e["verdict"] == STILL_KNOWN}
-        return next(verdict for verdict in VERDICTS if verdict in found or verdict == CANNOT_TELL)
+        return judge(self.figures)["verdict"]
 
     def as_dict(self) -> dict:
         """One of the `requests` of audit.json."""
         names = [self.scene.train_set.classes[c] for c in self.scene.forget]
-        about = {"forget": names, "images": len(self.scene.forget_test), "verdict": self.verdict}
+        about = {"forget": names, "images": len(self.scene.forget_test), **judge(self.figures)}
         return about | {"utility": self.utility, "figures": self.figures, "curves": self.curves}
 
 
@@ -180,8 +178,8 @@ class Store:
         return read_json(path)
 
     def _measure(self, subject: Subject, figure: Figure) -> dict:
-        measurement, people = figure.measure(subject, self.scene), len(self.scene.forget)
-        values = {k: s if isinstance(s, str) else value_of(s, people) for k, s in measurement.statistics.items()}
+        measurement, drawn = figure.measure(subject, self.scene), self.scene.drawn
+        values = {k: s if isinstance(s, str) else value_of(s, drawn) for k, s in measurement.statistics.items()}
         return {"values": values, "curves": measurement.curves}
 
 
@@ -189,24 +187,24 @@ def _judge(
     figure: Figure, subject: Subject, scene: Scene, never: list[dict], known: list[dict], curves: dict[str, dict]
 ) -> dict[str, dict]:
     """The entries of a figure's keys; its curves are added to `curves`."""
-    measurement, entries, people = figure.measure(subject, scene), {}, len(scene.forget)
+    measurement, entries, drawn = figure.measure(subject, scene), {}, scene.drawn
     for name, curve in measurement.curves.items():
         others = [measured["curves"][name] for measured in never]
         curves[name] = {"after": curve, "before": known[0]["curves"][name], "references": others}
     for key, statistic in measurement.statistics.items():
-        nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "verdict"))
-        entry = nothing | {"references": [], "originals": []}
+        nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))
+        entry = {"family": figure.family} | nothing | {"references": [], "originals": []}
         reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
         if isinstance(statistic, str) or reasons:
             entries[key] = entry | {"reason": statistic if isinstance(statistic, str) else reasons[0]}
             continue
-        entry["value"] = value_of(statistic, people)
+        entry["value"] = value_of(statistic, drawn)
         for group, measured in (("references", never), ("originals", known)):
             entry[group] = [m["values"][key] for m in measured]
         if figure.judged:
             scale = [m["values"][figure.known_by.get(key, key)] for m in known]
             resolution = 100 / len(scene.forget_test)
-            entry |= {"interval": bootstrap_interval(statistic, people, scene.seed), "known": sum(scale) / len(scale)}
+            entry |= {"interval": bootstrap_interval(statistic, drawn, scene.seed), "known": sum(scale) / len(scale)}
             entry |= vars(compare(entry["value"], entry["references"], scale, resolution, key in figure.falling))
         else:
             entry["reason"] = "a picture of where, no verdict"

@@ -8,6 +8,9 @@ from util.audit.statistics import Statistic
 from util.audit.subject import Scene, Subject
 
 
+FAMILIES = ("re-identification", "verification", "membership", "relearning")  # a verdict rests on several
+
+
 @dataclass
 class Measurement:
     """What a figure found in one model.
@@ -24,12 +27,16 @@ class Figure(ABC):
     """Subclass, override `measure`, and register in `util/audit/__init__.py`."""
 
     name: ClassVar[str]
+    family: ClassVar[str]  # one of FAMILIES; "" where it is not judged
     titles: ClassVar[dict[str, str]]  # by key, in plain words
     # The originals show nothing of such a key: as known counts what they show of another, key → other.
     known_by: ClassVar[dict[str, str]] = {}
     # Keys of what goes wrong with the person's faces: those who know the person show less of it.
     falling: ClassVar[frozenset[str]] = frozenset()
-    judged: ClassVar[bool] = True
+
+    @property
+    def judged(self) -> bool:
+        return bool(self.family)
 
     @abstractmethod
     def measure(self, subject: Subject, scene: Scene) -> Measurement:

@@ -12,7 +12,7 @@ class CKA(Figure):
     """Of forgotten test images, to the references (other than itself) and to the pre-trained model; no verdict."""
 
     name = "cka"
-    judged = False
+    family = ""
     titles = {"cka": "likeness to models that never saw them (CKA)"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:

@@ -21,6 +21,7 @@ class Enrolment(Figure):
     """
 
     name = "enrolment"
+    family = "re-identification"
     titles = {
         "enrolment_1": "recognized after one enrolment photo",
         "enrolment_5": "recognized after five enrolment photos",
@@ -43,8 +44,8 @@ class Enrolment(Figure):
                     strangers, _ = search(subject.unknown, gallery)
                     threshold = np.quantile(strangers.numpy(), 1 - FPIR)
                     identified += (right & (similarity.numpy() > threshold)) / DRAWS
-            statistics[f"enrolment_{images}"] = mean_statistic(hits, scene.who, len(scene.forget))
-        measured = mean_statistic(identified, scene.who, len(scene.forget))
+            statistics[f"enrolment_{images}"] = mean_statistic(hits, scene.who, scene.drawn)
+        measured = mean_statistic(identified, scene.who, scene.drawn)
         statistics["tpir_1pct"] = measured if scene.unseen is not None else "needs --unseen"
         curve = {"images": [*kept], "kept": [round(value, 2) for value in kept.values()]}
         return Measurement(statistics, {"enrolment": curve})

@@ -17,28 +17,30 @@ class MembershipOfImages(Figure):
     """
 
     name = "membership_images"
+    family = "membership"
     titles = {"membership_images": "these photos told from others of the person (AUC)"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         train, test = F.normalize(subject.train), F.normalize(subject.test)
-        rows = F.normalize(subject.rows(scene)[list(scene.remain)])
+        rows = F.normalize(subject.rows(scene)[0][list(scene.remain)])
         labels = scene.test_set.labels.cpu()
         scores: dict[str, list] = {"own": [], "row": []}
-        for person, c in enumerate(scene.forget):
+        for c in scene.forget:
             seen, new = train[torch.from_numpy(scene.train_by_class[c])], test[labels == c]
             # Each image against the mean of all training images but one: itself, or for a test image any.
             others = F.normalize((seen.sum(dim=0) - seen) / (len(seen) - 1))
             left_out = torch.arange(len(new)) % len(seen)
-            scores["own"].append(((seen * others).sum(dim=1), (new * others[left_out]).sum(dim=1), person))
-            scores["row"].append(((seen @ rows.T).amax(dim=1), (new @ rows.T).amax(dim=1), person))
-        people = len(scene.forget)
-        found = [self._auc(parts) for parts in scores.values()]
-        best = max(found, key=lambda statistic: abs(value_of(statistic, people) - 50))
+            scores["own"].append(((seen * others).sum(dim=1), (new * others[left_out]).sum(dim=1)))
+            scores["row"].append(((seen @ rows.T).amax(dim=1), (new @ rows.T).amax(dim=1)))
+        found = [self._auc(parts, scene) for parts in scores.values()]
+        best = max(found, key=lambda statistic: abs(value_of(statistic, scene.drawn) - 50))
         # Training raises one score and may lower the other: what tells is the distance to chance.
-        told = best if value_of(best, people) >= 50 else lambda weights: 100 - best(weights)
+        told = best if value_of(best, scene.drawn) >= 50 else lambda weights: 100 - best(weights)
         return Measurement({"membership_images": told})
 
-    def _auc(self, parts: list) -> Statistic:
+    def _auc(self, parts: list, scene: Scene) -> Statistic:
         seen, new = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
-        who = (np.concatenate([np.full(len(part[i]), part[2]) for part in parts])[:, None] for i in (0, 1))
+        if len(scene.forget) == 1:  # its test photos are drawn anew
+            return auc_statistic(seen, new, None, scene.who[:, None])
+        who = (np.concatenate([np.full(len(part[i]), person) for person, part in enumerate(parts)])[:, None] for i in (0, 1))
         return auc_statistic(seen, new, *who)

@@ -22,6 +22,7 @@ class MembershipOfPerson(Figure):
     """
 
     name = "membership_person"
+    family = "membership"
     titles = {"membership_person": "the person told from strangers (AUC)"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
@@ -45,7 +46,7 @@ class MembershipOfPerson(Figure):
 
     def _features(self, subject: Subject, scene: Scene, embeddings: Tensor) -> Tensor:
         rows, kept = subject.rows(scene), list(scene.remain)
-        cosines = F.normalize(embeddings) @ F.normalize(rows[kept]).T
-        log_p = subject.logits(embeddings, rows)[:, kept].log_softmax(dim=1)
+        cosines = F.normalize(embeddings) @ F.normalize(rows[0][kept]).T
+        log_p = subject.logits(embeddings, *rows)[:, kept].log_softmax(dim=1)
         entropy = -(log_p.exp() * log_p).sum(dim=1, keepdim=True)
         return torch.cat([cosines.sort(dim=1).values, embeddings.norm(dim=1, keepdim=True), entropy], dim=1)

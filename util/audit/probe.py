@@ -24,6 +24,7 @@ class Probe(Figure):
     """
 
     name = "probe"
+    family = "verification"
     titles = {"probe_embedding": "read from the embedding by a linear probe"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
@@ -37,7 +38,7 @@ class Probe(Figure):
         labels, statistics, curve = scene.train_set.labels.cpu()[positions], {}, {"layers": [], "all": [], "forgotten": []}
         for key, (seen, new) in layers.items():
             among_all, among_forgotten = probe_hits(seen, labels, new, scene)
-            statistics[key] = mean_statistic(among_all, scene.who, len(scene.forget))
+            statistics[key] = mean_statistic(among_all, scene.who, scene.drawn)
             curve["layers"].append(key.removeprefix("probe_").replace("_", " "))
             curve["all"].append(round(100 * among_all.mean(), 2))
             curve["forgotten"].append(round(100 * among_forgotten.mean(), 2))

@@ -25,6 +25,7 @@ class Relearning(Figure):
     """
 
     name = "relearning"
+    family = "relearning"
     titles = {
         "relearn_1": "recognized again after training on one photo",
         "relearn_5": "recognized again after training on five photos",
@@ -32,23 +33,24 @@ class Relearning(Figure):
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        forget, own, bias = torch.tensor(scene.forget), subject.rows(scene), subject.bias
+        forget, runs = torch.tensor(scene.forget), {}
+        own, bias = subject.rows(scene)  # bias: the kept ones' mean for everybody else
         length = own[list(scene.remain)].norm(dim=1).mean()
-        runs = {}
         for images in (1, ENROLLED):
             chosen = scene.enrolled(images, 0)
             shown = torch.from_numpy(np.concatenate([chosen[c] for c in scene.forget]))
             rows = own.index_copy(0, forget, length * subject.templates(scene, images, 0)[forget])
-            level = None if bias is None else bias.index_fill(0, forget, bias[list(scene.remain)].mean().item())
-            runs[f"relearn_{images}"] = rows, level, shown
+            runs[f"relearn_{images}"] = rows, bias, shown
         known = subject if subject.original else scene.before
-        rows = own.index_copy(0, forget, known.rows(scene)[forget])
-        level = None if bias is None else bias.index_copy(0, forget, known.bias[forget])
-        runs["relearn_kept_only"] = rows, level, torch.empty(0, dtype=torch.long)
+        put_back = [
+            None if part is None else part.index_copy(0, forget, theirs[forget])
+            for part, theirs in zip((own, bias), known.rows(scene, own=True), strict=True)
+        ]
+        runs["relearn_kept_only"] = *put_back, torch.empty(0, dtype=torch.long)
         statistics, curves = {}, {}
         for key, run in runs.items():
             hits = relearn(subject, scene, *run)
-            statistics[key] = mean_statistic(_mean_over_log_steps(hits), scene.who, len(scene.forget))
+            statistics[key] = mean_statistic(_mean_over_log_steps(hits), scene.who, scene.drawn)
             curves[key] = {"steps": list(STEPS), "accuracy": [round(100 * float(row.mean()), 2) for row in hits]}
         return Measurement(statistics, curves)
 

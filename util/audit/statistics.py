@@ -13,26 +13,31 @@ from scipy.stats import t as student_t
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 REPLICATES, CONFIDENCE = 1000, 0.95
-CLOSE, POWER = 0.2, 3.0  # |ρ| up to which a figure is as if never seen; power from which on it can tell
+MARGIN, POWER = 0.2, 3.0  # the equivalence margin of |ρ|; power from which on a figure can tell
 
-AS_IF_NEVER_SEEN, STILL_KNOWN = "as if never seen", "still known"
-OVER_FORGOTTEN, CANNOT_TELL = "over-forgotten", "cannot tell"
-VERDICTS = (STILL_KNOWN, OVER_FORGOTTEN, AS_IF_NEVER_SEEN, CANNOT_TELL)
+STILL_KNOWN, OVER_FORGOTTEN = "still known", "over-forgotten"
+WITHIN, INCONCLUSIVE = f"within {MARGIN:.0%} of the way", "inconclusive"
 
 
 def mean_statistic(hits: np.ndarray, who: np.ndarray, identities: int) -> Statistic:
-    """The share of hits: hits (N,) in [0, 1], who (N,) the identity of each."""
-    sums, counts = np.bincount(who, hits, identities), np.bincount(who, minlength=identities)
+    """The share of hits: hits (N,) in [0, 1], who (N,) the identity of each, or (N, m) those whose weights multiply."""
+    of_each = who[:, None] if who.ndim == 1 else who
+    if of_each.shape[1] == 1:  # one sum an identity
+        hits, counts = np.bincount(of_each[:, 0], hits, identities), np.bincount(of_each[:, 0], minlength=identities)
+        of_each = np.arange(identities)[:, None]
+    else:
+        counts = np.ones(len(hits))
 
-    def statistic(weights: np.ndarray) -> np.ndarray:
+    def one(weights: np.ndarray) -> float:
+        weights = weights[of_each].prod(axis=1)
         with np.errstate(invalid="ignore"):  # none of the identities drawn has an image
-            return 100 * (weights @ sums) / (weights @ counts)
+            return 100 * (weights @ hits) / (weights @ counts)
 
-    return statistic
+    return lambda weights: np.array([one(row) for row in weights])
 
 
 def auc_statistic(
-    positive: np.ndarray, negative: np.ndarray, positive_who: np.ndarray, negative_who: np.ndarray | None = None
+    positive: np.ndarray, negative: np.ndarray, positive_who: np.ndarray | None, negative_who: np.ndarray | None = None
 ) -> Statistic:
     """Area under the ROC curve, ties counting half: P(positive > negative).
 
@@ -43,9 +48,9 @@ def auc_statistic(
     positive_rank, negative_rank = np.split(rank, [len(positive)])
 
     def one(weights: np.ndarray) -> float:
-        up = np.bincount(positive_rank, weights[positive_who].prod(axis=1), len(scores))
-        down_weights = None if negative_who is None else weights[negative_who].prod(axis=1)
-        down = np.bincount(negative_rank, down_weights, len(scores))
+        both = ((positive_rank, positive_who), (negative_rank, negative_who))
+        of = (None if who is None else weights[who].prod(axis=1) for _, who in both)
+        up, down = (np.bincount(rank, own, len(scores)) for (rank, _), own in zip(both, of, strict=True))
         pairs = up.sum() * down.sum()
         return 100 * float(up @ (down.cumsum() - down / 2)) / pairs if pairs else np.nan
 
@@ -69,12 +74,14 @@ class Comparison:
     """One figure of an unlearned model beside those of the references R (never seen) and the originals O.
 
     delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s.
+    significant: |z| is beyond the 97.5% quantile of Student's t at K − 1 degrees.
     """
 
     delta: float
     z: float
     rho: float | None
     power: float
+    significant: bool
     verdict: str
 
 
@@ -91,12 +98,13 @@ def compare(
     delta, gap = value - mean, float(np.mean(originals)) - mean
     z, power = delta / (spread * (1 + 1 / count) ** 0.5), max(0.0, -gap if falls else gap) / spread
     rho = delta / gap if abs(gap) > 1e-6 else None
+    significant = bool(abs(z) > student_t.ppf((1 + CONFIDENCE) / 2, count - 1))
     if power < POWER:
-        verdict = CANNOT_TELL
-    elif abs(rho) <= CLOSE:
-        verdict = AS_IF_NEVER_SEEN
-    elif abs(z) <= student_t.ppf(0.975, count - 1):
-        verdict = CANNOT_TELL  # the references' own spread could explain it
+        verdict = INCONCLUSIVE
+    elif abs(rho) <= MARGIN:
+        verdict = WITHIN
+    elif not significant:
+        verdict = INCONCLUSIVE  # the references' own spread could explain it
     else:
-        verdict = OVER_FORGOTTEN if rho < 0 else CANNOT_TELL if falls else STILL_KNOWN
-    return Comparison(delta, z, rho, power, verdict)
+        verdict = OVER_FORGOTTEN if rho < 0 else INCONCLUSIVE if falls else STILL_KNOWN
+    return Comparison(delta, z, rho, power, significant, verdict)

@@ -62,8 +62,16 @@ class Scene:
 
     @cached_property
     def who(self) -> np.ndarray:
-        """Of each image at `forget_test`, which of the forgotten identities: positions in `forget`."""
+        """Of each image at `forget_test`, which of the forgotten identities, by position in `forget`. Of one person alone the
+        image itself: there the bootstrap draws photos."""
+        if len(self.forget) == 1:
+            return np.arange(len(self.forget_test))
         return np.searchsorted(self.forget, self.forget_labels.numpy())
+
+    @property
+    def drawn(self) -> int:
+        """How many identities, or photos of one person, the bootstrap draws."""
+        return len(self.forget_test) if len(self.forget) == 1 else len(self.forget)
 
     def enrolled(self, images: int, draw: int) -> list[np.ndarray]:
         """Positions of `images` training images of each identity (all, if it has fewer) for the gallery of a draw."""
@@ -125,28 +133,29 @@ class Subject:
         unit = F.normalize(self.train)
         return F.normalize(torch.stack([unit[positions].mean(dim=0) for positions in scene.enrolled(images, draw)]))
 
-    def rows(self, scene: Scene, draw: int = 0) -> Tensor:
-        """The head's rows (C, dim); where it has none, templates of 5 images, as long as the others on average."""
-        weight = self.model.head.weight.detach().float().cpu()
-        if not self.absent.any():
-            return weight
-        length = weight[~self.absent].norm(dim=1).mean()
-        return torch.where(self.absent[:, None], length * self.templates(scene, ENROLLED, draw), weight)
+    def rows(self, scene: Scene, draw: int = 0, own: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The head's rows (C, dim) and bias (C,), if it has one, of the kept. Everybody else's are made anew, of the templates
+        of 5 images, as long as the others on average: all models are read alike, whatever was done to a row.
 
-    def logits(self, embeddings: Tensor, rows: Tensor) -> Tensor:
+        own: made anew are only those that the model does not have.
+        """
+        head = self.model.head
+        anew = torch.ones_like(self.absent).index_fill(0, torch.tensor(scene.remain), False)
+        anew = self.absent if own else anew | self.absent
+        weight, bias = head.weight.detach().float().cpu(), getattr(head, "bias", None)
+        if anew.any():
+            length = weight[~anew].norm(dim=1).mean()
+            weight = torch.where(anew[:, None], length * self.templates(scene, ENROLLED, draw), weight)
+        if bias is not None:
+            bias = bias.detach().float().cpu()
+            bias = torch.where(anew, bias[~anew].mean(), bias)
+        return weight, bias
+
+    def logits(self, embeddings: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
         """Label-free logits (N, C) of embeddings (N, dim) over these rows."""
-        if self.bias is None:
-            return self.model.head.scale * F.linear(F.normalize(embeddings), F.normalize(rows))
-        return F.linear(embeddings, rows, self.bias)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The head's bias (C,), if it has one; the others' mean where it has no row."""
-        bias = getattr(self.model.head, "bias", None)
         if bias is None:
-            return None
-        bias = bias.detach().float().cpu()
-        return torch.where(self.absent, bias[~self.absent].mean(), bias)
+            return self.model.head.scale * F.linear(F.normalize(embeddings), F.normalize(rows))
+        return F.linear(embeddings, rows, bias)
 
     def tokens(self, images: ImageSet, positions: Tensor) -> Tensor:
         """The class token (the tokens' mean, where there is none) after each block: (blocks, N, dim)."""

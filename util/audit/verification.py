@@ -18,13 +18,14 @@ CURVE_POINTS = 200
 
 
 class Verification(Figure):
-    """verification_auc: genuine against impostor pairs, both among the forgotten.
+    """verification_auc: genuine against impostor pairs, both among the forgotten; of one person's against the kept.
 
     verification_tar_…: genuine pairs above the threshold that 1% (0.1%) of the impostor pairs among the *kept* exceed.
     collapse_1pct: pairs of a forgotten face and anybody else's above that of 1%: high where faces became one.
     """
 
     name = "verification"
+    family = "verification"
     falling = frozenset({"collapse_1pct"})
     titles = {
         "verification_auc": "two photos matched as one person (AUC)",
@@ -35,30 +36,37 @@ class Verification(Figure):
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         keys = [*self.titles]
-        unit = F.normalize(subject.test)
-        labels, people = scene.test_set.labels.cpu(), len(scene.forget)
+        unit, labels = F.normalize(subject.test), scene.test_set.labels.cpu()
+        forgotten, remaining = unit[scene.forget_test], unit[scene.remain_test]
         pairs = (draw_pairs(labels[where], PAIRS, scene.seed) for where in (scene.forget_test, scene.remain_test))
         (genuine, impostor), (_, kept) = pairs
-        if not len(genuine) or not len(impostor):
-            return Measurement(dict.fromkeys(keys, "needs two test images of a forgotten person, and two people"))
-        forgotten = unit[scene.forget_test]
-        own, other, known = _scores(forgotten, genuine), _scores(forgotten, impostor), _scores(unit[scene.remain_test], kept)
-        who = scene.who[genuine[:, 0].numpy()]
-        statistics = {keys[0]: auc_statistic(own, other, who[:, None], scene.who[impostor.numpy()])}
+        if not len(genuine):
+            return Measurement(dict.fromkeys(keys, "needs two test images of a forgotten person"))
+        own, known = _scores(forgotten, genuine), _scores(remaining, kept)
+        if len(scene.forget) == 1:  # of two photos of the person both may be drawn anew
+            who, others = scene.who[genuine.numpy()], scene.generator().permutation(len(remaining))
+            other = forgotten @ remaining[others[: max(1, PAIRS // len(forgotten))]].T
+            other_who = np.repeat(scene.who, other.shape[1])[:, None]
+            other = other.flatten().numpy()
+        else:
+            who, other_who = scene.who[genuine[:, :1].numpy()], scene.who[impostor.numpy()]
+            other = _scores(forgotten, impostor)
+        statistics = {keys[0]: auc_statistic(own, other, who, other_who)}
         for key, rate, needed in zip(keys[1:], RATES, (1, LEAST / RATES[1], 1), strict=True):
             if len(known) < needed:
                 statistics[key] = f"needs {needed:.0f} impostor pairs of kept faces, there are {len(known)}"
                 continue
             threshold = np.quantile(known, 1 - rate)
             if key != "collapse_1pct":
-                statistics[key] = mean_statistic(own > threshold, who, people)
+                statistics[key] = mean_statistic(own > threshold, who, scene.drawn)
                 continue
             strangers = labels[:, None] != scene.forget_labels
             # At the threshold counts, up to rounding: where all faces are one point, all pairs are.
             above = ((unit @ forgotten.T >= threshold - 1e-6) & strangers).sum(dim=0) / strangers.sum(dim=0)
-            statistics[key] = mean_statistic(above.numpy(), scene.who, people)
-        same = np.repeat([1, 0], [len(own), len(other)])
-        far, tar, _ = roc_curve(same, np.concatenate([own, other]))
+            statistics[key] = mean_statistic(above.numpy(), scene.who, scene.drawn)
+        # The curve's false pairs are those of the thresholds, so that it goes through the rates above.
+        false = known if len(known) else other
+        far, tar, _ = roc_curve(np.repeat([1, 0], [len(own), len(false)]), np.concatenate([own, false]))
         grid = np.concatenate([[0], np.geomspace(1e-4, 1, CURVE_POINTS)])
         heights = tar[np.searchsorted(far, grid, side="right") - 1]
         curve = {"far": grid.round(6).tolist(), "tar": heights.round(4).tolist()}

@@ -60,7 +60,7 @@ def test_a_figure_is_the_mean_of_its_curve(few_steps):
 
 def test_people_are_weighed_by_their_images(few_steps):
     subject, scene = colours()
-    rows = subject.rows(scene)
+    rows, _ = subject.rows(scene)
     average = _mean_over_log_steps(relearn(subject, scene, rows, None, torch.empty(0, dtype=torch.long)))
     found = Relearning().measure(subject, scene).statistics["relearn_kept_only"]
     draws = [(0, 0), (1, 1), (0, 1)]

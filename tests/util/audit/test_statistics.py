@@ -6,10 +6,10 @@ from sklearn.metrics import roc_auc_score
 
 from tests.util.audit.conftest import DRAWN, at, quantile, share
 from util.audit.statistics import (
-    AS_IF_NEVER_SEEN,
-    CANNOT_TELL,
+    INCONCLUSIVE,
     OVER_FORGOTTEN,
     STILL_KNOWN,
+    WITHIN,
     auc_statistic,
     bootstrap_interval,
     compare,
@@ -67,6 +67,23 @@ def test_a_pair_of_two_identities_counts_as_often_as_both_are_drawn(chance):
     assert np.isnan(at(statistic, [(1, 1, 1)])).all(), "one identity alone has no impostor pairs"
 
 
+def test_a_pair_of_photos_counts_as_often_as_both_are_drawn(chance):
+    hits, pairs = chance.random(4), np.array([(0, 1), (0, 2), (1, 2), (1, 1)])
+    statistic = mean_statistic(hits, pairs, 3)
+    for people in DRAWN[:-1]:
+        times = np.bincount(people, minlength=3)
+        each = [times[a] * times[b] for a, b in pairs]
+        assert at(statistic, [people]) == pytest.approx([100 * np.average(hits, weights=each)])
+
+
+def test_photos_of_nobody_count_once(chance):
+    positive, negative, who = chance.normal(0.5, 1, 8), chance.normal(0, 1, 9), chance.integers(0, 3, 9)
+    statistic = auc_statistic(positive, negative, None, who[:, None])
+    for people in DRAWN[:-1]:
+        expected = by_sklearn(positive, negative, np.ones(8), np.bincount(people, minlength=3)[who])
+        assert at(statistic, [people]) == pytest.approx([expected])
+
+
 def test_scores_that_all_tie_tell_nothing():
     statistic = auc_statistic(np.ones(5), np.ones(7), np.zeros((5, 1), dtype=int))
     assert value_of(statistic, 1) == 50
@@ -99,7 +116,13 @@ def test_a_comparison_is_its_formulas():
     assert found.z == pytest.approx(27 / (spread * (4 / 3) ** 0.5))
     assert found.rho == pytest.approx(27 / 81)
     assert found.power == pytest.approx(81 / spread)
-    assert found.verdict == STILL_KNOWN
+    assert (found.significant, found.verdict) == (True, STILL_KNOWN)
+
+
+def test_within_the_margin_a_figure_may_be_significantly_off():
+    for value, off in ((12, False), (21.9, False), (22, True), (2, True)):  # z decides at 12 ± 9.937
+        found = compare(value, NEAR, [92], resolution=1.0)
+        assert (found.significant, found.verdict) == (off, WITHIN)
 
 
 NEAR = [10, 12, 14]  # mean 12, spread 2; at 2 degrees of freedom Student's t is 4.3027, so z decides at 12 ± 9.937
@@ -109,33 +132,33 @@ FIVE = [8, 10, 12, 14, 16]  # mean 12, spread √10; at 4 degrees 2.7764: 12 ± 
 @pytest.mark.parametrize(
     ("value", "references", "originals", "verdict"),
     [
-        # ρ = 0.2 is as if never seen; beyond it z decides, and is large here.
-        (12, NEAR, [92], AS_IF_NEVER_SEEN),
-        (28, NEAR, [92], AS_IF_NEVER_SEEN),
+        # ρ = 0.2 is within the margin; beyond it z decides, and is large here.
+        (12, NEAR, [92], WITHIN),
+        (28, NEAR, [92], WITHIN),
         (28.01, NEAR, [92], STILL_KNOWN),
         (92, NEAR, [92], STILL_KNOWN),
-        (-4, NEAR, [92], AS_IF_NEVER_SEEN),
+        (-4, NEAR, [92], WITHIN),
         (-4.01, NEAR, [92], OVER_FORGOTTEN),
         # z at Student's t, where ρ is beyond 0.2 already: 0.24 at five references, 0.33 at three.
-        (21.61, FIVE, [52], CANNOT_TELL),
+        (21.61, FIVE, [52], INCONCLUSIVE),
         (21.63, FIVE, [52], STILL_KNOWN),
-        (2.39, FIVE, [52], CANNOT_TELL),
+        (2.39, FIVE, [52], INCONCLUSIVE),
         (2.37, FIVE, [52], OVER_FORGOTTEN),
-        (21.93, NEAR, [42], CANNOT_TELL),
+        (21.93, NEAR, [42], INCONCLUSIVE),
         (21.94, NEAR, [42], STILL_KNOWN),
         # Power 3 is a gap of 6: below it nothing can be told, be the value what it will.
-        (12, NEAR, [18], AS_IF_NEVER_SEEN),
-        (12, NEAR, [17.99], CANNOT_TELL),
+        (12, NEAR, [18], WITHIN),
+        (12, NEAR, [17.99], INCONCLUSIVE),
         (100, NEAR, [18], STILL_KNOWN),
-        (100, NEAR, [17.99], CANNOT_TELL),
+        (100, NEAR, [17.99], INCONCLUSIVE),
         (-100, NEAR, [18], OVER_FORGOTTEN),
-        (18, NEAR, [18], CANNOT_TELL),
+        (18, NEAR, [18], INCONCLUSIVE),
         # Originals that show less than the references: a low value is no sign of knowing.
-        (2, [60, 62, 64], [2], CANNOT_TELL),
-        (100, [60, 62, 64], [2], CANNOT_TELL),
+        (2, [60, 62, 64], [2], INCONCLUSIVE),
+        (100, [60, 62, 64], [2], INCONCLUSIVE),
         # The mean of the originals counts.
         (28.01, NEAR, [82, 102], STILL_KNOWN),
-        (28.01, NEAR, [83, 102], AS_IF_NEVER_SEEN),
+        (28.01, NEAR, [83, 102], WITHIN),
     ],
 )
 def test_a_verdict_on_either_side_of_each_boundary(value, references, originals, verdict):
@@ -145,8 +168,8 @@ def test_a_verdict_on_either_side_of_each_boundary(value, references, originals,
 @pytest.mark.parametrize(
     ("value", "original", "verdict"),
     [
-        *((2, 2, CANNOT_TELL), (50, 2, AS_IF_NEVER_SEEN), (74, 2, AS_IF_NEVER_SEEN), (76, 2, OVER_FORGOTTEN)),
-        *((2, 56.01, CANNOT_TELL), (92, 92, CANNOT_TELL)),
+        *((2, 2, INCONCLUSIVE), (50, 2, WITHIN), (74, 2, WITHIN), (76, 2, OVER_FORGOTTEN)),
+        *((2, 56.01, INCONCLUSIVE), (92, 92, INCONCLUSIVE)),
     ],
 )
 def test_little_of_what_goes_wrong_is_no_sign_of_knowing(value, original, verdict):
@@ -155,15 +178,15 @@ def test_little_of_what_goes_wrong_is_no_sign_of_knowing(value, original, verdic
 
 def test_without_a_gap_nothing_can_be_told():
     found = compare(100, NEAR, [12], resolution=1.0)
-    assert (found.rho, found.power, found.verdict) == (None, 0, CANNOT_TELL)
+    assert (found.rho, found.power, found.verdict) == (None, 0, INCONCLUSIVE)
 
 
 def test_references_that_agree_are_no_surer_than_one_image():
     # A spread of 5 instead of 0: z decides at 4.3027 · 5 · √(4/3) = 24.84.
-    for value, verdict in ((24.8, CANNOT_TELL), (24.9, STILL_KNOWN)):
+    for value, verdict in ((24.8, INCONCLUSIVE), (24.9, STILL_KNOWN)):
         found = compare(value, [0, 0, 0], [100], resolution=5)
         assert found.power == pytest.approx(20)
         assert found.verdict == verdict
-    assert compare(14.9, [0, 0, 0], [14.9], resolution=5).verdict == CANNOT_TELL
-    assert compare(0, [0, 0, 0], [15], resolution=5).verdict == AS_IF_NEVER_SEEN
+    assert compare(14.9, [0, 0, 0], [14.9], resolution=5).verdict == INCONCLUSIVE
+    assert compare(0, [0, 0, 0], [15], resolution=5).verdict == WITHIN
     assert compare(0, [8, 10, 12], [90], resolution=1.9).z == compare(0, [8, 10, 12], [90], resolution=0).z

@@ -18,6 +18,13 @@ def test_the_forgotten_test_images_and_whose_they_are():
     assert scene.remain_test.tolist() == [i for i, label in enumerate(labels) if label not in (1, 4, 6)]
     assert scene.forget_labels.tolist() == [label for label in labels if label in (1, 4, 6)]
     assert [scene.forget[person] for person in scene.who] == scene.forget_labels.tolist()
+    assert scene.drawn == 3
+
+
+def test_of_one_person_the_photos_are_what_is_drawn():
+    _, scene = make_up(forget=(4,))
+    assert scene.drawn == len(scene.forget_test) == 4
+    assert scene.who.tolist() == [0, 1, 2, 3]
 
 
 def test_a_gallery_draws_each_identitys_own_images_anew_and_the_same_again():
@@ -60,31 +67,36 @@ def test_templates_are_normalized_means_of_unit_embeddings():
         np.testing.assert_allclose(subject.templates(scene, images, 3), gallery(subject, scene, images, 3), rtol=1e-5)
 
 
-def test_a_missing_row_is_a_template_as_long_as_the_other_rows():
-    subject, scene = make_up()
+@pytest.mark.parametrize("own", [False, True])
+def test_rows_of_all_but_the_kept_are_templates_as_long_as_the_others(own):
+    subject, scene = make_up(forget=(1, 4))
     expected = array(subject.model.head.weight)
     take_rows(subject.model, (1, 6))
-    length = np.mean([np.linalg.norm(expected[c]) for c in (0, 2, 3, 4, 5, 7)])
+    anew = [1, 6] if own else [1, 4, 6]  # those that are missing, or whoever is forgotten as well
+    length = np.mean([np.linalg.norm(expected[c]) for c in range(8) if c not in anew])
     for draw in (0, 4):
-        expected[[1, 6]] = length * gallery(subject, scene, 5, draw)[[1, 6]]
-        np.testing.assert_allclose(array(subject.rows(scene, draw)), expected, rtol=1e-5)
+        expected[anew] = length * gallery(subject, scene, 5, draw)[anew]
+        rows, bias = subject.rows(scene, draw, own)
+        np.testing.assert_allclose(array(rows), expected, rtol=1e-5)
+        assert bias is None
 
 
 @pytest.mark.parametrize("head", ["cosface", "arcface", "sface", "softmax"])
-def test_logits_are_the_heads(head):
+def test_logits_over_a_models_own_rows_are_its_own(head):
     subject, scene = make_up(head=head)
     with torch.no_grad():
         expected = subject.model.head(subject.test)
-    torch.testing.assert_close(subject.logits(subject.test, subject.rows(scene)), expected)
+    torch.testing.assert_close(subject.logits(subject.test, *subject.rows(scene, own=True)), expected)
 
 
-def test_a_missing_row_has_the_other_rows_mean_bias():
-    subject, scene = make_up(head="softmax")
-    take_rows(subject.model, (1, 6))
+def test_a_row_made_anew_has_the_other_rows_mean_bias():
+    subject, scene = make_up(forget=(1, 6), head="softmax")
     bias = array(subject.model.head.bias)
     bias[[1, 6]] = np.mean([bias[c] for c in (0, 2, 3, 4, 5, 7)])
-    expected = array(subject.test) @ array(subject.rows(scene)).T + bias
-    np.testing.assert_allclose(subject.logits(subject.test, subject.rows(scene)), expected, rtol=1e-4, atol=1e-4)
+    rows = subject.rows(scene)
+    np.testing.assert_allclose(array(rows[1]), bias, rtol=1e-6)
+    expected = array(subject.test) @ array(rows[0]).T + bias
+    np.testing.assert_allclose(subject.logits(subject.test, *rows), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_are_the_models():

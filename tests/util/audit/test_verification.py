@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from tests.util.audit.conftest import DRAWN, array, at, make_up, pairs_of, quantile, share, unit
 from util.audit import verification
-from util.audit.statistics import value_of
+from util.audit.statistics import bootstrap_interval, value_of
 from util.audit.verification import Verification
 
 MANY = (12, 8, 12, 14, 9, 12, 11, 12)  # 62 kept faces of 5 people: 1,536 impostor pairs
@@ -92,10 +92,26 @@ def test_a_rate_rests_on_ten_false_accepts(scored):
     assert callable(found["verification_tar_1pct"])
 
 
-@pytest.mark.parametrize("options", [{"forget": (1,)}, {"test": (5, 1, 5, 5, 1, 5, 1, 5)}], ids=["a person", "an image"])
-def test_without_pairs_there_is_a_reason(options):
-    found = Verification().measure(*make_up(**options)).statistics
-    assert found == dict.fromkeys(KEYS, "needs two test images of a forgotten person, and two people")
+def test_without_pairs_there_is_a_reason():
+    found = Verification().measure(*make_up(test=(5, 1, 5, 5, 1, 5, 1, 5))).statistics
+    assert found == dict.fromkeys(KEYS, "needs two test images of a forgotten person")
+
+
+def test_one_person_is_told_from_the_kept():
+    subject, scene = make_up(forget=(4,), test=MANY, noise=1.5)
+    statistic = Verification().measure(subject, scene).statistics["verification_auc"]
+    faces = unit(array(subject.test))
+    own, others = faces[scene.forget_test], faces[scene.remain_test]
+    genuine = [(own[i] @ own[j], (i, j)) for i in range(9) for j in range(i)]
+    impostor = [(face @ other, (i,)) for i, face in enumerate(own) for other in others]
+    truth, scores = [1] * len(genuine) + [0] * len(impostor), [score for score, _ in genuine + impostor]
+    for photos in ((0, 1, 2, 3, 4, 5, 6, 7, 8), (0, 0, 1, 3, 3, 3, 5, 7, 8)):
+        times = np.bincount(photos, minlength=9)
+        weights = [np.prod([times[i] for i in which]) for _, which in genuine + impostor]
+        expected = 100 * roc_auc_score(truth, scores, sample_weight=weights)
+        assert at(statistic, [photos], 9) == pytest.approx([expected])
+    low, high = bootstrap_interval(statistic, scene.drawn, seed=0)
+    assert low < value_of(statistic, 9) < high
 
 
 def test_without_pairs_of_kept_faces_the_auc_is_left():
@@ -107,10 +123,10 @@ def test_without_pairs_of_kept_faces_the_auc_is_left():
 
 
 def test_the_curve_is_the_share_of_genuine_pairs_at_each_rate_of_false_ones(scored):
-    subject, scene, forgotten, _ = scored
+    subject, scene, forgotten, kept = scored
     curve = Verification().measure(subject, scene).curves["roc"]
     genuine = np.array([score for score, a, b in forgotten if a == b])
-    impostors = np.sort([score for score, a, b in forgotten if a != b])[::-1]
+    impostors = np.sort([score for score, a, b in kept if a != b])[::-1]  # as of the thresholds
     assert curve["far"][0] == 0
     assert (curve["far"][-1], curve["tar"][-1]) == (1, 1)
     for rate, height in zip(curve["far"], curve["tar"], strict=True):

@@ -1,0 +1,76 @@
+"""From figures to the verdict on a request, and whether that verdict is right where the truth is known."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from util.audit import FIGURES
+from util.audit.base import FAMILIES
+from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, POWER, STILL_KNOWN, WITHIN, compare
+
+AS_IF_NEVER_SEEN, NOT_ENOUGH = "as if never seen", "not enough evidence"
+VERDICTS = (STILL_KNOWN, OVER_FORGOTTEN, AS_IF_NEVER_SEEN, NOT_ENOUGH)
+ENOUGH = 3  # families of figures that must show that nothing is left
+
+FALLING = frozenset().union(*(figure.falling for figure in FIGURES.values()))
+BORROWED = {key for figure in FIGURES.values() for key in figure.known_by}
+
+
+def judge(figures: dict[str, dict]) -> dict:
+    """The verdict on a request from its `figures` in audit.json: {"verdict", "families", "tally", "undecided"}.
+
+    Still known if any figure says so, else over-forgotten if any does; else as if never seen, if in ENOUGH families a figure
+    with power is within the margin; else there is not enough evidence.
+
+    families:  by name, the first of these that a figure of it says: still known, over-forgotten, within, inconclusive.
+    tally:     {"within", "significantly_off" (of these), "with_power"}, numbers of figures.
+    undecided: {"figure", "rho"} of the inconclusive figure that is farthest on the way back, or None.
+    """
+    counted = {key: entry for key, entry in figures.items() if _counts(key, entry)}
+    found = {name: {e["verdict"] for e in counted.values() if e["family"] == name} for name in FAMILIES}
+    order = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
+    families = {name: next(verdict for verdict in order if verdict in told) for name, told in found.items() if told}
+    verdicts = [*families.values()]
+    worst = next((verdict for verdict in (STILL_KNOWN, OVER_FORGOTTEN) if verdict in verdicts), None)
+    within = [entry for entry in counted.values() if entry["verdict"] == WITHIN]
+    open_ = {key: entry["rho"] for key, entry in counted.items() if entry["verdict"] == INCONCLUSIVE and entry["power"] >= 1}
+    farthest = max(open_, key=open_.get, default=None)
+    return {
+        "verdict": worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= ENOUGH else NOT_ENOUGH),
+        "families": families,
+        "tally": {
+            "within": len(within),
+            "significantly_off": sum(entry["significant"] for entry in within),
+            "with_power": sum(entry["power"] >= POWER for entry in counted.values()),
+        },
+        "undecided": farthest and {"figure": farthest, "rho": open_[farthest]},
+    }
+
+
+def _counts(key: str, entry: dict) -> bool:
+    """Nothing to be seen upside down is no sign of forgetting: originals show nothing there either."""
+    return bool(entry["verdict"]) and (key not in BORROWED or entry["verdict"] == STILL_KNOWN)
+
+
+def calibration(requests: Sequence[dict]) -> dict[str, Counter]:
+    """The verdicts where the truth is known: on references, each judged by the others, and on originals; of `requests` in
+    audit.json, those of several models on the same people beside the same references once."""
+    found = {"references": Counter(), "originals": Counter()}
+    for request in {(*r["forget"], *r["references"]): r for r in requests}.values():
+        judged = [entry for entry in request["figures"].values() if entry["verdict"]]
+        never, known = (len(judged[0][group]) if judged else 0 for group in found)
+        for place in range(never):
+            found["references"][_verdict_on(request, "references", place)] += 1
+        for place in range(known):
+            found["originals"][_verdict_on(request, "originals", place)] += 1
+    return found
+
+
+def _verdict_on(request: dict, group: str, place: int) -> str:
+    """On one of the references or originals of a request, as if it were the model that was to forget."""
+    figures = {}
+    for key, entry in request["figures"].items():
+        if entry["verdict"]:
+            never = [value for i, value in enumerate(entry["references"]) if (group, place) != ("references", i)]
+            found = compare(entry[group][place], never, [entry["known"]], 100 / request["images"], key in FALLING)
+            figures[key] = {"family": entry["family"]} | vars(found)
+    return judge(figures)["verdict"]
