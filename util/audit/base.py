@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from util.audit.statistics import Statistic
 from util.audit.subject import Scene, Subject
 
-
 FAMILIES = ("re-identification", "verification", "membership", "relearning")  # a verdict rests on several
 
 
