@@ -62,8 +62,8 @@ class Scene:
 
     @cached_property
     def who(self) -> np.ndarray:
-        """Of each image at `forget_test`, which of the forgotten identities: positions in `forget`. Of one person alone, which
-        image: there the bootstrap draws photos."""
+        """Of each image at `forget_test`, which of the forgotten identities: positions in `forget`. Of one person alone,
+        which image: there the bootstrap draws photos."""
         if len(self.forget) == 1:
             return np.arange(len(self.forget_test))
         return np.searchsorted(self.forget, self.forget_labels.numpy())
@@ -134,8 +134,8 @@ class Subject:
         return F.normalize(torch.stack([unit[positions].mean(dim=0) for positions in scene.enrolled(images, draw)]))
 
     def rows(self, scene: Scene, draw: int = 0, own: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The head's rows (C, dim) and bias (C,), if it has one, of the kept. Everybody else's are made anew, of templates of
-        5 images, as long as the others on average: all models are read alike, whatever was done to a row.
+        """The head's rows (C, dim) and bias (C,), if it has one, of the kept. Everybody else's are made anew, of templates
+        of 5 images, as long as the others on average: all models are read alike, whatever was done to a row.
 
         own: made anew are only those that the model does not have.
         """
