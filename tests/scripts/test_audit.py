@@ -491,7 +491,15 @@ def test_data_of_other_people_are_refused(files, colours, tmp_path):
     ],
 )
 def test_what_is_wrong_is_found_before_a_reference_is_trained(
-    options, code, message, early, run, poor, command, tmp_path, monkeypatch  # noqa: F811
+    options,
+    code,
+    message,
+    early,
+    run,
+    poor,
+    command,
+    tmp_path,
+    monkeypatch,  # noqa: F811
 ):
     monkeypatch.setattr("scripts.references.train_references", lambda *_: pytest.fail("references were trained first"))
     shutil.copytree(poor / "test", tmp_path / "known")

@@ -29,15 +29,15 @@ class Probe(Figure):
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         positions = torch.from_numpy(np.concatenate([own[:PER_IDENTITY] for own in scene.train_by_class]))
-        train, test = (
-            subject.tokens(images, where)
-            for images, where in ((scene.train_set, positions), (scene.test_set, scene.forget_test))
-        )
-        layers = {f"probe_block_{block}": pair for block, pair in enumerate(zip(train, test, strict=True))}
-        layers = {"probe_embedding": (subject.train[positions], subject.test[scene.forget_test])} | layers
-        labels, statistics, curve = scene.train_set.labels.cpu()[positions], {}, {"layers": [], "all": [], "forgotten": []}
-        for key, (seen, new) in layers.items():
-            among_all, among_forgotten = probe_hits(seen, labels, new, scene)
+        if scene.seed not in subject.probes:  # fitted on everybody: further requests find them
+            labels, tokens = scene.train_set.labels.cpu()[positions], subject.tokens(scene.train_set, positions)
+            subject.probes[scene.seed] = [fit_probe(seen, labels) for seen in (subject.train[positions], *tokens)]
+        tokens = subject.tokens(scene.test_set, scene.forget_test)
+        keys = ["probe_embedding", *(f"probe_block_{block}" for block in range(len(tokens)))]
+        layers = zip(keys, subject.probes[scene.seed], (subject.test[scene.forget_test], *tokens), strict=True)
+        statistics, curve = {}, {"layers": [], "all": [], "forgotten": []}
+        for key, probe, faces in layers:
+            among_all, among_forgotten = probe_hits(probe, faces, scene)
             statistics[key] = mean_statistic(among_all, scene.who, scene.drawn)
             curve["layers"].append(key.removeprefix("probe_").replace("_", " "))
             curve["all"].append(round(100 * among_all.mean(), 2))
@@ -47,16 +47,19 @@ class Probe(Figure):
         return Measurement(statistics, {"probe": curve})
 
 
-def probe_hits(seen: Tensor, labels: Tensor, new: Tensor, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Which forgotten test images are recognized among all, and among the forgotten identities alone: bool (N,) each."""
+def fit_probe(seen: Tensor, labels: Tensor) -> GridSearchCV:
+    """To features (N, dim) of training images and their labels (N,)."""
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300, tol=1e-3))
     folds = min(3, int(labels.bincount().max()))
     search = GridSearchCV(probe, {"logisticregression__C": [0.01, 0.1, 1, 10]}, cv=folds)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the largest C may not, and is not chosen then
         warnings.simplefilter("ignore", UserWarning)  # identities with fewer images than folds
-        search.fit(seen.numpy(), labels.numpy())
-    scores = search.decision_function(new.numpy())
-    truth = scene.forget_labels.numpy()
-    forgotten = np.isin(search.classes_, scene.forget)
-    return search.classes_[scores.argmax(1)] == truth, search.classes_[forgotten][scores[:, forgotten].argmax(1)] == truth
+        return search.fit(seen.numpy(), labels.numpy())
+
+
+def probe_hits(probe: GridSearchCV, faces: Tensor, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Which forgotten test images (N, dim) are recognized among all, and among the forgotten alone: bool (N,) each."""
+    scores, truth = probe.decision_function(faces.numpy()), scene.forget_labels.numpy()
+    forgotten = np.isin(probe.classes_, scene.forget)
+    return probe.classes_[scores.argmax(1)] == truth, probe.classes_[forgotten][scores[:, forgotten].argmax(1)] == truth

@@ -1,6 +1,6 @@
 """What the figures look at: a scene (whose forgetting is audited, on which images) and a subject (a model in that scene)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -105,6 +105,7 @@ class Subject:
     unseen: ImageSet | None
     hardware: Hardware
     original: bool = False
+    probes: dict = field(default_factory=dict)  # by seed, those fitted to each layer
 
     @cached_property
     def train(self) -> Tensor:

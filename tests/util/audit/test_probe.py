@@ -1,11 +1,14 @@
 """Linear probes of every layer."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.util.audit.conftest import DRAWN, at, make_up, share
-from util.audit.probe import Probe, probe_hits
+from util.audit import probe
+from util.audit.probe import Probe, fit_probe, probe_hits
 
 DRAW = torch.Generator().manual_seed
 
@@ -41,14 +44,14 @@ def test_layers_that_tell_people_apart_are_read_and_others_are_not():
 
 
 def hits_of(subject, scene) -> tuple[np.ndarray, np.ndarray]:
-    return probe_hits(subject.train, scene.train_set.labels, subject.test[scene.forget_test], scene)
+    return probe_hits(fit_probe(subject.train, scene.train_set.labels), subject.test[scene.forget_test], scene)
 
 
 def test_a_share_counts_images_and_is_not_smaller_among_fewer_people():
     subject, scene = make_up(noise=2.5)
     order = np.concatenate(scene.train_by_class)
-    faces = subject.train[order], scene.train_set.labels[order], subject.test[scene.forget_test]
-    among_all, among_forgotten = probe_hits(*faces, scene)
+    fitted = fit_probe(subject.train[order], scene.train_set.labels[order])
+    among_all, among_forgotten = probe_hits(fitted, subject.test[scene.forget_test], scene)
     assert (among_forgotten >= among_all).all()
     assert 0.1 < among_all.mean() < among_forgotten.mean() < 1
     with_layers(subject, scene, noise_like(subject, 3))
@@ -93,3 +96,12 @@ def test_it_is_fitted_on_sixty_images_of_each_identity_at_most_and_on_all_identi
 def test_two_training_images_of_everybody_are_enough():
     subject, scene = make_up(train=(2,) * 8, noise=0.05)
     assert hits_of(subject, scene)[0].mean() > 0.9
+
+
+def test_a_further_request_is_read_by_the_probes_that_are_fitted(monkeypatch):
+    subject, scene = make_up()
+    with_layers(subject, scene, noise_like(subject, 3))
+    Probe().measure(subject, scene)
+    monkeypatch.setattr(probe, "fit_probe", lambda *_: pytest.fail("fitted again"))
+    again = replace(scene, forget=(1,), remain=(0, 2, 3, 4, 5, 6, 7))
+    assert len(Probe().measure(subject, again).statistics) == 2
