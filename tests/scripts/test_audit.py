@@ -20,7 +20,7 @@ from util.runtime.files import sha256
 
 FIRST, SECOND = [f"c{c}" for c in range(5)], ["c5", "c6"]
 KEYS = [
-    *("acc_forget", "sign_flip", "readout", "enrolment_1", "enrolment_5", "tpir_1pct"),
+    *("acc_forget", "sign_flip", "enrolment_1", "enrolment_5", "tpir_1pct"),
     *("verification_auc", "verification_tar_1pct", "verification_tar_01pct", "collapse_1pct"),
     *("probe_embedding", "probe_block_0", "probe_block_1", "membership_images", "membership_person"),
     *("relearn_1", "relearn_5", "relearn_kept_only", "cka"),
@@ -134,7 +134,7 @@ def test_it_leaves_its_files_and_the_whole_schema(whole, early, colours):  # noq
 def test_every_figure_is_compared_as_documented(whole, key):
     (request,) = audit_of(whole)["requests"]
     found = request["figures"][key]
-    compared = ("interval", "delta", "z", "rho", "power", "verdict")
+    compared = ("interval", "delta", "z", "rho", "power", "significant", "verdict")
     assert {"value", "references", "originals", *compared} <= {*found}
     if found["verdict"] is None:
         assert found["reason"]
@@ -156,11 +156,11 @@ def test_every_figure_is_compared_as_documented(whole, key):
     assert found["power"] == pytest.approx(max(0, towards) / spread, abs=1e-3)
     assert found["rho"] == (None if rho is None else pytest.approx(rho, rel=1e-2, abs=1e-2))
     if found["power"] < 3 or (abs(rho) > 0.2 and abs(found["z"]) <= T):
-        assert found["verdict"] == "cannot tell"
+        assert found["verdict"] == "inconclusive"
     elif abs(rho) <= 0.2:
-        assert found["verdict"] == "as if never seen"
+        assert found["verdict"] == "within 20% of the way"
     else:
-        known = "cannot tell" if key == "collapse_1pct" else "still known"
+        known = "inconclusive" if key == "collapse_1pct" else "still known"
         assert found["verdict"] == (known if rho > 0 else "over-forgotten")
 
 
@@ -171,7 +171,8 @@ def test_the_markdown_has_every_figure(whole):
         (row,) = [line for line in text.splitlines() if f"(`{key}`)" in line]
         cells = [cell.strip() for cell in row.split("|")[1:-1]]
         assert cells[1] == ("–" if entry["value"] is None else f"{entry['value']:.2f}")
-        assert cells[-1] == entry["verdict"] or cells[-1] == entry["reason"]
+        off = ", and yet significantly off" * (entry["verdict"] == "within 20% of the way" and entry["significant"])
+        assert cells[-1] == (entry["verdict"] or entry["reason"]) + off
     assert f"**{request['verdict']}**" in text
 
 
@@ -366,12 +367,12 @@ def test_the_pre_trained_model_itself_is_never_as_if_never_seen(files, early, tm
     assert code == 0, err
     (request,) = audit_of(tmp_path / "audit")["requests"]
     assert request["figures"]["sign_flip"]["value"] == 0
-    assert request["verdict"] in ("still known", "cannot tell")
+    assert request["verdict"] in ("still known", "not enough evidence")
 
 
 def test_a_figure_of_which_those_who_know_show_less_cannot_tell():
     """Else a model that shows nothing of it would still know."""
-    assert compare(0.0, [100.0, 100.0, 100.0], [85.0, 40.0], resolution=5.0).verdict == "cannot tell"
+    assert compare(0.0, [100.0, 100.0, 100.0], [85.0, 40.0], resolution=5.0).verdict == "inconclusive"
 
 
 def test_nothing_to_audit_is_refused(run, command, tmp_path):
