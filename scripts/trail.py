@@ -121,7 +121,10 @@ class Trail:
         return Case(self.args.after, 1, 1, forget, sorted(forget))
 
     def _remain(self, case: Case) -> list[int]:
-        return [c for c in range(len(self.classes)) if c not in case.gone]
+        """Whom all models know. One set of given references may serve many requests: it lacks the people of all of them."""
+        never = [self.load(path).model.head.weight for path in self.args.references or ()]
+        lacking = {c for rows in never for c in range(len(self.classes)) if not rows[c].any()}
+        return [c for c in range(len(self.classes)) if c not in lacking.union(case.gone)]
 
     def reference_jobs(self, case: Case) -> tuple[list[Job], list[Job]]:
         """The references and the further originals to train."""
