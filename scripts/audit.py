@@ -32,7 +32,7 @@ from util.storage.folders import RunFolder
 from util.training.deletion_record import settings_of
 
 TABLE_BEGINS = "## Seed "
-QUICK = {"num_references": 3, "num_originals": 1, "figures": ["readout", "enrolment", "verification"]}
+QUICK = {"num_references": 3, "num_originals": 1, "figures": ["readout", "enrolment", "verification", "membership_images"]}
 
 
 def build_parser() -> options.Parser:
@@ -54,7 +54,7 @@ def build_parser() -> options.Parser:
         help="these, each after its task (default: the run's first); all: each after its task and after the last",
     )
     group.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES), help="which")
-    group.add_argument("--quick", action="store_true", help="the first three figures, 3 references, no pictures")
+    group.add_argument("--quick", action="store_true", help="a first look: four quick figures, 3 references, no pictures")
     group.add_argument("--seed", type=options.number(int, 0), default=0, help="seeds galleries, pairs and bootstrap")
     group = parser.add_argument_group("references")
     count = options.number(int, 1)

@@ -25,7 +25,7 @@ KEYS = [
     *("probe_embedding", "probe_block_0", "probe_block_1", "membership_images", "membership_person"),
     *("relearn_1", "relearn_5", "relearn_kept_only", "cka"),
 ]
-QUICK = KEYS[:10]
+QUICK = [*KEYS[:9], "membership_images"]
 # The 97.5% quantile of Student's t at two degrees, for three references.
 T = 4.302653
 
@@ -251,7 +251,7 @@ def test_requests_by_number_are_audited_after_their_tasks(run, here, command, tm
     assert err.startswith("audit.py: error: --requests 3: ") and err.endswith(" has finished 1, 2\n")
 
 
-def test_a_first_look_is_three_figures_beside_three_references(whole, run, here, command, tmp_path):  # noqa: F811
+def test_a_first_look_is_four_figures_beside_three_references(whole, run, here, command, tmp_path):  # noqa: F811
     code, out, err = command("scripts/audit.py", run, "--quick", "--output-dir", tmp_path)
     assert code == 0, err
     content = audit_of(tmp_path)
@@ -353,6 +353,18 @@ def test_given_references_and_originals_are_used(files, references, trained, her
     assert [Path(entry["file"]) for entry in content["originals"]][1] == trained
     assert len(content["requests"][0]["figures"]["acc_forget"]["originals"]) == 2
     assert not here
+
+
+def test_references_that_lack_more_people_serve_each_of_their_requests(files, tmp_path):
+    """The others that they lack are not kept: no threshold rests on them."""
+    told = []
+    for names in ("c0", "c0,c1,c2,c3,c4"):
+        code, _, err = files("--forget-classes", names, "--figures", "verification")
+        assert code == 0, err
+        (request,) = audit_of(tmp_path / "audit")["requests"]
+        told.append(request["figures"]["verification_tar_01pct"]["reason"])
+        assert request["figures"]["verification_auc"]["value"] is not None
+    assert told[0] == told[1]
 
 
 def test_a_name_given_twice_counts_once(files, tmp_path):
