@@ -61,7 +61,6 @@ def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
     side by side share out the CPU's cores.
     """
     threads = max(1, (os.cpu_count() or 1) // len(gpus))
-    environment = {"OMP_NUM_THREADS": str(threads)}
     running: set[subprocess.Popen] = set()
     free: queue.Queue[str] = queue.Queue()
     for gpu in gpus:
@@ -69,7 +68,7 @@ def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
 
     def run(job: Job) -> Job:
         gpu = free.get()
-        variables = environment | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         with job.open_log() as log:
             command = [sys.executable, str(ROOT / job.script), *job.arguments]
             process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.PIPE, **TEXT)

@@ -72,12 +72,11 @@ def all_processes(condition: bool) -> bool:
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
     """The first process goes through the block before the others: they find what it has left on disk."""
-    several = world_size() > 1
-    group = dist.new_group(backend="gloo", timeout=DECODING) if several else None
-    if rank() and several:
+    group = dist.new_group(backend="gloo", timeout=DECODING) if world_size() > 1 else None
+    if group and rank():
         dist.barrier(group)
     yield
-    if not rank() and several:
+    if group and not rank():
         dist.barrier(group)
 
 
