@@ -5,8 +5,10 @@ in the training set. Every batch of a pass holds as many images of each stream, 
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -71,11 +73,27 @@ def batches(
 ) -> Iterator[Batch]:
     """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     home = train_set.images.device
-    for indices in plan.schedule(generator)[start:].to(home):
-        images, labels = train_set.images[indices], train_set.labels[indices]
-        if home.type != device.type:
-            images, labels, indices = (t.pin_memory().to(device, non_blocking=True) for t in (images, labels, indices))
-        yield Batch(images, labels, indices, plan.sizes, plan.name)
+    schedule = plan.schedule(generator)[start:].to(home)
+    if home.type == device.type:
+        gathered = ((train_set.images[rows], train_set.labels[rows], rows) for rows in schedule)
+    else:
+        gathered = gathered_ahead(train_set, schedule, pin=device.type == "cuda")
+    for parts in gathered:
+        yield Batch(*(part.to(device, non_blocking=True) for part in parts), plan.sizes, plan.name)
+
+
+def gathered_ahead(train_set: ImageSet, schedule: Iterable[Tensor], pin: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Images, labels and positions of each row of `schedule`, in host memory; the next ones are gathered meanwhile."""
+
+    def begin(rows: Tensor) -> tuple[Future, Tensor, Tensor]:
+        # Allocated out here, so that the thread calls no CUDA. torch reuses pinned memory once copies from it have ended.
+        images = torch.empty(rows.shape + train_set.images.shape[1:], dtype=train_set.images.dtype, pin_memory=pin)
+        labels, positions = (part.pin_memory() if pin else part for part in (train_set.labels[rows], rows))
+        return pool.submit(torch.index_select, train_set.images, 0, rows, out=images), labels, positions
+
+    with ThreadPoolExecutor(1) as pool:
+        for (images, labels, positions), _ in pairwise(chain(map(begin, schedule), [None])):
+            yield images.result(), labels, positions
 
 
 def random_flip(images: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from data.image_set import ImageSet
 from util.runtime.distributed import alone, share_of, sum_over_processes
 from util.runtime.hardware import Hardware, plain_attention
 
-# Gradients of several images are held at once: as many as fit in this many bytes, or on CUDA a quarter of what is free.
+# Gradients of several images are held at once: as many as fit in this many bytes, four times as many on a GPU.
 GRADIENT_BYTES = 1 << 29
 
 Importance = dict[str, Tensor]
@@ -51,19 +51,20 @@ def mean_importance(
     was_training = model.training
     model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in constants.items()}
-    room = torch.cuda.mem_get_info(hardware.device)[0] // 4 if hardware.device.type == "cuda" else GRADIENT_BYTES
-    chunk = batch_size or max(1, room // sum(4 * parameter.numel() for parameter in trained.values()))
-    if batch_size is not None:  # class by class, gradients of a batch would not cancel as those of a mixed one do
-        indices = indices[torch.randperm(len(indices))]
-    chunks = indices.to(image_set.images.device).split(chunk)
+    if batch_size is None:
+        room = GRADIENT_BYTES * (1 if hardware.device.type == "cpu" else 4)
+        chunk = max(1, room // sum(4 * parameter.numel() for parameter in trained.values()))
+        chunks, count = share_of(indices).split(chunk), len(indices)
+    else:  # class by class, gradients of a batch would not cancel as those of a mixed one do
+        batches = indices[torch.randperm(len(indices))].split(batch_size)
+        chunks, count = share_of(batches), len(batches)
     # Fused attention has no batching rule: vmap would call it image by image.
     with plain_attention(model) if batch_size is None else contextlib.nullcontext():
-        for rows in share_of(chunks):
+        for rows in (rows.to(image_set.images.device) for rows in chunks if len(rows)):  # a share may be none
             images, labels = image_set.images[rows].to(hardware.device), image_set.labels[rows].to(hardware.device)
             with alone(), hardware.autocast(), hardware.eager():
                 part = measured(images, labels)
             for name, value in part.items():
                 total[name] += value
     model.train(was_training)
-    count = len(indices) if batch_size is None else len(chunks)
     return {name: value / count for name, value in sum_over_processes(total).items()}

@@ -22,6 +22,21 @@ IMPORTANCE_DATA = Option(
 )
 
 
+class _Quadratic(torch.autograd.Function):
+    """Σ r² (θ − θ_s)² and its gradient 2 r² (θ − θ_s): autograd's own takes four small kernels for each parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, roots: list[Tensor], centre: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.roots, ctx.weighted = roots, torch._foreach_mul(torch._foreach_sub(parameters, centre), roots)
+        return torch.stack(torch._foreach_norm(ctx.weighted)).square().sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = torch._foreach_mul(ctx.weighted, ctx.roots)
+        torch._foreach_mul_(gradients, 2 * gradient)
+        return None, None, *gradients
+
+
 class QuadraticPenalty(Method):
     """L = CE(z, y or ỹ) + λ · Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²
 
@@ -63,9 +78,8 @@ class QuadraticPenalty(Method):
     def penalty(self, model: Recognizer) -> Tensor:
         """Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²"""
         names, parameters = zip(*self._trained(model), strict=True)
-        moved = torch._foreach_sub(parameters, [self.centre[name] for name in names])
-        weighted = torch._foreach_mul(moved, [self.roots[name] for name in names])
-        return torch.stack(torch._foreach_norm(weighted)).square().sum() + self.constant
+        roots, centre = ([tensors[name] for name in names] for tensors in (self.roots, self.centre))
+        return _Quadratic.apply(roots, centre, *parameters) + self.constant
 
     def _take_roots(self) -> None:
         self.roots = {name: value.sqrt() for name, value in self.importance.items()}

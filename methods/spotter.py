@@ -37,8 +37,9 @@ class Spotter(DELETE):
         teacher = self.teacher_of(model).eval()  # training begins with train()
         home = self.task.forget_indices.to(self.train_set.images.device)
         images, labels = (part[home].to(self.hardware.device) for part in (self.train_set.images, self.train_set.labels))
-        chunks = zip(images.split(self.hardware.eval_batch), labels.split(self.hardware.eval_batch), strict=True)
-        with alone():  # every process perturbs all images
+        # With gradients, as many at once as in a step. Eager: a compiled step would be compiled anew for these.
+        chunks = zip(images.split(self.args.batch_size), labels.split(self.args.batch_size), strict=True)
+        with alone(), self.hardware.autocast(), self.hardware.eager():  # every process perturbs all images
             self.near = torch.cat([self._perturbed(teacher, *chunk) for chunk in chunks])
         near_set = ImageSet("near", self.near, labels, self.train_set.classes)
         self.near_teacher = Teacher(teacher, near_set, torch.arange(len(near_set)), self.hardware)

@@ -8,6 +8,7 @@ References that the cache does not have are trained first.
 """
 
 import argparse
+import os
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -120,6 +121,8 @@ def trail_of(run: RunFolder, argv: list[str] | None) -> Trail:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
+    if args.gpus:  # the audit itself is on the first; each reference sees the one that it is dealt
+        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
     runs = run_folders(args.runs)
     if args.output_dir is not None and len(runs) > 1:
         raise UsageError(f"--output-dir is for one run, here are {len(runs)}: each gets a folder audit of its own")

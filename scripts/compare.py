@@ -71,6 +71,7 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
 def run_here(job: Job) -> None:
     """Run in this process, which spares the start-up. What it prints goes to its log."""
     torch.compiler.reset()  # what was compiled for the run before counts against the limit of this one's
+    torch.cuda.empty_cache()  # and what it held of a GPU is free for this one's images
     with job.open_log() as log, contextlib.redirect_stdout(log):
         try:
             train_forget.main(job.arguments)

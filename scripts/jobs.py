@@ -57,11 +57,10 @@ def places(args: argparse.Namespace, count: int) -> list[str]:
 def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
     """Yield each job as it ends. A run is a process that sees one of the `gpus` ("": all of them).
 
-    A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle. A CPU
-    that does shares its cores out among them.
+    A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle. Runs
+    side by side share out the CPU's cores.
     """
     threads = max(1, (os.cpu_count() or 1) // len(gpus))
-    environment = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": str(threads)}
     running: set[subprocess.Popen] = set()
     free: queue.Queue[str] = queue.Queue()
     for gpu in gpus:
@@ -69,7 +68,7 @@ def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
 
     def run(job: Job) -> Job:
         gpu = free.get()
-        variables = environment | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         with job.open_log() as log:
             command = [sys.executable, str(ROOT / job.script), *job.arguments]
             process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.PIPE, **TEXT)

@@ -36,7 +36,7 @@ def hunts(tmp_path_factory):
                 words["pretrain"] = ("train_pretrain.py", *sizes)
                 for name, own in words.items():
                     scratch = tmp_path_factory.mktemp("kills") / name
-                    further = (*own, "--data", colours, "--device", "cpu", "--save-every", 2)
+                    further = (*own, "--data", colours, "--device", "cpu", "--precision", "fp32", "--save-every", 0.05)
                     waiting[name] = pool.submit(hunt, scratch, *further)
             return waiting
 

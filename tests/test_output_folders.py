@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_that_step(poisoned, trained, 
         return losses
 
     monkeypatch.setattr(GSLoRA, "terms", poison)
-    words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 1]
+    words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 0]
     result = command("train_forget.py", *words)
     # Two steps an epoch.
     refused(result, 1, f"part 'remain' became nan in epoch {(poisoned + 1) // 2}, step {(poisoned + 1) % 2 + 1}")
@@ -188,7 +188,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(trained, colours, 
         return losses
 
     monkeypatch.setattr(Trainer, "step", poison)
-    words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 1]
+    words = [*forget_options(trained, colours, tmp_path / "run"), "--batch-size", 48, "--save-every", 0]
     refused(command("train_forget.py", *words), 1, "the weights are not finite after epoch 3")
     assert torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)["position"]["epoch"] == 2
 

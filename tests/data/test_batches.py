@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from data.batches import Pass, batches, random_flip
+from data.batches import Pass, batches, gathered_ahead, random_flip
 
 CPU = torch.device("cpu")
 
@@ -59,6 +59,21 @@ def test_the_order_depends_on_the_generator_alone():
     plan = Pass({"train": torch.arange(50)}, batch_size=16)
     assert torch.equal(plan.schedule(generator(3)), plan.schedule(generator(3)))
     assert not torch.equal(plan.schedule(generator(3)), plan.schedule(generator(4)))
+
+
+def test_images_in_host_memory_are_gathered_one_batch_ahead(make_images):
+    images, drawn = make_images(), []
+    plan = Pass({"train": torch.arange(48)}, batch_size=16)
+    rows = plan.schedule(generator())
+    gathered = gathered_ahead(images, (drawn.append(row) or row for row in rows), pin=False)
+    seen = []
+    for found, batch in zip(gathered, batches(images, plan, generator(), CPU), strict=True):
+        seen.append(len(drawn))
+        for part, expected in zip(found, (batch.images, batch.labels, batch.indices), strict=True):
+            assert torch.equal(part, expected)
+    assert seen == [2, 3, 3]
+    away = [*batches(images, plan, generator(), torch.device("meta"), start=1)]
+    assert [(batch.images.shape, batch.images.dtype) for batch in away] == 2 * [((16, 3, 16, 16), torch.uint8)]
 
 
 def test_flips_mirror_about_half_of_the_images():

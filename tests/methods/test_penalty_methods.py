@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy, normalize
 
 from methods import METHODS
+from methods.penalty import QuadraticPenalty
 
 NAMES = ["l2", "ewc", "mas"]
 READINGS = [
@@ -130,6 +131,57 @@ def test_the_gradient_of_the_penalty_over_two_tasks(begin, move_weights, name):
     for n, theta in backbone_weights(model).items():
         expected = sum(2 * omega[n] * (theta - centre[n]) for omega, centre in (first, second))
         np.testing.assert_allclose(model.get_parameter(n).grad.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def autograds(method, model) -> torch.Tensor:
+    """The penalty as autograd sees it."""
+    weighted = [method.roots[n] * (p - method.centre[n]) for n, p in method._trained(model)]
+    return torch.stack([part.norm() for part in weighted]).square().sum()
+
+
+def nodes_of(function, seen: set) -> set:
+    """The autograd nodes of a backward pass but for the parameters' own."""
+    if function is not None and function not in seen and function.name() != "torch::autograd::AccumulateGrad":
+        seen.add(function)
+        for other, _ in function.next_functions:
+            nodes_of(other, seen)
+    return seen
+
+
+def test_the_gradient_of_the_penalty_is_autograds_in_one_step(begin):
+    begun = begin("ewc")
+    method, model = begun.method, begun.model
+    parameters = [p for _, p in method._trained(model)]
+    own, plain = method.penalty(model), autograds(method, model)
+    assert own.item() == pytest.approx(plain.item(), rel=1e-12)
+    gradients, expected = (torch.autograd.grad(0.7 * value, parameters) for value in (own, plain))
+    for found, right in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(found.numpy(), right.numpy(), rtol=1e-12, atol=0)
+    # A long step along the gradient, by central differences of a quadratic: exact but for rounding.
+    values = []
+    for step in (1e-3, -2e-3):
+        with torch.no_grad():
+            torch._foreach_add_(parameters, gradients, alpha=step)
+            values.append(method.penalty(model).item())
+    slope = 0.7 * (values[0] - values[1]) / 2e-3
+    assert slope == pytest.approx(sum(g.square().sum().item() for g in gradients), rel=1e-8)
+    assert len(nodes_of(method.penalty(model).grad_fn, set())) < 5 < len(nodes_of(plain.grad_fn, set()))
+
+
+def test_training_with_the_penalty_ends_where_autograd_would(begin, monkeypatch):
+    ends = []
+    for penalty in (QuadraticPenalty.penalty, lambda method, model: autograds(method, model)):
+        monkeypatch.setattr(QuadraticPenalty, "penalty", penalty)
+        begun = begin("mas", "--lambda", "0.1", moved=False)
+        optimizer = torch.optim.AdamW([p for p in begun.model.parameters() if p.requires_grad], lr=1e-3)
+        batch = begun.batch()
+        for _ in range(5):
+            begun.method.loss(begun.model, batch)["total"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(torch.cat([p.detach().flatten() for p in begun.model.parameters()]))
+    assert not torch.equal(ends[0], torch.cat([p.flatten() for p in begun.before.parameters()]))
+    torch.testing.assert_close(*ends, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ewc", "mas"])

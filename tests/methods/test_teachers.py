@@ -1,8 +1,13 @@
 """Bad Teacher, DELETE and Spotter: what their teachers say, and what the student is told."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
+
+from methods.spotter import Spotter
+from util.runtime.hardware import Hardware
 
 
 def masked(arithmetic, logits: np.ndarray, classes) -> np.ndarray:
@@ -72,6 +77,37 @@ def test_spotters_loss_is_its_formula(begin, arithmetic):
     assert losses["together"].item() == pytest.approx(together, rel=1e-5)
     expected = 0.6 * parts[0] + 0.4 * parts[1] + 0.5 * together
     assert losses["total"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_spotter_perturbs_as_many_images_at_once_as_a_step_has(make_recognizer, make_images, make_tasks, method_arguments):
+    """Under autocast, and eagerly where steps are compiled."""
+    images, hardware, seen = make_images(), Noting(torch.device("cpu"), bf16=True, compile=True), []
+
+    class Noted(Spotter):
+        def _perturbed(self, teacher, images, labels):
+            seen.append((len(images), torch.is_autocast_enabled("cpu"), hardware.is_eager))
+            return super()._perturbed(teacher, images, labels)
+
+    method, (task, _) = Noted(method_arguments("spotter"), hardware), make_tasks(images, 2)
+    method.begin_run(model := make_recognizer(), [task], images)
+    method.begin_task(model, task, images, 1)
+    whole, rest = divmod(len(task.forget_indices), 8)
+    assert whole
+    assert [size for size, *_ in seen] == [8] * whole + [rest] * (rest > 0)
+    assert {(autocast, is_eager) for _, autocast, is_eager in seen} == {(True, True)}
+
+
+class Noting(Hardware):
+    """Knows whether it is within `eager`."""
+
+    is_eager = False
+
+    @contextmanager
+    def eager(self):
+        type(self).is_eager = True
+        with super().eager():
+            yield
+        type(self).is_eager = False
 
 
 def test_images_near_the_forgotten_are_within_epsilon_and_nearer_the_next_class(begin):

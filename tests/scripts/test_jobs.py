@@ -37,12 +37,12 @@ def test_a_wave_that_would_leave_cores_idle_joins_the_one_before(monkeypatch, co
     assert places(Namespace(gpus=[], jobs_per_gpu=None), runs) == [""] * at_once
 
 
-@pytest.mark.parametrize(("own", "threads"), [(None, "3"), ("5", "5")])
-def test_runs_side_by_side_share_the_cores_and_see_one_gpu(monkeypatch, tmp_path, own, threads):
+@pytest.mark.parametrize(("own", "threads", "cuda"), [(None, "3", False), (None, "3", True), ("5", "5", True)])
+def test_runs_side_by_side_share_the_cores_and_see_one_gpu(monkeypatch, tmp_path, own, threads, cuda):
     script = tmp_path / "script.py"
     script.write_text("import os; print(os.environ['OMP_NUM_THREADS'], os.environ.get('CUDA_VISIBLE_DEVICES'))")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if own:  # what the user says counts

@@ -26,6 +26,8 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
     except (UsageError, RunError) as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
+        if distributed.rank():  # as all are
+            sys.exit(130)
         _fail("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,8 +40,8 @@ def run_main(main: Callable[[list[str] | None], None]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    if not distributed.rank():
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    else:
-        time.sleep(2)  # torchrun ends all processes with the first that ends: let the one that says why be it
+    """Say why, and end. What several processes meet the lowest of them says: torchrun ends the others with it."""
+    rank = distributed.rank()
+    time.sleep(rank and 2 + rank / 2)
+    print(f"{Path(sys.argv[0]).name}: error{f' in process {rank}' if rank else ''}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.runtime.errors import UsageError
 
-# The first process may decode a large data set, or write it over a slow network, while the others wait.
-TIMEOUT = timedelta(hours=12)
+TIMEOUT = timedelta(minutes=30)  # after which a process that takes part in nothing is given up
+DECODING = timedelta(hours=12)  # the first process may decode a large data set, or write it over a slow network
 
 _alone = False
 
@@ -72,11 +72,12 @@ def all_processes(condition: bool) -> bool:
 @contextlib.contextmanager
 def main_process_first() -> Iterator[None]:
     """The first process goes through the block before the others: they find what it has left on disk."""
-    if rank() and world_size() > 1:
-        dist.barrier()
+    group = dist.new_group(backend="gloo", timeout=DECODING) if world_size() > 1 else None
+    if group and rank():
+        dist.barrier(group)
     yield
-    if not rank() and world_size() > 1:
-        dist.barrier()
+    if group and not rank():
+        dist.barrier(group)
 
 
 @contextlib.contextmanager

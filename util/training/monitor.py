@@ -41,7 +41,7 @@ class EpochLog:
     first_step: int
     images: int = 0
     losses: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)
-    checked: int = 0
+    checked: int = 0  # of these steps, whose values are on the CPU
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -71,15 +71,19 @@ class Monitor:
         self.epoch.images += images
         now = time.perf_counter()
         due = not self.bar.disable and now - self.refreshed > REFRESH_SECONDS
-        if due or not values.is_cuda:
+        if due or values.is_cpu:
             self.check()
         if due:
-            self._show(dict(zip(losses, values.tolist(), strict=True)))
+            self._show(dict(zip(losses, self.epoch.losses[-1][1].tolist(), strict=True)))
             self.refreshed = now
 
     def check(self) -> None:
-        """Raise RunError for the first step whose loss is not finite."""
+        """Raise RunError for the first step whose loss is not finite. Waits for the device once."""
         epoch = self.epoch
+        steps = [names for names, _ in epoch.losses[epoch.checked :]]
+        if steps:
+            read = torch.cat([values for _, values in epoch.losses[epoch.checked :]]).cpu()
+            epoch.losses[epoch.checked :] = zip(steps, read.split([*map(len, steps)]), strict=True)
         for names, values in epoch.losses[epoch.checked :]:
             epoch.checked += 1
             if values.isfinite().all():

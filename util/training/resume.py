@@ -1,9 +1,13 @@
 """`checkpoints/last.pth`: where a run is, saved while it goes, so that it can be interrupted anywhere."""
 
 import argparse
+import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
@@ -22,7 +26,8 @@ FREE_ON_RESUME |= {"checkpoint", "resume_from", "weights", "data"}
 
 
 def add_resume_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--save-every", type=number(int, 1), default=5, help="epochs between two saves for --resume")
+    told = "seconds of training between two saves for --resume, each at an epoch's end; 0: every epoch"
+    group.add_argument("--save-every", type=number(float, 0), default=60, help=told)
     group.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
     group.add_argument("--resume", action="store_true", help="continue the run of --output-dir; with --overwrite: if it can")
 
@@ -93,20 +98,25 @@ def _warn_of_other_hardware(folder: OutputFolder, before: object, hardware: Hard
 class LastState:
     """`checkpoints/last.pth` of a run that begins anew, or is resumed."""
 
-    def __init__(self, path: Path, save_every: int, resume: bool) -> None:
+    def __init__(self, path: Path, save_every: float, resume: bool) -> None:
         self.path, self.save_every, self.resume = path, save_every, resume
+        self.saved = -math.inf
 
     def save(self, trainer: Trainer) -> None:
         """Raises RunError instead of replacing a good state by weights that are not finite."""
-        if not all(parameter.isfinite().all() for parameter in trainer.parameters):
+        if not torch.stack([parameter.isfinite().all() for parameter in trainer.parameters]).all():
             where = f"after epoch {trainer.position.epoch}"
             raise RunError(f"the weights are not finite {where}; lower --lr; {self.path} is kept")
         torch_save(self.path, trainer.state_dict())
+        self.saved = time.monotonic()
 
     def after_epoch(self, trainer: Trainer) -> None:
-        """Save every `save_every` epochs, and after the last."""
-        epoch = trainer.position.epoch
-        if epoch % self.save_every == 0 or epoch == trainer.schedule.epochs:
+        """Save after the run's first epoch, `save_every` seconds after the last save, and after a task's last epoch.
+
+        The first process alone, by its own clock: none waits for another here.
+        """
+        due = time.monotonic() - self.saved >= self.save_every or trainer.position.epoch == trainer.schedule.epochs
+        if due and not distributed.rank():
             self.save(trainer)
 
     def restore(self, trainer: Trainer) -> None:

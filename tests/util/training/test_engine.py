@@ -199,6 +199,38 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(make_recognizer, ma
         train(trainer)
 
 
+class OnDevice(torch.Tensor):
+    """Counts how often it is waited for. What is copied to the CPU is plain."""
+
+    waits = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        found = super().__torch_function__(function, types, args, kwargs or {})
+        if function not in (torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__):
+            return found
+        cls.waits += 1
+        return found.as_subclass(torch.Tensor) if isinstance(found, torch.Tensor) else found
+
+
+@pytest.mark.parametrize("bad", [None, 4])
+def test_the_losses_of_an_epoch_are_read_in_one_go(bad):
+    """Of two passes with other parts each."""
+    OnDevice.waits = 0
+    with Monitor(None, "test", "test", 1) as monitor:
+        monitor.begin_epoch(0)
+        for step in range(1, 6):
+            values = torch.tensor([1.0 * step, float("nan") if step == bad else 2.0, 3.0][: 3 if step > 2 else 1])
+            names = ("total", "forget", "remain")[: len(values)]
+            monitor.epoch.losses.append((names, values.as_subclass(OnDevice)))
+        if bad is None:
+            assert monitor.end_epoch(1e-3, {}) == {"total": 4.0, "forget": 2.0, "remain": 3.0}
+        else:
+            with pytest.raises(RunError, match=r"part 'forget' became nan in epoch 1, step 4"):
+                monitor.end_epoch(1e-3, {})
+    assert OnDevice.waits == 1
+
+
 def test_scalars_and_metrics_are_logged(make_recognizer, make_images, cpu, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
