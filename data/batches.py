@@ -71,11 +71,14 @@ def batches(
 ) -> Iterator[Batch]:
     """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     home = train_set.images.device
-    for indices in plan.schedule(generator)[start:].to(home):
-        images, labels = train_set.images[indices], train_set.labels[indices]
-        if home.type != device.type:
-            images, labels, indices = (t.pin_memory().to(device, non_blocking=True) for t in (images, labels, indices))
-        yield Batch(images, labels, indices, plan.sizes, plan.name)
+    for indices in sent(plan.schedule(generator)[start:], home):
+        parts = (train_set.images[indices], train_set.labels[indices], indices)
+        yield Batch(*(sent(part, device) for part in parts), plan.sizes, plan.name)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the host does not wait for the copy."""
+    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def random_flip(images: Tensor) -> Tensor:

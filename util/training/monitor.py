@@ -71,7 +71,7 @@ class Monitor:
         self.epoch.images += images
         now = time.perf_counter()
         due = not self.bar.disable and now - self.refreshed > REFRESH_SECONDS
-        if due or not values.is_cuda:
+        if due or values.is_cpu:
             self.check()
         if due:
             self._show(dict(zip(losses, values.tolist(), strict=True)))
