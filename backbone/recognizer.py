@@ -14,7 +14,7 @@ from backbone import face_transformer  # noqa: F401  registers the Face Transfor
 from backbone.dropout import replace_dropout
 from backbone.heads import HEADS
 from backbone.last_block import replace_last_block
-from util.runtime.distributed import sharded
+from util.runtime.distributed import alone, sharded
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware
 
@@ -91,7 +91,7 @@ def forward_flops(model: Recognizer) -> int:
     """Floating-point operations of one image's forward pass: matrix products, convolutions and attention."""
     size = model.architecture.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.head.weight.device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with alone(), FlopCounterMode(display=False) as counter, torch.no_grad():  # on the CPU still, which NCCL does not serve
         model(image)
     return counter.get_total_flops()
 

@@ -73,13 +73,13 @@ def batches(
 ) -> Iterator[Batch]:
     """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     home = train_set.images.device
-    schedule = plan.schedule(generator)[start:].to(home)
+    schedule = sent(plan.schedule(generator)[start:], home)
     if home.type == device.type:
         gathered = ((train_set.images[rows], train_set.labels[rows], rows) for rows in schedule)
     else:
         gathered = gathered_ahead(train_set, schedule, pin=device.type == "cuda")
     for parts in gathered:
-        yield Batch(*(part.to(device, non_blocking=True) for part in parts), plan.sizes, plan.name)
+        yield Batch(*(sent(part, device) for part in parts), plan.sizes, plan.name)
 
 
 def gathered_ahead(train_set: ImageSet, schedule: Iterable[Tensor], pin: bool) -> Iterator[tuple[Tensor, ...]]:
@@ -94,6 +94,11 @@ def gathered_ahead(train_set: ImageSet, schedule: Iterable[Tensor], pin: bool) -
     with ThreadPoolExecutor(1) as pool:
         for (images, labels, positions), _ in pairwise(chain(map(begin, schedule), [None])):
             yield images.result(), labels, positions
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the host does not wait for the copy."""
+    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def random_flip(images: Tensor) -> Tensor:
