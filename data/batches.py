@@ -1,7 +1,7 @@
 """Index tensors → batches on the device.
 
 An epoch is one or more passes; a pass runs one or more streams of training images side by side, each a tensor of positions
-in the training set. Every batch of a pass holds as many images of each stream, so that shapes never change within a pass.
+in the training set. By default every batch holds as many images of each stream, so that shapes never change within a pass.
 """
 
 import sys
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.image_set import ImageSet
 
@@ -19,6 +20,7 @@ class Pass:
     """One pass of an epoch over `streams` (name → positions in the training set), `batch_size` images of each a step.
 
     It lasts as long as the stream `over`, or the longest one, at most `most_steps`; shorter ones start over in a new order.
+    The last batch of a stream's round is filled up from the next one, or with `last_batch` "short" holds what is left.
     """
 
     streams: dict[str, Tensor]
@@ -26,6 +28,7 @@ class Pass:
     name: str = "train"
     over: str = "longest"
     most_steps: int = sys.maxsize
+    last_batch: str = "full"
 
     @property
     def steps(self) -> int:
@@ -37,15 +40,24 @@ class Pass:
         """Images of each stream in one batch: the batch size, or the whole stream where that is smaller."""
         return {name: min(self.batch_size, len(indices)) for name, indices in self.streams.items()}
 
+    def sizes_at(self, step: int) -> dict[str, int]:
+        """The sizes of the batch of `step`, from 0."""
+        sizes = self.sizes
+        if self.last_batch == "short":
+            for name, indices in self.streams.items():
+                done = step * sizes[name] % (-(-len(indices) // sizes[name]) * sizes[name])
+                sizes[name] = min(sizes[name], len(indices) - done)
+        return sizes
+
     def schedule(self, generator: torch.Generator) -> Tensor:
-        """Shuffle: (steps, sum of sizes) positions, the streams one after another in every row."""
-        columns = []
+        """Shuffle: (steps, sum of sizes) positions, the streams one after another in every row; −1 after a short batch."""
+        sizes, columns = [self.sizes_at(step) for step in range(self.steps)], []
         for name, indices in self.streams.items():
-            needed = self.steps * self.sizes[name]
-            rounds = -(-needed // len(indices))
+            counts = [size[name] for size in sizes]
+            rounds = -(-sum(counts) // len(indices))
             shuffled = [indices[torch.randperm(len(indices), generator=generator)] for _ in range(rounds)]
-            columns.append(torch.cat(shuffled)[:needed].view(self.steps, -1))
-        return torch.cat(columns, dim=1)
+            columns.append(torch.cat(shuffled)[: sum(counts)].split(counts))
+        return pad_sequence([torch.cat(row) for row in zip(*columns, strict=True)], batch_first=True, padding_value=-1)
 
 
 @dataclass(frozen=True)
@@ -71,11 +83,13 @@ def batches(
 ) -> Iterator[Batch]:
     """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     home = train_set.images.device
-    for indices in plan.schedule(generator)[start:].to(home):
+    for step, row in enumerate(plan.schedule(generator)[start:].to(home), start):
+        sizes = plan.sizes_at(step)
+        indices = row[: sum(sizes.values())]
         images, labels = train_set.images[indices], train_set.labels[indices]
         if home.type != device.type:
             images, labels, indices = (t.pin_memory().to(device, non_blocking=True) for t in (images, labels, indices))
-        yield Batch(images, labels, indices, plan.sizes, plan.name)
+        yield Batch(images, labels, indices, sizes, plan.name)
 
 
 def random_flip(images: Tensor) -> Tensor:
