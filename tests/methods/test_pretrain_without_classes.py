@@ -21,7 +21,7 @@ def begun(make_recognizer, make_images, cpu, monkeypatch):
 
     def begun(without, **options):
         images, model = make_images(), make_recognizer(**options).eval()
-        method = pretrain.Pretrain(SimpleNamespace(batch_size=8, mirror="on"), cpu)
+        method = pretrain.Pretrain(SimpleNamespace(batch_size=8, last_batch="full", mirror="on"), cpu)
         method.begin_task(model, whole_set(images.labels, 6, without), images, 1)
         return method, model, first_batch(method, images)
 
