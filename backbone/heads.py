@@ -18,6 +18,7 @@ class Head(nn.Module):
     def __init__(self, embed_dim: int, num_classes: int, scale: float = 64.0) -> None:
         super().__init__()
         self.scale = scale
+        self.lowest = -scale  # the logit of a class without a row
         self.weight = nn.Parameter(torch.empty(num_classes, embed_dim))
         nn.init.xavier_uniform_(self.weight)
 
@@ -26,7 +27,8 @@ class Head(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             # At least float32: a float64 model stays float64, a bfloat16 copy still multiplies in float32.
             dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
-            return self.logits(embeddings.to(dtype))
+            # A zero row is a deleted class. Its cosine of 0 and logit of 0 would be above negative ones.
+            return self.logits(embeddings.to(dtype)).masked_fill(~self.weight.any(dim=1), self.lowest)
 
     def logits(self, embeddings: Tensor) -> Tensor:
         return self.scale * F.linear(F.normalize(embeddings), F.normalize(self.weight.to(embeddings.dtype)))
@@ -48,6 +50,7 @@ class Softmax(Head):
 
     def __init__(self, embed_dim: int, num_classes: int) -> None:
         super().__init__(embed_dim, num_classes)
+        self.lowest = -1e4  # as softmax has no smallest logit; of −∞ divergences would be NaN
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def logits(self, embeddings: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Index tensors → batches on the device.
 
 An epoch is one or more passes; a pass runs one or more streams of training images side by side, each a tensor of positions
-in the training set. Every batch of a pass holds as many images of each stream, so that shapes never change within a pass.
+in the training set. By default every batch holds as many images of each stream, so that shapes never change within a pass.
 """
 
 import sys
@@ -12,6 +12,7 @@ from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from data.image_set import ImageSet
 
@@ -21,6 +22,7 @@ class Pass:
     """One pass of an epoch over `streams` (name → positions in the training set), `batch_size` images of each a step.
 
     It lasts as long as the stream `over`, or the longest one, at most `most_steps`; shorter ones start over in a new order.
+    The last batch of a stream's round is filled up from the next one, or with `last_batch` "short" holds what is left.
     """
 
     streams: dict[str, Tensor]
@@ -28,6 +30,7 @@ class Pass:
     name: str = "train"
     over: str = "longest"
     most_steps: int = sys.maxsize
+    last_batch: str = "full"
 
     @property
     def steps(self) -> int:
@@ -39,15 +42,24 @@ class Pass:
         """Images of each stream in one batch: the batch size, or the whole stream where that is smaller."""
         return {name: min(self.batch_size, len(indices)) for name, indices in self.streams.items()}
 
+    def sizes_at(self, step: int) -> dict[str, int]:
+        """The sizes of the batch of `step`, from 0."""
+        sizes = self.sizes
+        if self.last_batch == "short":
+            for name, indices in self.streams.items():
+                done = step * sizes[name] % (-(-len(indices) // sizes[name]) * sizes[name])
+                sizes[name] = min(sizes[name], len(indices) - done)
+        return sizes
+
     def schedule(self, generator: torch.Generator) -> Tensor:
-        """Shuffle: (steps, sum of sizes) positions, the streams one after another in every row."""
-        columns = []
+        """Shuffle: (steps, sum of sizes) positions, the streams one after another in every row; −1 after a short batch."""
+        sizes, columns = [self.sizes_at(step) for step in range(self.steps)], []
         for name, indices in self.streams.items():
-            needed = self.steps * self.sizes[name]
-            rounds = -(-needed // len(indices))
+            counts = [size[name] for size in sizes]
+            rounds = -(-sum(counts) // len(indices))
             shuffled = [indices[torch.randperm(len(indices), generator=generator)] for _ in range(rounds)]
-            columns.append(torch.cat(shuffled)[:needed].view(self.steps, -1))
-        return torch.cat(columns, dim=1)
+            columns.append(torch.cat(shuffled)[: sum(counts)].split(counts))
+        return pad_sequence([torch.cat(row) for row in zip(*columns, strict=True)], batch_first=True, padding_value=-1)
 
 
 @dataclass(frozen=True)
@@ -73,13 +85,15 @@ def batches(
 ) -> Iterator[Batch]:
     """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     home = train_set.images.device
-    schedule = sent(plan.schedule(generator)[start:], home)
+    sizes = [plan.sizes_at(step) for step in range(start, plan.steps)]
+    rows = sent(plan.schedule(generator)[start:], home)
+    schedule = [row[: sum(size.values())] for row, size in zip(rows, sizes, strict=True)]
     if home.type == device.type:
         gathered = ((train_set.images[rows], train_set.labels[rows], rows) for rows in schedule)
     else:
         gathered = gathered_ahead(train_set, schedule, pin=device.type == "cuda")
-    for parts in gathered:
-        yield Batch(*(sent(part, device) for part in parts), plan.sizes, plan.name)
+    for parts, size in zip(gathered, sizes, strict=True):
+        yield Batch(*(sent(part, device) for part in parts), size, plan.name)
 
 
 def gathered_ahead(train_set: ImageSet, schedule: Iterable[Tensor], pin: bool) -> Iterator[tuple[Tensor, ...]]:

@@ -1,6 +1,6 @@
 """Bad Teacher: a competent teacher for what remains, an incompetent one for the rest (Chundawat et al., AAAI 2023)."""
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbone.recognizer import Recognizer, build_recognizer, to_device
 from data.batches import Batch
@@ -9,7 +9,11 @@ from methods.distillation import Distillation, Teacher, kl_divergence
 
 
 class BadTeacher(Distillation):
-    """L = λ · KL_T(random ‖ h_f) + KL_T(teacher ‖ h_r), the random teacher an untrained model of the same architecture."""
+    """L = λ · KL_T(random ‖ h_f) + KL_T(teacher ‖ h_r)
+
+    The random teacher is an untrained backbone of the same architecture and, as the paper's, an untrained linear layer: its
+    softmax is near uniform. A margin head's is not, whose cosines are multiplied by 64.
+    """
 
     name = "bad_teacher"
     title = "Bad Teacher"
@@ -23,8 +27,11 @@ class BadTeacher(Distillation):
 
     def prepare(self, model: Recognizer) -> None:
         super().prepare(model)
-        untrained = to_device(build_recognizer(model.architecture), self.hardware)
-        self.incompetent = Teacher(untrained, self.train_set, self.task.forget_indices, self.hardware)
+        untrained = build_recognizer(model.architecture)
+        untrained.head = nn.Linear(untrained.backbone.num_features, model.architecture.num_classes)
+        self.incompetent = Teacher(
+            to_device(untrained, self.hardware), self.train_set, self.task.forget_indices, self.hardware
+        )
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, indices = batch.split(model(batch.images)), batch.split(batch.indices)

@@ -50,7 +50,11 @@ class Option:
 
 PRESETS = ("table", "few-shot")  # of the published code: its 4-task table, and that with four images a class
 # Of all methods.
-SHARED_OPTIONS = (Option("sched", "cosine", published="cosine-by-epoch"), Option("few_shot", None, few_shot=4))
+SHARED_OPTIONS = (
+    Option("sched", "cosine", published="cosine-by-epoch"),
+    Option("few_shot", None, few_shot=4),
+    Option("last_batch", "full", published="short"),
+)
 
 
 @dataclass
@@ -100,7 +104,11 @@ class Method(ABC):
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         """What epoch `epoch` (from 0) of `epochs` runs: by default one pass of paired batches of D_f and D_r."""
         streams = {"forget": task.forget_indices, "remain": task.remain_indices}
-        return [Pass(streams, self.args.batch_size, over=self.args.epoch_over)]
+        return [self.one_pass(streams, over=self.args.epoch_over)]
+
+    def one_pass(self, streams: dict[str, Tensor], **how: Any) -> Pass:
+        """A pass over `streams` in batches as the options say; `how` are further fields of `Pass`."""
+        return Pass(streams, self.args.batch_size, last_batch=self.args.last_batch, **how)
 
     def begin_epoch(self, model: Recognizer, epoch: int) -> None:
         """Before each epoch: schedules of coefficients."""

@@ -26,7 +26,7 @@ class DELETE(Distillation):
     taught = ("forget",)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
-        return [Pass({"forget": task.forget_indices}, self.args.batch_size)]
+        return [self.one_pass({"forget": task.forget_indices})]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         classes = torch.arange(model.head.weight.shape[0], device=batch.labels.device)

@@ -67,7 +67,7 @@ class QuadraticPenalty(Method):
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         union = torch.cat([task.forget_indices, task.remain_indices])
-        return [Pass({"all": union}, self.args.batch_size)]
+        return [self.one_pass({"all": union})]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         wrong = draw_labels(self.args.wrong_labels, batch.labels, self.task, len(self.train_set.classes))

@@ -46,11 +46,11 @@ class SCRUB(Distillation):
     ]
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
-        minimize = Pass({"remain": task.remain_indices}, self.args.batch_size, "min")
+        minimize = self.one_pass({"remain": task.remain_indices}, name="min")
         if 2 * self._place_in_round(epoch, epochs) >= epochs:
             return [minimize]
         most = max(1, int(self.args.max_share * minimize.steps))
-        return [Pass({"forget": task.forget_indices}, self.args.batch_size, "max", most_steps=most), minimize]
+        return [self.one_pass({"forget": task.forget_indices}, name="max", most_steps=most), minimize]
 
     def _place_in_round(self, epoch: int, epochs: int) -> int:
         """How far `epoch` is in its round: 0 at its beginning, `epochs` at its end."""

@@ -22,6 +22,8 @@ from util.runtime.errors import UsageError
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
 COMPONENTS = 100  # most discriminant directions
 PENALTY = 1 / 170  # of the ridge regression, per image that it is fitted on
+CHUNK = 256  # forgotten photos that are compared with all kept ones at once
+NOTHING = 1e-5  # a length, of 1, that is rounding
 CARRIED = 0.5  # of how much more alike trained photos of a person are than their targets, what carries over to new ones
 SHARES = np.linspace(1, 0, 21)  # the first of equals: one photo of each person says nothing of s
 
@@ -74,7 +76,7 @@ class Unseen(Method):
         (forgotten, kept), labels = unit.split(counts), self.train_set.labels[seen.to(self.train_set.labels.device)].cpu()
         self.people, kept_labels = labels.split(counts)
         early, middle = self._features(model, seen)
-        near = F.normalize(likeness(middle, labels, len(forgotten), self.args.sharpness).to(kept) @ kept)
+        near = F.normalize(those_alike(middle, kept, kept_labels, self.args.sharpness))
         strangers = F.normalize(as_strangers(early, kept, kept_labels)).to(kept)
         self.parts = strangers, without_person(forgotten, self.people), near
         self.targets = unit.new_zeros(len(self.train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), unit)
@@ -90,7 +92,8 @@ class Unseen(Method):
             return F.normalize((1 - self.args.likeness) * seen_anew + self.args.likeness * near)
 
         wanted = coherence(strangers, self.people) - excess
-        self.excess, self.share = excess, min(SHARES, key=lambda s: abs(coherence(targets(s), self.people) - wanted))
+        self.excess = excess
+        self.share = min(SHARES, key=lambda s: round(abs(coherence(targets(s), self.people) - wanted), 6))
         self.targets[self.task.forget_indices] = targets(self.share)
 
     def _features(self, model: Recognizer, seen: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -144,26 +147,40 @@ class Unseen(Method):
 
 
 def without_person(unit: Tensor, labels: Tensor) -> Tensor:
-    """What embeddings (N, dim) of unit length have beside the span of their people's means, of unit length."""
-    basis = torch.linalg.svd(person_means(unit, labels), full_matrices=False).Vh
-    return F.normalize(unit - unit @ basis.T @ basis)
+    """What embeddings (N, dim) of unit length have beside the span of their people's means, of unit length.
+
+    Beside their own person's mean alone, where the means span the whole space. Zero, where nothing is left: a person's only
+    photo is its mean.
+    """
+    means = person_means(unit, labels)
+    _, lengths, basis = torch.linalg.svd(means, full_matrices=False)
+    basis = basis[lengths > NOTHING * lengths[0]]
+    rest = unit - unit @ basis.T @ basis
+    if len(basis) == unit.shape[1]:
+        own = F.normalize(means)[labels.unique(return_inverse=True)[1]]
+        rest = unit - (unit * own).sum(dim=1, keepdim=True) * own
+    return F.normalize(rest) * (rest.norm(dim=1, keepdim=True) > NOTHING)
 
 
 def person_means(embeddings: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([embeddings[labels == c].mean(dim=0) for c in labels.unique()])
 
 
-def likeness(features: np.ndarray, labels: Tensor, count: int, sharpness: float) -> Tensor:
-    """How much each of the kept images looks like each of the first `count`, which are forgotten; rows sum to 1."""
+def those_alike(features: np.ndarray, kept: Tensor, labels: Tensor, sharpness: float) -> Tensor:
+    """The mean embedding (N, dim) of the kept images that look like each of the others, weighted by how much they do; `kept`
+    are the embeddings (M, dim) of the last images, of the people `labels`."""
     # scikit-learn takes two seconds to import: no run of another method waits for it.
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    kept = labels[count:].numpy()
-    components = min(len(np.unique(kept)) - 1, COMPONENTS, features.shape[1])
+    components = min(len(labels.unique()) - 1, COMPONENTS, features.shape[1])
     lda = LinearDiscriminantAnalysis("eigen", shrinkage=SHRINKAGE, n_components=components)
-    found = torch.from_numpy(lda.fit(features[count:], kept).transform(features))
-    found = F.normalize(found - found[count:].mean(dim=0))
-    return (found[:count] @ found[count:].T / (sharpness / components**0.5)).softmax(dim=1)
+    found = torch.from_numpy(lda.fit(features[-len(kept) :], labels.numpy()).transform(features))
+    found = F.normalize(found - found[-len(kept) :].mean(dim=0)).to(kept)
+    forgotten, kept_found = found.split([len(found) - len(kept), len(kept)])
+    # Forgotten × kept would not fit for a hundred thousand photos.
+    return torch.cat(
+        [(part @ kept_found.T / (sharpness / components**0.5)).softmax(dim=1) @ kept for part in forgotten.split(CHUNK)]
+    )
 
 
 def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ case "$SETTING" in
 paper) # arXiv 2403.11530 and 2501.09705, as their published code runs them
   MODEL=${MODEL:-face_vit_p8s8_d6}
   PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-1200} --batch-size 480 --lr 3e-4 --warmup-epochs 10"
-  PRETRAIN+=" --sched cosine-by-epoch --init published --mirror off"
+  PRETRAIN+=" --sched cosine-by-epoch --init published --mirror off --last-batch short"
   FORGET="--as-published ${EPOCHS:+--epochs $EPOCHS}"
   SINGLE_STEP="--alpha 1e-2 --sparsity-warmup-epochs 20 --bound 110 --beta 0.15" # of GS-LoRA
   ;;

@@ -125,7 +125,7 @@ def test_photos_of_the_forgotten_are_not_taught_again(trained, data, command, tm
 
 @pytest.mark.skipif(os.name != "posix", reason="names are text elsewhere")
 def test_names_that_are_no_text(command, tmp_path, make_images, monkeypatch):
-    data = write_folder(tmp_path / "faces", make_images(4, 6, 32), make_images(4, 2, 32, seed=1))
+    data = write_folder(tmp_path / "faces", make_images(4, 8, 32), make_images(4, 2, 32, seed=1))
     odd = os.fsdecode(b'\xff\xfe, "odd"\n')
     for split in ("train", "test"):
         (data / split / "c2").rename(data / split / odd)

@@ -8,12 +8,25 @@ import pytest
 from tests.conftest import results_of
 from tests.test_bad_input import refused
 from tests.test_command_lines import forget_options, run_folder  # noqa: F401
+from train_forget import parse_arguments
 from util.runtime.files import sha256
 
 
 def request(trained, colours, output, *options: object) -> list:
     shared = ["--checkpoint", trained, "--data", colours, "--output-dir", output, "--bound", 30]
-    return ["train_forget.py", *shared, "--epochs", 3, "--batch-size", 12, "--data-ratio", 0.5, *options]
+    return [
+        "train_forget.py",
+        "--method",
+        "gs_lora",
+        *shared,
+        "--epochs",
+        3,
+        "--batch-size",
+        12,
+        "--data-ratio",
+        0.5,
+        *options,
+    ]
 
 
 @pytest.fixture
@@ -298,3 +311,43 @@ def test_the_first_request_of_forget_options_is_checked(trained, colours, comman
     for words, message in ((("--rank", 1000), "rank 1000"), (("--opt", "no_such"), "--opt no_such")):
         refused(command("train_forget.py", *forget_options(trained, colours, output), "--overwrite", *words), 2, message)
         assert results_of(output) == before
+
+
+PROTOCOL = {"method": "gs_lora", "data_ratio": 0.1, "epochs": 100, "min_updates": 0, "batch_size": 48}
+BY_NAME = {"method": "unseen", "data_ratio": 1.0, "epochs": 5, "min_updates": 300, "batch_size": 16}
+
+
+def chosen(*words: object) -> dict:
+    args = parse_arguments(["--checkpoint", "x", *map(str, words)])
+    return {name: getattr(args, name) for name in PROTOCOL}
+
+
+def test_a_request_by_name_deletes_and_the_protocol_is_the_papers(capsys, tmp_path):
+    assert chosen() == chosen("--num-tasks", 1) == PROTOCOL
+    assert chosen("--forget-classes", "ann") == chosen("--forget-classes", "ann", "--method", "unseen") == BY_NAME
+    given = ("--method", "scrub", "--data-ratio", 0.5, "--epochs", 7)
+    assert chosen("--forget-classes", "ann", *given) == BY_NAME | {"method": "scrub", "data_ratio": 0.5, "epochs": 7}
+    assert chosen("--forget-classes", "ann", "--as-published") == PROTOCOL
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "(default: gs_lora; of a request by name: unseen)" in told
+    assert "(default: 0.1; of a request by name: 1.0)" in told
+
+
+def test_options_of_a_file_count_as_given_ones(tmp_path):
+    for saved, expected in ((PROTOCOL, PROTOCOL), (PROTOCOL | {"forget_classes": "bob"}, PROTOCOL), ({}, BY_NAME)):
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps({"script": "train_forget.py", "arguments": saved}))
+        assert chosen("--config", file, "--forget-classes", "ann") == expected
+    file.write_text(json.dumps({"script": "train_forget.py", "arguments": {"forget_classes": "bob"}}))
+    assert chosen("--config", file) == BY_NAME
+
+
+def test_few_photos_of_a_person_are_told(trained, colours, command, tmp_path):
+    words = ("--checkpoint", trained, "--data", colours, "--epochs", 1, "--output-dir", tmp_path)
+    code, out, err = command("train_forget.py", *words, "--min-updates", 0, "--forget-classes", "c1,c4", "--data-ratio", 0.5)
+    assert code == 0 and out.startswith("Unseen on colours: 1 × 2 of 10 classes")
+    assert "warning: fewer than 8 training photos of c1 (6), c4 (6)" in err
+    code, _, err = command("train_forget.py", *words, "--overwrite", "--min-updates", 0, "--forget-classes", "c1")
+    assert code == 0 and "training photos" not in err

@@ -168,3 +168,21 @@ def test_scale_and_margin_are_options():
     head = CosFace(4, 3, scale=10.0, margin=0.1)
     logits = head(torch.randn(3, 4))
     torch.testing.assert_close((logits - head.add_margin(logits, torch.arange(3))).diagonal(), torch.ones(3))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_class_without_a_row_is_never_the_answer(name):
+    """Also of a face that is unlike all others, whose logits are below the 0 that a zero row gives."""
+    head, kept = make(name), [1, 2, 4, 5]
+    with torch.no_grad():
+        if name == "softmax":
+            head.bias.fill_(-1)
+        for rows in head.parameters():
+            rows[[0, 3]] = 0
+    embeddings = (-torch.linalg.pinv(head.weight.detach()[kept]).sum(dim=1)[None]).requires_grad_()
+    logits = head(embeddings)
+    assert logits[0, kept].max() < 0
+    assert logits.argmax() not in (0, 3)
+    head.loss(embeddings, torch.tensor([1])).backward()
+    assert embeddings.grad.isfinite().all() and head.weight.grad.isfinite().all()
+    assert not head.weight.grad[[0, 3]].any()

@@ -48,6 +48,25 @@ def test_streams_smaller_than_a_batch_are_taken_whole():
     assert all(sorted(row[:5].tolist()) == list(range(5)) for row in schedule)
 
 
+def test_a_short_last_batch_ends_each_round_of_a_stream(make_images):
+    """As loaders that drop nothing give them, the shorter one started anew whenever it is through."""
+    images = make_images(num_classes=6, per_class=10)
+    plan = Pass({"forget": torch.arange(0, 10), "remain": torch.arange(10, 55)}, batch_size=8, last_batch="short")
+    sizes, rounds = [], {"forget": [], "remain": []}
+    for batch in batches(images, plan, generator(), CPU):
+        parts = batch.split(batch.indices)
+        sizes.append((len(parts["forget"]), len(parts["remain"])))
+        assert len(batch) == sum(sizes[-1])
+        for name, part in parts.items():
+            rounds[name] += part.tolist()
+    assert sizes == [(8, 8), (2, 8), (8, 8), (2, 8), (8, 8), (2, 5)]
+    assert sorted(rounds["remain"]) == list(range(10, 55))
+    assert all(sorted(rounds["forget"][start : start + 10]) == list(range(10)) for start in (0, 10, 20))
+    whole = [batch.indices for batch in batches(images, plan, generator(5), CPU)]
+    resumed = [batch.indices for batch in batches(images, plan, generator(5), CPU, start=4)]
+    assert len(resumed) == 2 and all(map(torch.equal, whole[4:], resumed))
+
+
 def test_three_streams_run_side_by_side():
     plan = Pass({"forget": torch.arange(4), "remain": torch.arange(4, 12), "again": torch.arange(4, 12)}, batch_size=4)
     schedule = plan.schedule(generator())

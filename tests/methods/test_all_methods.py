@@ -260,7 +260,7 @@ def test_without_as_published_the_readings_are_the_papers(name):
     readings["distill_on"] = "probabilities" if name == "fdr" else "logits"
     readings |= {"teacher": "task", "prototypes": "run", "wrong_labels": "all", "importance_data": "sampled"}
     readings |= {"terms": "last", "average_over": "task", "deposit": "trained", "attention_map": "tokens"}
-    readings |= {"init": "timm", "restart": "task", "epoch_over": "longest", "later_slope": 5.0}
+    readings |= {"init": "timm", "last_batch": "full", "epoch_over": "longest", "later_slope": 5.0}
     assert {key: getattr(args, key) for key in readings if hasattr(args, key)} == {
         key: value for key, value in readings.items() if hasattr(args, key)
     }

@@ -47,6 +47,15 @@ def test_the_incompetent_teacher_is_untrained_and_follows_the_seed(begin):
     assert cosine.abs().max() < 0.9
 
 
+def test_the_incompetent_teacher_is_near_uniform_and_tells_images_apart(begin):
+    begun = begin("bad_teacher", classes=60)
+    log_p = begun.method.incompetent.logits(begun.task.forget_indices).log_softmax(dim=1)
+    entropy = -(log_p.exp() * log_p).sum(dim=1)
+    assert (entropy > 0.95 * np.log(60)).all()
+    assert (log_p - log_p.mean(dim=0)).abs().amax(dim=1).min() > 1e-3
+    assert log_p.std(dim=1).min() > 0.1  # of images, a random model prefers some classes
+
+
 def test_deletes_loss_is_the_divergence_from_what_else_the_teacher_saw(begin, arithmetic):
     begun = begin("delete")
     batch = begun.batch()

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.linalg import eigh
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.halves import mid_features
 from backbone.lora import apply_adapters
+from methods.unseen import those_alike, without_person
 from util.runtime.errors import UsageError
 
 
@@ -160,6 +162,63 @@ def test_a_task_leaves_no_row_and_no_target_of_the_forgotten(begin, head):
     torch.testing.assert_close(model.embed(begun.images.images), embeddings)
     apply_adapters(begun.before.backbone, output.files["adapters"])
     torch.testing.assert_close(begun.before.embed(begun.images.images), embeddings)
+
+
+def photos(people: int, each: int, dim: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    person = torch.randn(people, 1, dim, generator=generator)
+    unit = F.normalize(person + 0.7 * torch.randn(people, each, dim, generator=generator), dim=-1)
+    return unit.flatten(0, 1), torch.arange(people).repeat_interleave(each)
+
+
+def like_rounding(unit: torch.Tensor) -> torch.Tensor:
+    return unit + 1e-7 * torch.randn(unit.shape, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("people", [16, 40])
+def test_as_many_people_as_dimensions_leave_what_a_photo_shows_beside_its_own_person(people):
+    unit, labels = photos(people, each=4)
+    rest = without_person(unit, labels)
+    means = F.normalize(torch.stack([unit[labels == c].mean(dim=0) for c in range(people)]))[labels]
+    expected = F.normalize(unit - (unit * means).sum(dim=1, keepdim=True) * means)
+    torch.testing.assert_close(rest, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(without_person(like_rounding(unit), labels), rest, atol=1e-4, rtol=0)
+
+
+def test_people_who_lie_in_one_direction_span_one():
+    unit, labels = photos(3, each=4)
+    unit, labels = torch.cat([unit, unit[labels == 1]]), torch.cat([labels, torch.full((4,), 3)])  # twins
+    rest = without_person(unit, labels)
+    torch.testing.assert_close(rest[:12], without_person(unit[:12], labels[:12]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(without_person(like_rounding(unit), labels), rest, atol=1e-4, rtol=0)
+
+
+def test_an_only_photo_shows_nothing_beside_its_person():
+    unit, labels = photos(3, each=4)
+    rest = without_person(unit[:9], labels[:9])
+    assert not rest[8].any()
+    torch.testing.assert_close(rest[:8].norm(dim=1), torch.ones(8))
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_forgotten_times_kept_is_never_held_at_once():
+    forgotten, kept, labels = 2000, 300, torch.arange(300) % 5
+    features = np.random.default_rng(0).normal(size=(forgotten + kept, 6))
+    embeddings = F.normalize(torch.randn(kept, 4, generator=torch.Generator().manual_seed(0)))
+    with Largest() as largest:
+        those_alike(features, embeddings, labels, 0.5)
+    assert 0 < largest.elements < forgotten * kept / 5
 
 
 @pytest.mark.parametrize(("visits", "passes"), [(0, 2), (4, 2), (5, 3), (20, 10)])

@@ -159,6 +159,8 @@ def add_optimization(parser: Parser, **defaults: Any) -> None:
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=number(int, 1), help="epochs, of each task where there are several")
     group.add_argument("--batch-size", type=number(int, 1), default=48, help="images of each stream in a step")
+    told = "a stream's last batch: filled up with the next round's images, or the rest"
+    group.add_argument("--last-batch", choices=("full", "short"), default="full", help=told)
     group.add_argument("--lr", type=number(float, 1e-12), default=1e-4, help="peak learning rate")
     group.add_argument("--min-lr", type=number(float, 0), default=1e-5, help="learning rate at the end of the cosine")
     group.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")

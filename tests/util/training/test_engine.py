@@ -24,7 +24,7 @@ def schedule(**changes) -> Schedule:
 
 
 def trainer_for(model, images, hardware, method=Pretrain, **changes) -> Trainer:
-    chosen = method(SimpleNamespace(batch_size=16, mirror="on", epoch_over="longest"), hardware)
+    chosen = method(SimpleNamespace(batch_size=16, last_batch="full", mirror="on", epoch_over="longest"), hardware)
     task, planned = whole_set(images.labels, len(images.classes)), schedule(**changes)
     chosen.begin_task(model, task, images, planned.epochs)
     return Trainer(model, chosen, task, images, planned)
