@@ -91,9 +91,9 @@ def batches(
     if home.type == device.type:
         gathered = ((train_set.images[rows], train_set.labels[rows], rows) for rows in schedule)
     else:
-        gathered = gathered_ahead(train_set, schedule, pin=device.type == "cuda")
+        gathered = gathered_ahead(train_set, schedule, pin=True)
     for parts, size in zip(gathered, sizes, strict=True):
-        yield Batch(*(sent(part, device) for part in parts), size, plan.name)
+        yield Batch(*(part.to(device, non_blocking=True) for part in parts), size, plan.name)
 
 
 def gathered_ahead(train_set: ImageSet, schedule: Iterable[Tensor], pin: bool) -> Iterator[tuple[Tensor, ...]]:

@@ -507,12 +507,12 @@ def test_what_is_wrong_is_found_before_a_reference_is_trained(
     options,
     code,
     message,
-    early,
+    early,  # noqa: F811
     run,
     poor,
     command,
     tmp_path,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     monkeypatch.setattr("scripts.references.train_references", lambda *_: pytest.fail("references were trained first"))
     shutil.copytree(poor / "test", tmp_path / "known")
