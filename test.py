@@ -2,7 +2,6 @@
 
 python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
-python test.py --checkpoint RUN/checkpoints/task_2.pth --results RUN/results.json          the groups of that run
 python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
 python test.py --verify-record RUN/deletions/task_2.json                                 is the record of deletion true?
 Leaves config.json, test.json, per_class.csv and roc.png in --output-dir.
@@ -26,7 +25,6 @@ from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.evaluation.evaluate import Predictions, embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
-from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, read_json, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
@@ -58,11 +56,8 @@ def build_parser() -> options.Parser:
     parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
     options.add_published(parser)
     options.add_data(parser)
-    group = parser.add_argument_group("groups of classes")
-    named = group.add_mutually_exclusive_group()
-    named.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"a group: {options.NAMES}")
-    named.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
-    group.add_argument("--task", type=options.number(int, 1), help="of --results (default: the checkpoint's, or the last)")
+    told = f"measure these classes as a group (default: those that the checkpoint has forgotten): {options.NAMES}"
+    parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=told)
     group = parser.add_argument_group("verification, of genuine and impostor pairs of images")
     group.add_argument("--pairs", type=options.number(int, 0), default=20000, help="to draw, of each kind; 0: none")
     group.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")
@@ -87,26 +82,15 @@ def confirm(args: argparse.Namespace) -> None:
 
 
 def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, classes: tuple[str, ...]) -> dict[str, list[int]]:
-    """Named groups of class ids, from --forget-classes, --results, or what the checkpoint itself has forgotten."""
-    everything = {*range(len(classes))}
+    """Named groups of class ids, from --forget-classes or what the checkpoint itself has forgotten."""
+    everything, groups = {*range(len(classes))}, {}
     if args.forget_classes is not None:
         forget = {*named_classes(args.forget_classes, classes)}
         groups = {"forgotten": forget, "remaining": everything - forget}
-        return {name: sorted(members) for name, members in groups.items() if members}
-    if args.results is not None:
-        tasks = {task["task"]: task for task in load_results(args.results)["tasks"]}
-        wanted = args.task or len(args.adapters) or len(checkpoint.forgotten) or len(tasks)
-        if wanted not in tasks:
-            raise UsageError(f"{args.results} has no task {wanted}: it has {', '.join(map(str, tasks)) or 'none'}")
-        forget, remain = ({*tasks[wanted][f"{group}_classes"]} for group in ("forget", "remain"))
-        if strange := (forget | remain) - everything:
-            raise UsageError(f"{args.results} is of another data set: it names class {max(strange)}")
     elif checkpoint.forgotten:
         forget, remain = {*checkpoint.forgotten[-1]}, everything.difference(*checkpoint.forgotten)
-    else:
-        return {}
-    groups = {"remaining": remain, "forgotten last": forget, "forgotten earlier": everything - remain - forget}
-    return {name: sorted(classes) for name, classes in groups.items() if classes}
+        groups = {"remaining": remain, "forgotten last": forget, "forgotten earlier": everything - remain - forget}
+    return {name: sorted(members) for name, members in groups.items() if members}
 
 
 def load_model(args: argparse.Namespace) -> Checkpoint:

@@ -83,7 +83,7 @@ def _images(root: Path, top: str, skipped: dict[str, list[str]]) -> dict[str, li
                 target = os.path.realpath(entry.path)
                 leads_back = os.path.commonpath([real, target]) == target
                 first, first_name = owners.setdefault(target, (path, name))
-                if leads_back or first_name == name and first != path:
+                if leads_back or (first_name == name and first != path):
                     skipped["folders that are there twice"].append(path)
                 elif first_name != name:
                     raise UsageError(one_line(f"{root}: {first} and {path} are one folder: one person under two names"))

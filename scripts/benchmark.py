@@ -3,20 +3,19 @@
 python scripts/benchmark.py                     training steps and evaluation of face_vit_p8s8_d6, fast and plain
 python scripts/benchmark.py ablation --batch-size 8
 
-The plain path: float32, eager, timm's last block, torch's dropout and default AdamW, JPEGs decoded in DataLoader workers,
-a forward pass for each stream, the teacher run and the loss read back in every step. Its attention is the fast path's: fused
-(timm's default) on CUDA, written out on a CPU, where that is faster. Both take turns in one process; medians are shown.
+The plain path: float32, eager, timm's last block, torch's dropout and default AdamW, JPEGs decoded in DataLoader workers.
+Its attention is the fast path's: fused on CUDA, written out on a CPU. All take turns in one process; medians are shown.
 """
 
 import argparse
-import copy
 import io
 import math
 import os
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 # A script's own folder, not the repository's root, is where Python looks first.
@@ -43,9 +42,8 @@ from util.runtime.hardware import Hardware
 from util.training.engine import Trainer
 from util.training.optim import Schedule
 
-# What can be undone: fields of Hardware, all off on the plain path, and parts of a step.
+# What can be undone: fields of Hardware, all off on the plain path.
 FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
-FORWARD, LOSS, TEACHER = "one forward pass", "loss left on the device", "teacher once a task"
 IDENTITIES = 8  # half of them are forgotten
 Work = namedtuple("Work", ("run", "images"))
 
@@ -70,27 +68,26 @@ class Bench:
         method.begin_task(model, task, self.faces, args.epochs)
         return Trainer(model.to(hardware.device).train(), method, task, self.faces, Schedule.of(args))
 
-    def fast(self, name: str, *undone: str, **fields: bool) -> Work:
-        """A training step without the parts `undone`, and with other `fields` of Hardware."""
-        trainer = self.begin(name, replace(self.hardware, **fields))
-        step, (plan,) = make_step(trainer, undone), trainer.method.passes(trainer.task, 0, 1)
-        stream = endless(lambda: batches(self.faces, plan, torch.default_generator, self.hardware.device))
-        return Work(lambda: step(next(stream)), sum(plan.sizes.values()))
+    def step(self, name: str, plain: bool = False, **fields: bool) -> Work:
+        """A training step, with other `fields` of Hardware or on the plain path."""
+        trainer = self.begin(name, self.plain_hardware if plain else replace(self.hardware, **fields))
+        (plan,) = trainer.method.passes(trainer.task, 0, 1)
+        if plain:
+            order = self.decoded(endless(lambda: plan.schedule(torch.default_generator)))
+            stream = (Batch(*parts, plan.sizes, plan.name) for parts in order)
+        else:
+            stream = endless(lambda: batches(self.faces, plan, torch.default_generator, self.hardware.device))
+        return Work(lambda: trainer.step(next(stream)), sum(plan.sizes.values()))
 
-    def plain(self, name: str) -> Work:
-        trainer = self.begin(name, self.plain_hardware)
-        undone = [FORWARD, LOSS, TEACHER] if name == "der_pp" else [FORWARD, LOSS]
-        step, (plan,) = make_step(trainer, undone), trainer.method.passes(trainer.task, 0, 1)
-        stream = self.decoded(endless(lambda: plan.schedule(torch.default_generator)))
-        return Work(lambda: step(Batch(*next(stream), plan.sizes, plan.name)), sum(plan.sizes.values()))
-
-    def evaluations(self) -> tuple[Work, Work]:
-        model, plain_model = (untrained(self.model, hardware).eval() for hardware in (self.hardware, self.plain_hardware))
+    def evaluation(self, plain: bool = False) -> Work:
+        hardware = self.plain_hardware if plain else self.hardware
+        model = untrained(self.model, hardware).eval()
+        if not plain:
+            return Work(lambda: predict(model, self.faces, hardware), len(self.faces))
         rows = torch.arange(len(self.faces)).view(IDENTITIES, -1)
         stream = self.decoded(endless(lambda: rows))
-        count = torch.no_grad()(lambda images, labels, _: (plain_model(images).argmax(dim=1) == labels).sum().item())
-        fast = Work(lambda: predict(model, self.faces, self.hardware), len(self.faces))
-        return fast, Work(lambda: count(*next(stream)), rows.shape[1])
+        count = torch.no_grad()(lambda images, labels, _: (model(images).argmax(dim=1) == labels).sum().item())
+        return Work(lambda: count(*next(stream)), rows.shape[1])
 
     def decoded(self, order: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         """Images, labels and positions of batches. Without end: workers start once, not at every epoch."""
@@ -120,24 +117,6 @@ def untrained(model: str, hardware: Hardware) -> Recognizer:
     return to_device(build_recognizer(Architecture(model, IDENTITIES, default_image_size(model))), hardware)
 
 
-def make_step(trainer: Trainer, undone: Collection[str]) -> Callable[[Batch], object]:
-    embed, teacher = trainer.model.embed, None
-    if TEACHER in undone:  # its outputs are computed beside those that are looked up
-        teacher = copy.deepcopy(trainer.model).eval()
-        trainer.hardware.compile_backbone(teacher)
-
-    def step(batch: Batch) -> object:
-        if FORWARD in undone:
-            trainer.model.embed = lambda images: torch.cat([embed(part) for part in batch.split(images).values()])
-        if teacher is not None:
-            with torch.no_grad(), trainer.hardware.autocast():
-                teacher(batch.split(batch.images)["remain"])
-        loss = trainer.step(batch)["total"]
-        return loss.item() if LOSS in undone else loss
-
-    return step
-
-
 def measure(args: argparse.Namespace, *works: Work) -> list[float]:
     """Median seconds of one run of each, taken in turn."""
     from torch.utils.benchmark import Measurement, Timer  # warns of a missing GPU where `can_compile` has not silenced it
@@ -156,28 +135,21 @@ def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
     bench = Bench(hardware, args.model, args.batch_size, max(args.batch_size, hardware.eval_batch // IDENTITIES))
     rows = []
     for name in ("gs_lora", "der_pp", "ewc", "pretrain", "evaluation"):
-        works = bench.evaluations() if name == "evaluation" else (bench.fast(name), bench.plain(name))
+        work = bench.evaluation if name == "evaluation" else partial(bench.step, name)
+        works = work(), work(plain=True)
         fast, plain = (work.images / seconds for work, seconds in zip(works, measure(args, *works), strict=True))
         rows.append({"work": name, "fast : plain": fast / plain, "images/s fast": fast, "images/s plain": plain})
-    return show(rows)
+    return rows
 
 
 def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
     bench = Bench(hardware, args.model, args.batch_size, args.batch_size)
     fields = {field: False for field in FIELDS if getattr(hardware, field)}
     fields["fused_attention"] = not hardware.fused_attention
-    works = {"gs_lora": bench.fast("gs_lora")}
-    works |= {f"{field} {'on' if on else 'off'}": bench.fast("gs_lora", **{field: on}) for field, on in fields.items()}
-    works |= {f"without {part}": bench.fast("gs_lora", part) for part in (FORWARD, LOSS)}
-    works |= {"der_pp": bench.fast("der_pp"), f"without {TEACHER}": bench.fast("der_pp", TEACHER)}
-    table = pd.DataFrame({"work": [*works], "ms": [1000 * seconds for seconds in measure(args, *works.values())]})
-    table["times as long"] = table["ms"] / table["ms"].where(table["work"].isin(METHODS)).ffill()
-    return show(table.to_dict("records"))
-
-
-def show(rows: list[dict]) -> list[dict]:
-    print(f"\n{pd.DataFrame(rows).to_markdown(index=False, floatfmt=',.2f')}\n", flush=True)
-    return rows
+    works = {"gs_lora": bench.step("gs_lora")}
+    works |= {f"{field} {'on' if on else 'off'}": bench.step("gs_lora", **{field: on}) for field, on in fields.items()}
+    seconds = measure(args, *works.values())
+    return [{"work": n, "ms": 1000 * s, "times as long": s / seconds[0]} for n, s in zip(works, seconds, strict=True)]
 
 
 MODES = {"steps": steps, "ablation": ablation}
@@ -195,11 +167,12 @@ def main(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     hardware = options.hardware_of(args).resolve_compile(math.inf)
     args.device = hardware.device.type
-    results = {"model": args.model, "batch size": args.batch_size, "torch": torch.__version__}
-    print(*(f"{key} {value}" for key, value in results.items()), hardware.describe(), sep="\n", flush=True)
-    results |= {"device": hardware.describe(), args.mode: MODES[args.mode](args, hardware)}
+    print(f"{args.model}, batch size {args.batch_size}, torch {torch.__version__}, {hardware.describe()}", flush=True)
+    rows = MODES[args.mode](args, hardware)
+    print(f"\n{pd.DataFrame(rows).to_markdown(index=False, floatfmt=',.2f')}")
     if args.json is not None:
-        write_json(args.json, results)
+        about = {"model": args.model, "batch size": args.batch_size, "torch": torch.__version__}
+        write_json(args.json, {**about, "device": hardware.describe(), args.mode: rows})
 
 
 if __name__ == "__main__":

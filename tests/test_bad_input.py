@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from tests.conftest import SMALL, results_of
+from tests.conftest import SMALL
 from tests.test_command_lines import forget_options, run_folder  # noqa: F401
 
 
@@ -139,12 +139,10 @@ def test_a_loss_that_is_not_finite_keeps_what_was_finished(trained, colours, com
     assert not list((tmp_path / "run").rglob("*.pth"))
 
 
-def test_results_of_another_run(run_folder, trained, colours, command, tmp_path):  # noqa: F811
+def test_results_of_another_run(trained, colours, command, tmp_path):
     base = ("--checkpoint", trained, "--data", colours, "--output-dir", tmp_path / "t")
-    results = run_folder / "results.json"
-    refused(command("test.py", *base, "--results", results, "--task", 9), 2, "has no task 9: it has 1, 2")
-    refused(command("test.py", *base, "--results", tmp_path / "absent.json"), 2, "no file")
+    table = ("scripts/table.py", "--output-dir", tmp_path / "table", "--results")
+    refused(command(*table, tmp_path / "absent.json"), 2, "no file")
     (tmp_path / "other.json").write_text('{"schema": 99}')
-    refused(command("test.py", *base, "--results", tmp_path / "other.json"), 1, "not a results.json of schema 1")
+    refused(command(*table, tmp_path / "other.json"), 1, "not a results.json of schema 1")
     refused(command("test.py", *base, "--forget-classes", "c3,nobody"), 2, "no class 'nobody'")
-    assert results_of(run_folder)["tasks"]
