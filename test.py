@@ -34,6 +34,7 @@ from util.training.record_check import verify_record
 
 SCRIPT = Path(__file__).name
 
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -58,9 +59,9 @@ def build_parser() -> options.Parser:
     options.add_data(parser)
     told = f"measure these classes as a group (default: those that the checkpoint has forgotten): {options.NAMES}"
     parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=told)
-    group = parser.add_argument_group("verification, of genuine and impostor pairs of images")
-    group.add_argument("--pairs", type=options.number(int, 0), default=20000, help="to draw, of each kind; 0: none")
-    group.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")
+    count = {"type": options.number(int, 0), "default": 20000}
+    parser.add_argument("--pairs", **count, help="genuine and impostor pairs of images to verify, each; 0: none")
+    parser.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")
     options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: exps/test-<run>-<checkpoint>-<its SHA-256>")
     return parser
@@ -161,10 +162,8 @@ def main(argv: list[str] | None) -> None:
         | predictions.accuracies([c])
         for c, name in enumerate(test_set.classes)
     )
-    sources = {"checkpoint": str(args.checkpoint), "adapters": [str(path) for path in args.adapters]}
-    sources["deposit"] = None if args.deposit is None else str(args.deposit)
     write_json(output / CONFIG, describe_command(args, SCRIPT))
-    write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
+    write_json(output / "test.json", {"checkpoint": str(args.checkpoint), "dataset": test_set.name, "groups": measured})
     write_text(output / "per_class.csv", per_class.round(4).to_csv(index=False))
     if curves:
         from util.report.figures import roc_figure, save_figure

@@ -2,10 +2,9 @@
 
 Only names and layouts differ, and one scale: the published attention multiplies q·k by dim^-0.5, timm's by
 head_dim^-0.5, so the query rows of `qkv` are divided by (dim / 64)^½ on the way in and multiplied by it on the way out.
-There and back moves a query weight by at most one unit in the last place, and nothing else.
 
-A file with adapters does not say whether W already contains (1/r) B A. The published training loop writes its checkpoints
-in evaluation mode, where it does; its model, reading them, would add it once more.
+A file with adapters does not say whether W already contains (1/r) B A. The published training loop writes files in which
+it does.
 """
 
 import math

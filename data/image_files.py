@@ -26,18 +26,14 @@ NO_IMAGES = "files that are hidden or no image of a class"
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files: the training images first, each split sorted by class, folder and name.
-
-    files:  paths below `root`; labels: indices into `classes`, the sorted class names; train: how many are training images.
-    states: of each file its whole path, size and time of change: what is known of the files holds as long as these stay.
-    """
+    """Image files: the training images first, each split sorted by class, folder and name."""
 
     root: Path
-    classes: tuple[str, ...]
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
-    train: int
-    states: list[tuple[str, int, int]]
+    classes: tuple[str, ...]  # sorted
+    files: tuple[str, ...]  # paths below `root`
+    labels: tuple[int, ...]  # indices into `classes`
+    train: int  # how many are training images
+    states: list[tuple[str, int, int]]  # whole path, size and time of change: what is known of a file holds while they stay
 
 
 def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:

@@ -3,29 +3,22 @@
 python scripts/benchmark.py                     training steps and evaluation of face_vit_p8s8_d6, fast and plain
 python scripts/benchmark.py ablation --batch-size 8
 
-The plain path: float32, eager, timm's last block, torch's dropout and default AdamW, JPEGs decoded in DataLoader workers.
-Its attention is the fast path's: fused on CUDA, written out on a CPU. All take turns in one process; medians are shown.
+The plain path: float32, eager, timm's last block, torch's dropout and default AdamW. Both take turns in one process.
 """
 
 import argparse
-import io
 import math
-import os
 import sys
-from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-# A script's own folder, not the repository's root, is where Python looks first.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 import pandas as pd
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import train_forget
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, to_device
@@ -45,18 +38,25 @@ from util.training.optim import Schedule
 # What can be undone: fields of Hardware, all off on the plain path.
 FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
 IDENTITIES = 8  # half of them are forgotten
-Work = namedtuple("Work", ("run", "images"))
+
+
+class Work(NamedTuple):
+    run: Callable[[], object]
+    images: int
 
 
 class Bench:
     """A model, drawn faces, `count` of each identity, and the work that is done with them."""
 
-    def __init__(self, hardware: Hardware, model: str, batch_size: int, count: int) -> None:
-        self.model, self.batch_size, self.hardware = model, batch_size, hardware
-        self.plain_hardware = replace(hardware, **dict.fromkeys(FIELDS, False))
-        self.faces, _ = synthetic_faces(IDENTITIES, count, 1, default_image_size(model), 0, hardware.device)
+    def __init__(self, model: str, batch_size: int, count: int, device: torch.device) -> None:
+        self.model, self.batch_size, self.device = model, batch_size, device
+        self.faces, _ = synthetic_faces(IDENTITIES, count, 1, default_image_size(model), 0, device)
         (self.task,) = forgetting_tasks(self.faces.labels, IDENTITIES, [range(IDENTITIES // 2)], seed=0, data_ratio=1)
         self.whole = whole_set(self.faces.labels, IDENTITIES)
+
+    def untrained(self, hardware: Hardware) -> Recognizer:
+        architecture = Architecture(self.model, IDENTITIES, default_image_size(self.model))
+        return to_device(build_recognizer(architecture), hardware)
 
     def begin(self, name: str, hardware: Hardware) -> Trainer:
         """At the start of the task, with a rate so small that the weights last."""
@@ -64,57 +64,22 @@ class Bench:
         args = train_forget.parse_arguments([*words.split(), "--method", name if name in METHODS else "retrain"])
         args.mirror = "on"  # an option of pre-training
         method = METHODS.get(name, Pretrain)(args, hardware)
-        model, task = untrained(self.model, hardware), self.task if name in METHODS else self.whole
+        model, task = self.untrained(hardware), self.task if name in METHODS else self.whole
         method.begin_task(model, task, self.faces, args.epochs)
         return Trainer(model.to(hardware.device).train(), method, task, self.faces, Schedule.of(args))
 
-    def step(self, name: str, plain: bool = False, **fields: bool) -> Work:
-        """A training step, with other `fields` of Hardware or on the plain path."""
-        trainer = self.begin(name, self.plain_hardware if plain else replace(self.hardware, **fields))
+    def batches(self, trainer: Trainer) -> Iterator[Batch]:
         (plan,) = trainer.method.passes(trainer.task, 0, 1)
-        if plain:
-            order = self.decoded(endless(lambda: plan.schedule(torch.default_generator)))
-            stream = (Batch(*parts, plan.sizes, plan.name) for parts in order)
-        else:
-            stream = endless(lambda: batches(self.faces, plan, torch.default_generator, self.hardware.device))
-        return Work(lambda: trainer.step(next(stream)), sum(plan.sizes.values()))
+        while True:
+            yield from batches(self.faces, plan, torch.default_generator, self.device)
 
-    def evaluation(self, plain: bool = False) -> Work:
-        hardware = self.plain_hardware if plain else self.hardware
-        model = untrained(self.model, hardware).eval()
-        if not plain:
-            return Work(lambda: predict(model, self.faces, hardware), len(self.faces))
-        rows = torch.arange(len(self.faces)).view(IDENTITIES, -1)
-        stream = self.decoded(endless(lambda: rows))
-        count = torch.no_grad()(lambda images, labels, _: (model(images).argmax(dim=1) == labels).sum().item())
-        return Work(lambda: count(*next(stream)), rows.shape[1])
-
-    def decoded(self, order: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Images, labels and positions of batches. Without end: workers start once, not at every epoch."""
-        files = list(zip(map(jpeg, self.faces.images), self.faces.labels.cpu(), torch.arange(len(self.faces)), strict=True))
-        workers, pinned = min(8, os.cpu_count() or 1), self.hardware.device.type == "cuda"
-        for batch in DataLoader(files, batch_sampler=order, num_workers=workers, collate_fn=decode, pin_memory=pinned):
-            yield [part.to(self.hardware.device) for part in batch]
-
-
-def endless(epoch: Callable[[], Iterable]) -> Iterator:
-    while True:
-        yield from epoch()
-
-
-def jpeg(image: torch.Tensor) -> bytes:
-    to_pil_image(image).save(file := io.BytesIO(), "jpeg", quality=95)
-    return file.getvalue()
-
-
-def decode(files: list[tuple]) -> list[torch.Tensor]:
-    jpegs, *rest = zip(*files, strict=True)
-    images = [pil_to_tensor(Image.open(io.BytesIO(jpeg))) for jpeg in jpegs]
-    return [torch.stack(part) for part in (images, *rest)]
-
-
-def untrained(model: str, hardware: Hardware) -> Recognizer:
-    return to_device(build_recognizer(Architecture(model, IDENTITIES, default_image_size(model))), hardware)
+    def work(self, name: str, hardware: Hardware) -> Work:
+        """A training step of a method, or the evaluation of all faces."""
+        if name == "evaluation":
+            return Work(partial(predict, self.untrained(hardware), self.faces, hardware), len(self.faces))
+        trainer = self.begin(name, hardware)
+        stream = self.batches(trainer)
+        return Work(lambda: trainer.step(next(stream)), len(next(stream)))
 
 
 def measure(args: argparse.Namespace, *works: Work) -> list[float]:
@@ -132,24 +97,23 @@ def measure(args: argparse.Namespace, *works: Work) -> list[float]:
 
 
 def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    bench = Bench(hardware, args.model, args.batch_size, max(args.batch_size, hardware.eval_batch // IDENTITIES))
-    rows = []
+    count = max(args.batch_size, hardware.eval_batch // IDENTITIES)
+    bench, rows = Bench(args.model, args.batch_size, count, hardware.device), []
     for name in ("gs_lora", "der_pp", "ewc", "pretrain", "evaluation"):
-        work = bench.evaluation if name == "evaluation" else partial(bench.step, name)
-        works = work(), work(plain=True)
+        works = [bench.work(name, path) for path in (hardware, replace(hardware, **dict.fromkeys(FIELDS, False)))]
         fast, plain = (work.images / seconds for work, seconds in zip(works, measure(args, *works), strict=True))
         rows.append({"work": name, "fast : plain": fast / plain, "images/s fast": fast, "images/s plain": plain})
     return rows
 
 
 def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
-    bench = Bench(hardware, args.model, args.batch_size, args.batch_size)
+    bench = Bench(args.model, args.batch_size, args.batch_size, hardware.device)
     fields = {field: False for field in FIELDS if getattr(hardware, field)}
     fields["fused_attention"] = not hardware.fused_attention
-    works = {"gs_lora": bench.step("gs_lora")}
-    works |= {f"{field} {'on' if on else 'off'}": bench.step("gs_lora", **{field: on}) for field, on in fields.items()}
-    seconds = measure(args, *works.values())
-    return [{"work": n, "ms": 1000 * s, "times as long": s / seconds[0]} for n, s in zip(works, seconds, strict=True)]
+    paths = {"gs_lora": hardware}
+    paths |= {f"{name} {'on' if on else 'off'}": replace(hardware, **{name: on}) for name, on in fields.items()}
+    seconds = measure(args, *(bench.work("gs_lora", path) for path in paths.values()))
+    return [{"work": n, "ms": 1000 * s, "times as long": s / seconds[0]} for n, s in zip(paths, seconds, strict=True)]
 
 
 MODES = {"steps": steps, "ablation": ablation}

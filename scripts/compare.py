@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, product
 from pathlib import Path
 
-# A script's own folder, not the repository's root, is where Python looks first.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 import torch
 

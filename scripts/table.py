@@ -10,8 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-# A script's own folder, not the repository's root, is where Python looks first.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 from methods import METHODS
 from util.cli import options
