@@ -4,7 +4,7 @@ python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
 python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
 python test.py --verify-record RUN/deletions/task_2.json                                 is the record of deletion true?
-Leaves config.json, test.json, per_class.csv and roc.png in --output-dir.
+Leaves config.json, test.json, per_class.csv in --output-dir.
 """
 
 import argparse
@@ -117,20 +117,18 @@ def load_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.
 
 def measure(
     embeddings: Tensor, predictions: Predictions, groups: dict[str, list[int]], args: argparse.Namespace
-) -> tuple[dict, pd.DataFrame, dict]:
-    """Of each group of classes: its entry in test.json, its row in the table that is printed, and its ROC curve."""
-    measured, rows, curves = {}, [], {}
+) -> tuple[dict, pd.DataFrame]:
+    """Of each group of classes: its entry in test.json, and its row in the table that is printed."""
+    measured, rows = {}, []
     for name, classes in groups.items():
         chosen = predictions.among(classes)
         found = {"classes": classes, "images": int(chosen.sum()), **predictions.accuracies(classes)}
         pairs = verify(embeddings[chosen.to(embeddings.device)], predictions.labels[chosen], args.pairs, args.seed) or {}
-        if pairs:
-            curves[name] = pairs.pop("curve")
         measured[name] = found | {"verification": pairs or None}
         row = {"Group": name, "Classes": len(classes), "Images": found["images"]}
         row |= {"Acc %": found["acc"], "Margin acc %": found["margin_acc"], "AUC %": pairs.get("auc")}
         rows.append(row | {f"TAR@{rate:g} %": pairs.get(f"tar_at_far_{rate:g}") for rate in FALSE_ACCEPT_RATES})
-    return measured, pd.DataFrame(rows, dtype=object), curves
+    return measured, pd.DataFrame(rows, dtype=object)
 
 
 def main(argv: list[str] | None) -> None:
@@ -153,7 +151,7 @@ def main(argv: list[str] | None) -> None:
         raise RunError(f"{args.checkpoint}: embeddings of the test images are not finite")
     predictions = predictions_of(model, embeddings, test_set.labels)
     everything = {"all": list(range(len(test_set.classes)))}
-    measured, table, curves = measure(embeddings, predictions, everything | groups, args)
+    measured, table = measure(embeddings, predictions, everything | groups, args)
     print(table.to_markdown(index=False, floatfmt=".2f", missingval="–", numalign="right"))
 
     group_of = {c: name for name, classes in groups.items() for c in classes}
@@ -165,11 +163,7 @@ def main(argv: list[str] | None) -> None:
     write_json(output / CONFIG, describe_command(args, SCRIPT))
     write_json(output / "test.json", {"checkpoint": str(args.checkpoint), "dataset": test_set.name, "groups": measured})
     write_text(output / "per_class.csv", per_class.round(4).to_csv(index=False))
-    if curves:
-        from util.report.figures import roc_figure, save_figure
-
-        save_figure(roc_figure(curves), output / "roc.png")
-    print(f"\nper class, figures and numbers: {output}")
+    print(f"\nper class, and all numbers: {output}")
 
 
 if __name__ == "__main__":

@@ -94,7 +94,6 @@ def test_reloaded_and_rebuilt_models_give_the_same_accuracies(run_folder, traine
                 for reading in ("", "margin_"):
                     expected = task["after"][f"{reading}acc_{key}"]
                     assert groups.get(group, {}).get(f"{reading}acc") == expected
-            assert (output / "roc.png").stat().st_size > 0
 
 
 def test_leaving_an_adapter_off_undoes_its_task(run_folder, trained, colours, command, tmp_path):

@@ -78,20 +78,6 @@ def comparison_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def roc_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """True accept rate over false accept rate, a curve per group of classes: (false, true) rates in [0, 1]."""
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, (far, tar) in curves.items():
-        axes.plot(far, tar, drawstyle="steps-post", label=name)
-    axes.set_xscale("symlog", linthresh=1e-4)
-    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false accept rate", ylabel="true accept rate")
-    axes.set_title("face verification on pairs of test images")
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
-    return figure
-
-
 def save_figure(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
