@@ -72,10 +72,7 @@ def to_published(model: Recognizer) -> State:
     """The inverse of `from_published`, on the CPU. Raises UsageError for a model that the layout cannot hold."""
     ours = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     state = {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}
-    try:
-        from_published(state, model.architecture.head)
-    except UsageError as error:
-        raise UsageError(f"the published layout cannot hold this model: {error}") from None
+    from_published(state, model.architecture.head)
     width = model.backbone.num_features // model.backbone.blocks[0].attn.num_heads
     if width != HEAD_DIM:
         raise UsageError(f"the published layout has attention heads {HEAD_DIM} wide, this model {width}")

@@ -68,15 +68,14 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
 
 def _images(root: Path, top: str, skipped: dict[str, list[str]]) -> dict[str, list[str]]:
     """The class folders in `top` → their images, as paths below the root; both sorted. Adds what it skips to `skipped`."""
-    owners, found, pending = {}, {}, [(top, "")]
-    for folder, owner in pending:  # it grows by what is found there
-        real = os.path.realpath(os.path.join(root, folder))
+    owners, found, pending = {}, {}, [(top, os.path.realpath(root / top), "")]
+    for folder, real, owner in pending:  # it grows by what is found there
         for entry in sorted(os.scandir(real), key=lambda entry: entry.name):
             path, name = os.path.join(folder, entry.name), owner or entry.name
             if entry.name.startswith("."):
                 skipped[NO_IMAGES].append(path)
             elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                target = os.path.realpath(entry.path)
+                target = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
                 leads_back = os.path.commonpath([real, target]) == target
                 first, first_name = owners.setdefault(target, (path, name))
                 if leads_back or (first_name == name and first != path):
@@ -85,7 +84,7 @@ def _images(root: Path, top: str, skipped: dict[str, list[str]]) -> dict[str, li
                     raise UsageError(one_line(f"{root}: {first} and {path} are one folder: one person under two names"))
                 else:
                     found.setdefault(name, [])
-                    pending.append((path, name))
+                    pending.append((path, target, name))
             elif owner and entry.name.lower().endswith(EXTENSIONS):
                 found[owner].append((folder, entry.name))  # a dead link is named with what else is damaged
             elif not os.path.exists(entry.path):

@@ -40,8 +40,6 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
     method_args = {name: shlex.split(words) for name, words in args.options}
     for name in [*methods, *method_args]:
         method_class(name)
-    if idle := method_args.keys() - {*methods}:
-        print(f"--options {min(idle)}: not among the methods, unused")
     jobs = []
     for seed, name in product(seeds, methods):
         folder = RunFolder(args.output_dir / f"{name}-seed{seed}")

@@ -91,7 +91,7 @@ def test_checkpoints_that_do_not_fit(trained, colours, command, tmp_path):
     renamed = shutil.copytree(colours, tmp_path / "renamed")
     for split in ("train", "test"):
         (renamed / split / "c9").rename(renamed / split / "d9")
-    message = "was trained on other classes than renamed: 'c9' there, 'd9' here"
+    message = "knows 10 classes, the data set renamed has 10: not in both are 'c9' there, 'd9' here"
     refused(command("test.py", "--checkpoint", trained, "--data", renamed, "--output-dir", tmp_path / "t"), 2, message)
 
     whole = torch.load(trained, weights_only=True)
