@@ -2,10 +2,9 @@
 
 python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
-python test.py --checkpoint RUN/checkpoints/task_2.pth --results RUN/results.json          the groups of that run
 python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
 python test.py --verify-record RUN/deletions/task_2.json                                 is the record of deletion true?
-Leaves config.json, test.json, per_class.csv and roc.png in --output-dir.
+Leaves config.json, test.json, per_class.csv in --output-dir.
 """
 
 import argparse
@@ -26,7 +25,6 @@ from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.evaluation.evaluate import Predictions, embed_images, predictions_of
 from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
-from util.report.results import load_results
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, read_json, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
@@ -59,14 +57,11 @@ def build_parser() -> options.Parser:
     parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
     options.add_published(parser)
     options.add_data(parser)
-    group = parser.add_argument_group("groups of classes")
-    named = group.add_mutually_exclusive_group()
-    named.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"a group: {options.NAMES}")
-    named.add_argument("--results", type=Path, metavar="FILE", help="take the groups from a run's results.json")
-    group.add_argument("--task", type=options.number(int, 1), help="of --results (default: the checkpoint's, or the last)")
-    group = parser.add_argument_group("verification, of genuine and impostor pairs of images")
-    group.add_argument("--pairs", type=options.number(int, 0), default=20000, help="to draw, of each kind; 0: none")
-    group.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")
+    told = f"measure these classes as a group (default: those that the checkpoint has forgotten): {options.NAMES}"
+    parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=told)
+    count = {"type": options.number(int, 0), "default": 20000}
+    parser.add_argument("--pairs", **count, help="genuine and impostor pairs of images to verify, each; 0: none")
+    parser.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")
     options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: exps/test-<run>-<checkpoint>-<its SHA-256>")
     return parser
@@ -88,26 +83,15 @@ def confirm(args: argparse.Namespace) -> None:
 
 
 def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, classes: tuple[str, ...]) -> dict[str, list[int]]:
-    """Named groups of class ids, from --forget-classes, --results, or what the checkpoint itself has forgotten."""
-    everything = {*range(len(classes))}
+    """Named groups of class ids, from --forget-classes or what the checkpoint itself has forgotten."""
+    everything, groups = {*range(len(classes))}, {}
     if args.forget_classes is not None:
         forget = {*named_classes(args.forget_classes, classes)}
         groups = {"forgotten": forget, "remaining": everything - forget}
-        return {name: sorted(members) for name, members in groups.items() if members}
-    if args.results is not None:
-        tasks = {task["task"]: task for task in load_results(args.results)["tasks"]}
-        wanted = args.task or len(args.adapters) or len(checkpoint.forgotten) or len(tasks)
-        if wanted not in tasks:
-            raise UsageError(f"{args.results} has no task {wanted}: it has {', '.join(map(str, tasks)) or 'none'}")
-        forget, remain = ({*tasks[wanted][f"{group}_classes"]} for group in ("forget", "remain"))
-        if strange := (forget | remain) - everything:
-            raise UsageError(f"{args.results} is of another data set: it names class {max(strange)}")
     elif checkpoint.forgotten:
         forget, remain = {*checkpoint.forgotten[-1]}, everything.difference(*checkpoint.forgotten)
-    else:
-        return {}
-    groups = {"remaining": remain, "forgotten last": forget, "forgotten earlier": everything - remain - forget}
-    return {name: sorted(classes) for name, classes in groups.items() if classes}
+        groups = {"remaining": remain, "forgotten last": forget, "forgotten earlier": everything - remain - forget}
+    return {name: sorted(members) for name, members in groups.items() if members}
 
 
 def load_model(args: argparse.Namespace) -> Checkpoint:
@@ -133,20 +117,18 @@ def load_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.
 
 def measure(
     embeddings: Tensor, predictions: Predictions, groups: dict[str, list[int]], args: argparse.Namespace
-) -> tuple[dict, pd.DataFrame, dict]:
-    """Of each group of classes: its entry in test.json, its row in the table that is printed, and its ROC curve."""
-    measured, rows, curves = {}, [], {}
+) -> tuple[dict, pd.DataFrame]:
+    """Of each group of classes: its entry in test.json, and its row in the table that is printed."""
+    measured, rows = {}, []
     for name, classes in groups.items():
         chosen = predictions.among(classes)
         found = {"classes": classes, "images": int(chosen.sum()), **predictions.accuracies(classes)}
         pairs = verify(embeddings[chosen.to(embeddings.device)], predictions.labels[chosen], args.pairs, args.seed) or {}
-        if pairs:
-            curves[name] = pairs.pop("curve")
         measured[name] = found | {"verification": pairs or None}
         row = {"Group": name, "Classes": len(classes), "Images": found["images"]}
         row |= {"Acc %": found["acc"], "Margin acc %": found["margin_acc"], "AUC %": pairs.get("auc")}
         rows.append(row | {f"TAR@{rate:g} %": pairs.get(f"tar_at_far_{rate:g}") for rate in FALSE_ACCEPT_RATES})
-    return measured, pd.DataFrame(rows, dtype=object), curves
+    return measured, pd.DataFrame(rows, dtype=object)
 
 
 def main(argv: list[str] | None) -> None:
@@ -169,7 +151,7 @@ def main(argv: list[str] | None) -> None:
         raise RunError(f"{args.checkpoint}: embeddings of the test images are not finite")
     predictions = predictions_of(model, embeddings, test_set.labels)
     everything = {"all": list(range(len(test_set.classes)))}
-    measured, table, curves = measure(embeddings, predictions, everything | groups, args)
+    measured, table = measure(embeddings, predictions, everything | groups, args)
     print(table.to_markdown(index=False, floatfmt=".2f", missingval="–", numalign="right"))
 
     group_of = {c: name for name, classes in groups.items() for c in classes}
@@ -178,16 +160,10 @@ def main(argv: list[str] | None) -> None:
         | predictions.accuracies([c])
         for c, name in enumerate(test_set.classes)
     )
-    sources = {"checkpoint": str(args.checkpoint), "adapters": [str(path) for path in args.adapters]}
-    sources["deposit"] = None if args.deposit is None else str(args.deposit)
     write_json(output / CONFIG, describe_command(args, SCRIPT))
-    write_json(output / "test.json", {**sources, "dataset": test_set.name, "groups": measured})
+    write_json(output / "test.json", {"checkpoint": str(args.checkpoint), "dataset": test_set.name, "groups": measured})
     write_text(output / "per_class.csv", per_class.round(4).to_csv(index=False))
-    if curves:
-        from util.report.figures import roc_figure, save_figure
-
-        save_figure(roc_figure(curves), output / "roc.png")
-    print(f"\nper class, figures and numbers: {output}")
+    print(f"\nper class, and all numbers: {output}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def build_parser() -> options.Parser:
     group.add_argument("--init", choices=("timm", "published"), default="timm", help="random weights to start from")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
-    options.add_published_adapters(group)
+    options.add_published(group, head=False)
     options.add_optimization(parser, lr=1e-3, warmup_epochs=None)
     parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")
     group = parser.add_argument_group("output")
@@ -152,11 +152,10 @@ def pretrain(
     print(
         f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
         f"{len(task.remain)} classes, {len(task.remain_indices)} images of {train_set.image_size}×{train_set.image_size}, "
-        f"{hardware.describe()}",
-        *([f"left out: {people(task.old, train_set.classes)}"] if task.old else []),
-        sep="\n",
-        flush=True,
+        f"{hardware.describe()}"
     )
+    if task.old:
+        print(f"left out: {people(task.old, train_set.classes)}", flush=True)
 
     method = Pretrain(args, hardware)
     method.begin_task(model, task, train_set, args.epochs)

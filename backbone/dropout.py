@@ -1,8 +1,7 @@
 """Dropout whose masks cost little on a CPU, where torch's own takes longer than the matrix products around it.
 
-Eager, a mask comes from 16 random bits an element, drawn 64 at a time. Compiled, it comes from a hash of the element's
-position and a seed (a counter-based generator, as GPUs use), which the compiler fuses into the operations around it. Both
-draw from torch's default generator, so a seed still decides all.
+Eager, a mask comes from 16 random bits an element. Compiled, it comes from a hash of the element's position and a seed,
+which the compiler fuses into the operations around it. Both draw from torch's default generator.
 """
 
 import torch

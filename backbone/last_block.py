@@ -1,8 +1,6 @@
 """The last block of a vision transformer whose embedding is the class token, computed for that token alone.
 
-The other tokens reach the embedding only as keys and values of the last block's attention: their queries and their way
-through projection and MLP are left out. Embedding and gradients are the same up to rounding; at depth 6 a seventh of the
-matrix products is saved.
+The other tokens reach the embedding only as its keys and values. At depth 6 a seventh of the matrix products is saved.
 """
 
 import torch.nn.functional as F
@@ -58,11 +56,5 @@ def replace_last_block(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is VisionTransformer and module.global_pool == "token" and module.attn_pool is None:
             block = module.blocks[-1]
-            if type(block) is Block and _is_plain(block.attn):
+            if type(block) is Block and type(block.attn) is Attention and isinstance(block.attn.norm, nn.Identity):
                 module.blocks[-1] = ClassTokenBlock(block)
-
-
-def _is_plain(attention: nn.Module) -> bool:
-    """timm's `Attention` without the gate and the norm that some models put behind it."""
-    extra = (getattr(attention, name, None) for name in ("gate", "norm"))
-    return type(attention) is Attention and all(part is None or isinstance(part, nn.Identity) for part in extra)

@@ -94,7 +94,7 @@ def group_norms(groups: dict[str, list[nn.Parameter]]) -> Tensor:
 
 
 def update_of(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """(1/r) B A in float64 on the CPU, where the order of summation does not depend on the device that trained."""
+    """(1/r) B A in float64 on the CPU, whatever device trained them."""
     return lora_B.detach().cpu().double() @ lora_A.detach().cpu().double() / lora_A.shape[0]
 
 

@@ -2,10 +2,9 @@
 
 Only names and layouts differ, and one scale: the published attention multiplies q·k by dim^-0.5, timm's by
 head_dim^-0.5, so the query rows of `qkv` are divided by (dim / 64)^½ on the way in and multiplied by it on the way out.
-There and back moves a query weight by at most one unit in the last place, and nothing else.
 
-A file with adapters does not say whether W already contains (1/r) B A. The published training loop writes its checkpoints
-in evaluation mode, where it does; its model, reading them, would add it once more.
+A file with adapters does not say whether W already contains (1/r) B A. The published training loop writes files in which
+it does.
 """
 
 import math
@@ -73,10 +72,7 @@ def to_published(model: Recognizer) -> State:
     """The inverse of `from_published`, on the CPU. Raises UsageError for a model that the layout cannot hold."""
     ours = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     state = {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}
-    try:
-        from_published(state, model.architecture.head)
-    except UsageError as error:
-        raise UsageError(f"the published layout cannot hold this model: {error}") from None
+    from_published(state, model.architecture.head)
     width = model.backbone.num_features // model.backbone.blocks[0].attn.num_heads
     if width != HEAD_DIM:
         raise UsageError(f"the published layout has attention heads {HEAD_DIM} wide, this model {width}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import timm
 import torch
-from timm.layers import HybridEmbed, PatchEmbed
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,18 +21,14 @@ from util.runtime.hardware import Hardware
 
 @dataclass
 class Architecture:
-    """All that is needed to build an untrained recognizer; stored in every checkpoint.
+    """All that is needed to build an untrained recognizer; stored in every checkpoint."""
 
-    `model` is a timm name and `image_size` in pixels; `model_options` are keyword arguments of `timm.create_model` (depth,
-    drop rates), `head_options` those of the head (scale, margin).
-    """
-
-    model: str
+    model: str  # timm's name
     num_classes: int
-    image_size: int
+    image_size: int  # pixels
     head: str = "cosface"
-    model_options: dict = field(default_factory=dict)
-    head_options: dict = field(default_factory=dict)
+    model_options: dict = field(default_factory=dict)  # of timm.create_model: depth, drop rates
+    head_options: dict = field(default_factory=dict)  # scale, margin
 
 
 class Recognizer(nn.Module):
@@ -108,34 +104,22 @@ def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Re
     _check_model_name(a.model)
     if a.head not in HEADS:
         raise UsageError(f"unknown head {a.head!r}; choose from {', '.join(HEADS)}")
+    told = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
     try:
         backbone = timm.create_model(a.model, pretrained, num_classes=0, img_size=a.image_size, **a.model_options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         problem = (str(error).splitlines() or ["its patches do not fit"])[0]  # timm asserts that without a word
-    else:
-        problem = _cut_off(backbone, a.image_size)
-    if problem:
-        raise UsageError(f"cannot build {a.model} for {a.image_size}×{a.image_size} images: {problem}")
-    head = HEADS[a.head](backbone.num_features, a.num_classes, **a.head_options)
-    return Recognizer(architecture, backbone, head)
-
-
-def _cut_off(backbone: nn.Module, size: int) -> str:
-    """What keeps the patches from tiling the image: timm would cut a border off and say nothing. Empty if nothing does."""
-    stems = (module for module in backbone.children() if hasattr(module, "patch_size") and hasattr(module, "img_size"))
-    stem = next(stems, None)
-    if stem is None or isinstance(stem, HybridEmbed) or getattr(stem, "dynamic_img_pad", False):
-        return ""  # convolutions that pad, or what checks itself
-    whole = isinstance(stem, PatchEmbed) and stem.img_size == (size, size)
-    patch = math.lcm(*stem.patch_size) if whole else backbone.feature_info[0]["reduction"]
-    fitting = " or ".join(str(side) for side in (size // patch * patch, size // patch * patch + patch) if side)
-    return f"{size} pixels are no multiple of the patches' {patch}: use {fitting}" if size % patch else ""
+        raise UsageError(f"{told}: {problem}") from None
+    patches = getattr(backbone, "patch_embed", None)
+    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad and a.image_size % math.lcm(*patches.patch_size):
+        # timm would cut a border off and say nothing.
+        raise UsageError(f"{told}: the size is no multiple of the patches' {math.lcm(*patches.patch_size)}")
+    return Recognizer(a, backbone, HEADS[a.head](backbone.num_features, a.num_classes, **a.head_options))
 
 
 def _check_model_name(model: str) -> None:
     if not timm.is_model(model):
-        near = timm.list_models(f"*{model.split('_')[0]}*")[:5]
-        raise UsageError(f"unknown model {model!r}; timm has e.g. {', '.join(near) or 'no model of a similar name'}")
+        raise UsageError(f"unknown model {model!r}; timm.list_models() names them all")
 
 
 def misfits(state: dict, expected: dict[str, Tensor]) -> str:

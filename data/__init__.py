@@ -32,9 +32,8 @@ def build_datasets(args: argparse.Namespace, image_size: int, device: torch.devi
     if args.val_fraction is not None:
         split = split_validation(train_set.labels, len(train_set.classes), args.val_fraction)
         train_set, test_set = map(train_set.subset, split)
-    if args.images == "device" or (args.images == "auto" and has_room(device, train_set.images.nbytes)):
-        return train_set.to(device), test_set.to(device)
-    return train_set, test_set
+    on_device = args.images == "device" or (args.images == "auto" and has_room(device, train_set.images.nbytes))
+    return (train_set.to(device), test_set.to(device)) if on_device else (train_set, test_set)
 
 
 def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device) -> ImageSet | None:

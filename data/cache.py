@@ -1,8 +1,4 @@
-"""Decoded images, kept: one file of raw pixels per key, which later runs map.
-
-A file is filled under another name and then renamed: a reader finds all of it or nothing, whatever is killed when.
-The folder may be deleted at any time.
-"""
+"""Decoded images, kept: one file of raw pixels per key, which later runs map. The folder may be deleted at any time."""
 
 import math
 import os
@@ -19,13 +15,12 @@ from util.runtime.files import file_lock
 
 
 def cached_images(key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], cache_dir: Path) -> Tensor:
-    """The uint8 tensor of `shape` that `fill` writes, from the cache where `key` is known.
+    """The uint8 tensor of `shape` that `fill` writes, from the cache where `key` is known. It is read-only.
 
     key:  a file name without extension that changes whenever the content or the shape would.
     fill: writes the content into a uint8 array. What it raises is passed on, and nothing is kept.
 
-    Writing to the tensor does not change the file; one larger than memory is read-only. Where the folder cannot be written
-    to or is full, the images are held in memory, and one line on stderr says so.
+    Where the folder cannot be written to or is full, the images are held in memory, and one line on stderr says so.
     """
     path = cache_dir / f"{key}.raw"
     try:
@@ -65,9 +60,6 @@ def _build(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    try:
-        return torch.from_numpy(np.memmap(path, np.uint8, "c", shape=shape))
-    except OSError:  # larger than memory: copy-on-write would reserve all of it
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
-            return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing writes to it
+        return torch.from_numpy(np.memmap(path, np.uint8, "r", shape=shape))  # copy-on-write would reserve all of it

@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
@@ -14,16 +14,13 @@ DIGITS = 16  # of a digest, kept in checkpoints
 
 def copies(data: Sequence[ImageSet], forgotten: set[int], kept: set[int]) -> dict[tuple[int, int], list[tuple[str, str]]]:
     """Images with the same content: (forgotten person, kept person) → their files, in pairs."""
-    known = defaultdict(list)
-    for images in data:
-        for c, file, digest in zip(images.labels.tolist(), images.files, images.digests, strict=True):
+    known, found = defaultdict(list), defaultdict(list)
+    for c, file, digest in _images(data):
+        if c in kept:
             known[digest].append((c, file))
-    found = defaultdict(list)
-    for same in known.values():
-        for c, file in same if len(same) > 1 else ():
-            for other, its in same:
-                if c in forgotten and other in kept:
-                    found[c, other].append((file, its))
+    for c, file, digest in _images(data):
+        for other, its in known.get(digest, ()) if c in forgotten else ():
+            found[c, other].append((file, its))
     return dict(found)
 
 
@@ -32,8 +29,6 @@ def check_copies(data: Sequence[ImageSet], tasks: Sequence[ForgettingTask], refu
 
     Raises UsageError with `refuse`, else it is a warning; so it is where that person is forgotten by a later task.
     """
-    if not all(images.digests for images in data):
-        return
     classes, last, found = data[0].classes, {*tasks[-1].remain}, {}
     for task in tasks:
         found |= copies(data, {*task.forget}, {*task.remain})
@@ -49,12 +44,17 @@ def check_copies(data: Sequence[ImageSet], tasks: Sequence[ForgettingTask], refu
 def check_forgotten(data: Sequence[ImageSet], task: ForgettingTask, known: Collection[str], refuse: bool) -> None:
     """The same of photos that earlier runs have forgotten: `known` are the beginnings of their files' digests."""
     found = defaultdict(list)
-    for images in data:
-        for c, file, digest in zip(images.labels.tolist(), images.files, images.digests, strict=False):
-            if digest[:DIGITS] in known and c not in task.old:
-                found[images.classes[c]].append(file)
+    for c, file, digest in _images(data):
+        if digest[:DIGITS] in known and c not in task.old:
+            found[data[0].classes[c]].append(file)
     told = [f"{len(files)} photos that were forgotten before are {name}'s now ({files[0]})" for name, files in found.items()]
     _tell(data[0].name, told, refuse)
+
+
+def _images(data: Sequence[ImageSet]) -> Iterator[tuple[int, str, str]]:
+    """Class, file and digest of every image."""
+    for images in data:
+        yield from zip(images.labels.tolist(), images.files, images.digests, strict=False)  # none: images that are no files
 
 
 def _tell(name: str, told: list[str], refuse: bool) -> None:

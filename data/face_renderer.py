@@ -1,8 +1,7 @@
-"""Faces drawn from parameters, as whole-tensor operations: B faces are one batch of soft masks on a pixel grid.
+"""Faces drawn from parameters: B faces are one batch of soft masks on a pixel grid.
 
-The head is an ellipsoid with a jaw. Every pixel is carried back through the pose to a point (u, v) on the frontal
-face, so that features painted in (u, v) turn, foreshorten and disappear as the head does, and the ellipsoid's normals
-shade it. Lengths are in half image widths, x to the right, y downwards; (0, 0) is the middle of the head.
+The head is an ellipsoid with a jaw. Every pixel is carried back through the pose to a point (u, v) on the frontal face, so
+that features painted in (u, v) turn with the head. Lengths are in half image widths; (0, 0) is the middle of the head.
 """
 
 from types import SimpleNamespace
@@ -44,12 +43,11 @@ def palette(tones: tuple[tuple[float, float, float], ...], position: Tensor) -> 
 
 
 def render(face: dict[str, Tensor], image_size: int, noise: Tensor) -> Tensor:
-    """Draws B faces.
+    """Draw B faces, uint8 (B, 3, image_size, image_size).
 
     face:  the parameters named in `data.synthetic_faces`, each (B, 1, 1, 1); colours (B, 3, 1, 1), and "background"
            (B, 3, BACKGROUND_GRID, BACKGROUND_GRID).
     noise: (B, 3, image_size, image_size), standard normal.
-    Returns uint8 (B, 3, image_size, image_size).
     """
     drawing = _place(face, image_size * SUPERSAMPLING)
     on_head = (_paint_skin, _paint_eyes, _paint_brows, _paint_nose, _paint_beard, _paint_mouth, _paint_hair)

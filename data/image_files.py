@@ -1,8 +1,4 @@
-"""The image files of a data folder: listed, and hashed; none is decoded here.
-
-- Links are followed. Those that lead out of the folder are counted on stderr; two classes that share a folder are refused.
-- What is there twice (as by a link back), hidden or no image of a class, and empty classes are skipped and counted.
-"""
+"""The image files of a data folder: listed, and hashed; none is decoded here. What is unusual: docs/data.md."""
 
 import hashlib
 import os
@@ -30,18 +26,14 @@ NO_IMAGES = "files that are hidden or no image of a class"
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Image files: the training images first, each split sorted by class, folder and name.
-
-    files:  paths below `root`; labels: indices into `classes`, the sorted class names; train: how many are training images.
-    states: of each file its whole path, size and time of change: what is known of the files holds as long as these stay.
-    """
+    """Image files: the training images first, each split sorted by class, folder and name."""
 
     root: Path
-    classes: tuple[str, ...]
-    files: tuple[str, ...]
-    labels: tuple[int, ...]
-    train: int
-    states: list[tuple[str, int, int]]
+    classes: tuple[str, ...]  # sorted
+    files: tuple[str, ...]  # paths below `root`
+    labels: tuple[int, ...]  # indices into `classes`
+    train: int  # how many are training images
+    states: list[tuple[str, int, int]]  # whole path, size and time of change: what is known of a file holds while they stay
 
 
 def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
@@ -50,17 +42,20 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
     The classes are those with training images.
     """
     root = Path(root).resolve()
-    walk, top = _Walk(str(root)), "train" if split else ""
+    skipped, top = defaultdict(list), "train" if split else ""
     try:
-        train, test = walk.classes(top), walk.classes("test") if split else {}
+        train, test = _images(root, top, skipped), _images(root, "test", skipped) if split else {}
         names = tuple(name for name, found in train.items() if found)
         files = [(path, c) for part in (train, test) for c, name in enumerate(names) for path in part.get(name, ())]
         states = [_state(os.path.join(root, path)) for path, _ in files]
     except OSError as error:
         layout = "{train,test}/<class>/<image>" if split else "<class>/<image>"
         raise UsageError(one_line(f"{root}: cannot be read as {layout}: {error}")) from error
-    walk.skipped["class folders without images"] += [os.path.join(top, name) for name in train if name not in names]
-    walk.tell()
+    if empty := [os.path.join(top, name) for name in train if name not in names]:
+        skipped["class folders without images"] = empty
+    if skipped:
+        kinds = [f"{len(paths)} {kind} ({paths[0]}{', …' * (len(paths) > 1)})" for kind, paths in skipped.items()]
+        tell(f"{root}: skipped {', '.join(kinds)}")
     least = 2 if split else 1
     if len(names) < least:
         few = f"{len(names)} class folders; at least {least} are needed, <class>/<image>"
@@ -71,10 +66,37 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
     return ImageFiles(root, names, paths, labels, sum(map(len, train.values())), states)
 
 
+def _images(root: Path, top: str, skipped: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The class folders in `top` → their images, as paths below the root; both sorted. Adds what it skips to `skipped`."""
+    owners, found, pending = {}, {}, [(top, os.path.realpath(root / top), "")]
+    for folder, real, owner in pending:  # it grows by what is found there
+        for entry in sorted(os.scandir(real), key=lambda entry: entry.name):
+            path, name = os.path.join(folder, entry.name), owner or entry.name
+            if entry.name.startswith("."):
+                skipped[NO_IMAGES].append(path)
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                target = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                leads_back = os.path.commonpath([real, target]) == target
+                first, first_name = owners.setdefault(target, (path, name))
+                if leads_back or (first_name == name and first != path):
+                    skipped["folders that are there twice"].append(path)
+                elif first_name != name:
+                    raise UsageError(one_line(f"{root}: {first} and {path} are one folder: one person under two names"))
+                else:
+                    found.setdefault(name, [])
+                    pending.append((path, target, name))
+            elif owner and entry.name.lower().endswith(EXTENSIONS):
+                found[owner].append((folder, entry.name))  # a dead link is named with what else is damaged
+            elif not os.path.exists(entry.path):
+                raise UsageError(one_line(f"{root}/{path}: a link that leads nowhere; mend or remove it"))
+            else:
+                skipped[NO_IMAGES].append(path)
+    return {name: [os.path.join(*parts) for parts in sorted(images)] for name, images in found.items()}
+
+
 def _check_test(root: Path, train: dict[str, list[str]], test: dict[str, list[str]], names: tuple[str, ...]) -> None:
     # Whoever was erased may have left an empty folder in both.
-    unknown = [name for name, found in test.items() if name not in names and (found or name not in train)]
-    if unknown:
+    if unknown := [name for name, found in test.items() if name not in names and (found or name not in train)]:
         found = f"no class of that name in train/ ({len(unknown)} such class folders)"
         raise UsageError(one_line(f"{root}/test/{unknown[0]}: {found}"))
     untested = [name for name in names if not test.get(name)]
@@ -82,67 +104,6 @@ def _check_test(root: Path, train: dict[str, list[str]], test: dict[str, list[st
         raise UsageError(one_line(f"{root}/test: no images"))
     if untested:
         tell(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first")
-
-
-class _Walk:
-    """Goes through the folders below `root`; notes what it skips, and which links lead out."""
-
-    def __init__(self, root: str) -> None:
-        self.root, self.skipped, self.outside = root, defaultdict(list), []
-
-    def classes(self, top: str) -> dict[str, list[str]]:
-        """The class folders in `top` → their images, as paths below the root; both sorted."""
-        owners, found, pending = {}, {}, [(top, self._followed(top), "")]
-        for folder, real, owner in pending:  # it grows by what is found there
-            with os.scandir(os.path.join(self.root, folder)) as entries:
-                entries = sorted(entries, key=lambda entry: entry.name)
-            for entry in entries:
-                path, target = os.path.join(folder, entry.name), os.path.join(real, entry.name)
-                if entry.name.startswith("."):
-                    self.skipped[NO_IMAGES].append(path)
-                    continue
-                if entry.is_symlink():
-                    target = self._followed(path)
-                if os.path.isdir(target) if entry.is_symlink() else entry.is_dir():
-                    if self._is_new(path, target, real, owner or entry.name, owners):
-                        found.setdefault(owner or entry.name, [])
-                        pending.append((path, target, owner or entry.name))
-                elif owner and entry.name.lower().endswith(EXTENSIONS):
-                    found[owner].append((folder, entry.name))  # a dead link is named with what else is damaged
-                elif os.path.exists(target):
-                    self.skipped[NO_IMAGES].append(path)
-                else:
-                    dead = f"a link to {target}, which cannot be reached; mend or remove it"
-                    raise UsageError(one_line(f"{self.root}/{path}: {dead}"))
-        return {name: [os.path.join(*parts) for parts in sorted(images)] for name, images in found.items()}
-
-    def _is_new(self, path: str, target: str, parent: str, owner: str, owners: dict[str, tuple[str, str]]) -> bool:
-        first, first_owner = owners.setdefault(target, (path, owner))
-        back = _within(parent, target)
-        if first_owner != owner and not back:
-            raise UsageError(one_line(f"{self.root}: {first} and {path} are one folder: one person under two names"))
-        if back or first != path:
-            self.skipped["folders that are there twice"].append(path)
-        return not back and first == path
-
-    def _followed(self, path: str) -> str:
-        """Where it really lies, noted if that is outside."""
-        target = os.path.realpath(os.path.join(self.root, path))
-        if not _within(target, self.root):
-            self.outside.append((path, target))
-        return target
-
-    def tell(self) -> None:
-        found = {kind: paths for kind, paths in self.skipped.items() if paths}
-        kinds = [f"{len(paths)} {kind} ({paths[0]}{', …' * (len(paths) > 1)})" for kind, paths in found.items()]
-        if kinds:
-            tell(f"{self.root}: skipped {', '.join(kinds)}")
-        if self.outside:
-            tell(f"{self.root}: {len(self.outside)} links lead out of this folder, {' to '.join(self.outside[0])} first")
-
-
-def _within(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(os.path.join(folder, ""))
 
 
 def _state(path: str) -> tuple[str, int, int]:

@@ -1,9 +1,6 @@
 """Image folders, `{train,test}/<class>/<image>`, as two ImageSets: decoded once, in parallel, into the cache.
 
-- Grey, palette, CMYK and two-tone images become RGB; 16-bit ones are scaled to 8 bits; float pixels must lie in [0, 1].
-- Transparent pixels are laid over black; of an animation the first frame is taken; an EXIF rotation is carried out.
-- Images are resized on the shorter side (bicubic) and centre-cropped.
-- Damaged images, and those of more than `PIL.Image.MAX_IMAGE_PIXELS` (89 million), end the run, all named together.
+Images are resized on the shorter side (bicubic) and centre-cropped; what becomes of unusual ones: docs/data.md.
 """
 
 import hashlib
@@ -26,8 +23,7 @@ VERSION = 1  # of the decoding: to be raised with every change of its pixels, so
 def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of `root`, as square RGB images of `image_size` pixels a side.
 
-    The classes are the training folders' names, sorted. Both sets share one cache file, keyed by every image's path, size
-    and modification time, and by `image_size`.
+    Raises UsageError where `list_images` does, RunError for damaged images.
     """
     listed = list_images(root)
     whole = _image_set(listed, image_size, cache_dir)

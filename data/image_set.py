@@ -12,22 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A decoded data set.
-
-    images:  uint8 (N, 3, H, W), RGB; may be mapped from a cache file (then on the CPU and read only by intent).
-    labels:  int64 (N,), indices into `classes`.
-    classes: the class names, in label order.
-    files:   of each image, its path below the data folder; of drawn faces, which one it is.
-    digests: of each image, the SHA-256 of its file.
-    contents: of the whole data set, both splits, the SHA-256 of each class, by name.
-    """
+    """A decoded data set."""
 
     name: str
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # uint8 (N, 3, H, W), RGB; mapped from a cache file it is read only
+    labels: Tensor  # int64 (N,), indices into `classes`
     classes: tuple[str, ...]
-    files: tuple[str, ...] = ()
-    digests: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()  # of each image, its path below the data folder; of drawn faces, which one it is
+    digests: tuple[str, ...] = ()  # of each image, the SHA-256 of its file
+    # Of the whole data set, both splits, the SHA-256 of each class, by name.
     contents: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __len__(self) -> int:
@@ -65,10 +58,7 @@ def with_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
 
 
 def class_digests(*splits: ImageSet) -> dict[str, str]:
-    """What each class consists of: the SHA-256 of its images' digests, by class name, over all `splits`.
-
-    It does not depend on the order of the images, on their names or on how they are split.
-    """
+    """The SHA-256 of each class's images over all `splits`, whatever their order, their names and their split."""
     found = defaultdict(list)
     for images in splits:
         for label, digest in zip(images.labels.tolist(), images.digests, strict=True):

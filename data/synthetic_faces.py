@@ -1,8 +1,6 @@
 """The embedded default data set: drawn identities, any number and size, the same from the same seed, no download.
 
-An identity is what stays: the geometry of a face (outline, eyes, brows, nose, mouth, hair line and their
-proportions), its skin tone, its hair (tone, length, curl, beard). Everything else is drawn anew for every image:
-pose, lighting, expression, glasses, clothes, background, occlusion, blur and noise. The ranges below are chosen so
+An identity is a face geometry with skin and hair; everything else is drawn anew for every image. The ranges are chosen so
 that pixels and colours alone do not tell the identities apart, and a small Face Transformer does.
 """
 
@@ -80,8 +78,7 @@ def synthetic_faces(
 ) -> tuple[ImageSet, ImageSet]:
     """Draw a training and a test set with the same identities and different variations, on `device`.
 
-    Image k of identity i depends on (seed, i, k, train or test) alone, not on how many are drawn; the random numbers
-    are drawn on the CPU, so that every device draws the same faces up to the rounding of its arithmetic.
+    Image k of identity i depends on (seed, i, k, train or test) alone, up to the rounding of the device's arithmetic.
 
     first: the number of the first identity, for people that another set does not have.
     cache_dir: where the faces are kept once drawn; then they are mapped from there, on the CPU.

@@ -46,10 +46,7 @@ def class_order(num_classes: int, seed: int) -> list[int]:
 def drawn_requests(num_classes: int, num_tasks: int, per_task: int, seed: int) -> list[list[int]]:
     """The protocol's requests: with k = `per_task`, task t keeps the classes `order[0 : C − t·k]` and forgets the next k."""
     if num_tasks * per_task >= num_classes:
-        raise UsageError(
-            f"{num_tasks} tasks of {per_task} classes: of {num_classes}, at least one must remain; lower --num-tasks or "
-            f"--forget-per-task"
-        )
+        raise UsageError(f"{num_tasks} tasks of {per_task} classes: of {num_classes}, at least one must remain")
     order = class_order(num_classes, seed)
     return [order[num_classes - number * per_task :][:per_task] for number in range(1, num_tasks + 1)]
 
@@ -95,9 +92,7 @@ def _class_id(name: str, classes: Sequence[str]) -> int:
     near = difflib.get_close_matches(name, classes, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"they are {classes[0]!r}, …, or #0 to #{len(classes) - 1}"
     if known:
-        same = [other for other in classes if other.isdecimal() and int(other) == int(number)]
-        hint = "".join(f"did you mean {other!r}? " for other in same)
-        hint += f"class id {number} is written #{number} and is {classes[int(number)]!r}"
+        hint = f"class id {number} is written #{number} and is {classes[int(number)]!r}"
     raise UsageError(f"no class {name!r}; {hint}")
 
 
@@ -120,9 +115,8 @@ def forgetting_tasks(
 ) -> list[ForgettingTask]:
     """A task for each of `requests`, lists of class ids, over the training `labels` (N,).
 
-    The first `earlier` ones are done: they see no images, which may be erased.
     A method sees `few_shot` images of every class if given, else the share `data_ratio` of each class's images (at least
-    one). The first `num_missing` classes of the order that remain throughout lend none.
+    one); none of the first `num_missing` classes that remain throughout, and none for the `earlier` tasks, which are done.
     """
     requested = {c for request in requests for c in request}
     staying = [c for c in class_order(num_classes, seed) if c not in requested]
@@ -133,7 +127,7 @@ def forgetting_tasks(
 
     def sample(classes: list[int], task: int) -> Tensor:
         """Draw the classes' images for one task; sorted, so that only the generator of the epoch orders batches."""
-        parts = []
+        parts = [np.empty(0, np.int64)]
         for c in classes:
             known = len(by_class[c])
             count = few_shot or max(1, round(data_ratio * known))
@@ -141,7 +135,7 @@ def forgetting_tasks(
                 raise UsageError(f"class {c} has {known} training images, fewer than the {count} a class asked for")
             shuffled = np.random.default_rng([seed, task, c]).permutation(by_class[c])
             parts.append(np.sort(shuffled[:count]))
-        return torch.from_numpy(np.concatenate([np.empty(0, np.int64), *parts]))
+        return torch.from_numpy(np.concatenate(parts))
 
     tasks, old = [], set()
     for number, forget in enumerate(map(sorted, requests), start=1):
@@ -161,10 +155,7 @@ def whole_set(labels: Tensor, num_classes: int, without: Sequence[int] = ()) -> 
 
 
 def split_validation(labels: Tensor, num_classes: int, share: float) -> tuple[Tensor, Tensor]:
-    """Positions (in order) of the images to train on and of those held out: `share` of each class, at least one.
-
-    The split depends on nothing else, so that what pre-training held out, forgetting holds out too.
-    """
+    """Positions of the images to train on and of those held out: `share` of each class, the same for every seed."""
     kept, held = [], []
     for label, indices in enumerate(_indices_by_class(labels, num_classes)):
         count = max(1, round(share * len(indices)))

@@ -7,19 +7,13 @@ repeated, interrupted ones are continued, and one that fails does not stop the o
 """
 
 import argparse
-import contextlib
-import os
 import shlex
 import sys
-import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import chain, product
 from pathlib import Path
 
-# A script's own folder, not the repository's root, is where Python looks first.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
 import train_forget
 from methods import METHODS, method_class
@@ -32,7 +26,7 @@ from util.report.tables import PRETRAINED, Comparison
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json, write_json
 from util.runtime.hardware import choose_hardware
-from util.runtime.interrupt import Interrupted, end_on_sigterm
+from util.runtime.interrupt import end_on_sigterm
 from util.storage.folders import CONFIG, RunFolder, claim
 from util.training.resume import difference_to, identity_of
 
@@ -46,8 +40,6 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
     method_args = {name: shlex.split(words) for name, words in args.options}
     for name in [*methods, *method_args]:
         method_class(name)
-    if idle := method_args.keys() - {*methods}:
-        print(f"--options {min(idle)}: not among the methods, unused")
     jobs = []
     for seed, name in product(seeds, methods):
         folder = RunFolder(args.output_dir / f"{name}-seed{seed}")
@@ -68,33 +60,6 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
     return jobs
 
 
-def run_here(job: Job) -> None:
-    """Run in this process, which spares the start-up. What it prints goes to its log."""
-    torch.compiler.reset()  # what was compiled for the run before counts against the limit of this one's
-    torch.cuda.empty_cache()  # and what it held of a GPU is free for this one's images
-    with job.open_log() as log, contextlib.redirect_stdout(log):
-        try:
-            train_forget.main(job.arguments)
-        except Interrupted:
-            raise  # all of them are meant
-        except (UsageError, RunError) as error:
-            job.failure = str(error)
-        except Exception as error:
-            # Whatever goes wrong with one method, the others still run: the log keeps where it happened.
-            traceback.print_exc(file=log)
-            job.failure = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]} (see {log.name})"
-
-
-def run_all(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
-    """Yield each job as it ends: in this process, or dealt out over several `gpus`."""
-    if len(gpus) > 1:
-        yield from deal_out(jobs, gpus)
-        return
-    for job in jobs:
-        run_here(job)
-        yield job
-
-
 def print_rows(jobs: Iterable[Job], width: int) -> None:
     """The narrow table, row by row as the runs end."""
     begun = False
@@ -113,9 +78,8 @@ def main(argv: list[str] | None) -> None:
     parser = options.Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
-    parser.add_argument(
-        "--options", nargs=2, action="append", default=[], metavar=("NAME", "STRING"), help='for one method: ewc "--lr 1e-3"'
-    )
+    words = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "STRING")}
+    parser.add_argument("--options", **words, help='options of one method: ewc "--lr 1e-3"')
     add_job_options(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
     parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
@@ -125,12 +89,10 @@ def main(argv: list[str] | None) -> None:
     jobs = make_jobs(args, argv[end + 1 :])
     write_json(args.output_dir / CONFIG, describe_command(args, SCRIPT) | {"train_forget": argv[end + 1 :]})
 
-    if len(args.gpus) == 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
     finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs, {len(finished)} of them finished before → {args.output_dir}\n", flush=True)
     with end_on_sigterm():
-        ended = chain(finished, run_all(waiting, places(args, len(waiting))))
+        ended = chain(finished, deal_out(waiting, places(args, len(waiting))))
         print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 
     failures = {job.label: job.failure for job in jobs if job.failure}

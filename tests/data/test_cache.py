@@ -51,12 +51,6 @@ def test_is_filled_once_and_then_mapped_without_a_warning(tmp_path):
     assert files(tmp_path / "a" / "b") == ["key.raw"]
 
 
-def test_writing_to_the_tensor_leaves_the_file_alone(tmp_path):
-    for _ in range(2):  # as built, and as mapped
-        get(tmp_path, Fill()).zero_()
-        assert (tmp_path / "key.raw").read_bytes() == content().tobytes()
-
-
 def test_keys_do_not_share(tmp_path):
     get(tmp_path, lambda array: array.fill(1), key="one")
     assert get(tmp_path, lambda array: array.fill(2), key="two").unique().tolist() == [2]

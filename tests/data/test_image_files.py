@@ -150,7 +150,7 @@ def test_odd_names(tmp_path, root, load, capsys):
 @pytest.mark.parametrize("place", ["train/c", "test/a2", "train/c.png", "train/a/night", "train/a/itself"])
 def test_a_dead_link_that_may_be_a_folder_is_named(root, load, place):
     (root / place).symlink_to("itself" if place.endswith("itself") else "nowhere")
-    assert f"{root}/{place}: a link to " in refused(load, root)
+    assert f"{root}/{place}: a link that leads nowhere" in refused(load, root)
 
 
 def test_a_hidden_dead_link_is_skipped(root, load, capsys):
@@ -196,7 +196,7 @@ def test_a_class_inside_another_is_refused(root, load):
     assert "train/c and train/a/night are one folder" in refused(load, root)
 
 
-def test_links_that_lead_out_are_counted(tmp_path, root, load, capsys):
+def test_links_that_lead_out_are_followed(tmp_path, root, load):
     elsewhere = (root / "train").rename(tmp_path / "elsewhere")
     (root / "train").mkdir()
     for name in ("a", "b"):
@@ -204,8 +204,6 @@ def test_links_that_lead_out_are_counted(tmp_path, root, load, capsys):
     (root / "test/a/2.png").symlink_to(elsewhere / "a/1.png")
     (root / "test/a/3.png").symlink_to("1.png")
     assert (len(load(root)[0]), len(load(root)[1])) == (4, 4)
-    err = capsys.readouterr().err
-    assert f"{root}: 3 links lead out of this folder, train/a to {elsewhere}/a first\n" in err
 
 
 def test_a_split_that_is_a_link_may_lead_out_and_back(tmp_path, root, load, capsys):
@@ -213,9 +211,7 @@ def test_a_split_that_is_a_link_may_lead_out_and_back(tmp_path, root, load, caps
     (root / "train").symlink_to(elsewhere)
     (elsewhere / "a/loop").symlink_to("..")
     assert load(root)[0].classes == ("a", "b")
-    err = capsys.readouterr().err
-    assert "1 folders that are there twice (train/a/loop)" in err
-    assert f"links lead out of this folder, train to {elsewhere} first" in err
+    assert "1 folders that are there twice (train/a/loop)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("linked", [False, True])

@@ -8,7 +8,7 @@ from util.runtime.errors import UsageError
 
 Arguments = argparse.Namespace
 OF_SYNTHETIC = "--identities --train-per-identity --test-per-identity --data-seed"
-OF_EVALUATION = "--adapters --deposit --forget-classes --results --task --pairs --seed --output-dir"
+OF_EVALUATION = "--adapters --deposit --forget-classes --pairs --seed --output-dir"
 OF_REFERENCES = "--num-references --num-originals --jobs-per-gpu"
 # Which options, when they do nothing, in words and as a condition on the arguments.
 TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
@@ -19,7 +19,6 @@ TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
     ("--init --pretrained", "with --weights, which says where to start", lambda a: getattr(a, "weights", None) is not None),
     ("--published-adapters", "without --weights", lambda a: getattr(a, "weights", "none here") is None),
     ("--allow-copies", "without --forget-classes", lambda a: a.forget_classes is None),
-    ("--task", "without --results", lambda a: a.results is None),
     ("--seed", "with --pairs 0", lambda a: getattr(a, "pairs", None) == 0),
     (OF_EVALUATION, "with --verify-record", lambda a: getattr(a, "verify_record", None) is not None),
     ("--originals", "without --references", lambda a: a.references is None),

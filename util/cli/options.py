@@ -23,12 +23,10 @@ SCHEDULES = ("cosine", "cosine-by-epoch", "step")
 
 
 class Parser(argparse.ArgumentParser):
-    """Help with defaults, wide enough to read; wrong usage raises UsageError.
-
-    No abbreviations: a parser that looks for a single option (--config, --method) would miss its own.
-    """
+    """Help with defaults, wide enough to read; wrong usage raises UsageError."""
 
     def __init__(self, **kwargs: Any) -> None:
+        # No abbreviations: a parser that looks for a single option (--config, --method) would miss its own.
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
@@ -49,12 +47,8 @@ class Parser(argparse.ArgumentParser):
         for key, value in values.items():
             if key not in actions:
                 raise UsageError(f"{option_name(key)} of the file is no option here; the file is of another version")
-            kind = actions[key].type
-            if kind is not None and value is not None:
-                try:
-                    value = [kind(str(one)) for one in value] if isinstance(value, list) else kind(str(value))
-                except (argparse.ArgumentTypeError, ValueError) as error:
-                    raise UsageError(f"{option_name(key)} of the file: {error}") from None
+            if actions[key].type is not None and isinstance(value, int | float):
+                value = str(value)  # argparse checks and converts a default that is text
             actions[key].default, actions[key].required = value, False
 
 
@@ -73,11 +67,8 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not -math.inf < value < math.inf:  # an int may be too large for math.isfinite
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if not low <= value <= high:
-            limits = [f"at least {low:g}"] * (low > -math.inf) + [f"at most {high:g}"] * (high < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {', '.join(limits)}")
+        if not low <= value <= high or value in (-math.inf, math.inf):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low:g} to {high:g}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's "invalid int value"
@@ -111,13 +102,10 @@ def add_data(parser: Parser) -> None:
     group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=told)
 
 
-def add_published(group: argparse._ActionsContainer) -> None:
+def add_published(group: argparse._ActionsContainer, head: bool = True) -> None:
     """What a published checkpoint does not tell."""
-    group.add_argument("--head", help="margin head of a published checkpoint (default: cosface)")
-    add_published_adapters(group)
-
-
-def add_published_adapters(group: argparse._ActionsContainer) -> None:
+    if head:
+        group.add_argument("--head", help="margin head of a published checkpoint (default: cosface)")
     told = "whether the weights of a published checkpoint with adapters contain them already; its authors' files do"
     group.add_argument("--published-adapters", choices=("merged", "apart"), help=told)
 

@@ -31,7 +31,7 @@ def draw_pairs(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def verify(embeddings: Tensor, labels: Tensor, count: int, seed: int) -> dict | None:
-    """ROC of the pairs: AUC and the true accept rates at FALSE_ACCEPT_RATES, all in %, and the curve.
+    """Area under the ROC curve of the pairs, and the true accept rates at FALSE_ACCEPT_RATES, all in %.
 
     embeddings (N, dim), labels (N,). None where there are no genuine or no impostor pairs; a rate is None where there
     are too few impostor pairs to tell it from 0.
@@ -52,4 +52,4 @@ def verify(embeddings: Tensor, labels: Tensor, count: int, seed: int) -> dict | 
         for rate in FALSE_ACCEPT_RATES
     }
     counts = {"genuine_pairs": len(genuine), "impostor_pairs": len(impostor)}
-    return {"auc": 100 * float(auc(far, tar)), **rates, **counts, "curve": (far, tar)}
+    return {"auc": 100 * float(auc(far, tar)), **rates, **counts}

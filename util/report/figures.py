@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from util.evaluation.metrics import MARGINS, METRICS
@@ -66,47 +65,16 @@ def comparison_figure(comparison: Comparison) -> Figure:
         for number, label in enumerate(comparison.labels):
             # The project's own methods stand out; markers tell apart what colours do not.
             colour = OWN_COLOURS.get(comparison.about["method"][label])
+            style = {"color": colour or colormaps["tab20"](number % 20), "linewidth": 3.0 if colour else 1.3}
+            style |= {"marker": MARKERS[number % len(MARKERS)], "zorder": 1 if colour else 2}
             shift = 0.3 * (number / max(1, len(comparison.labels) - 1) - 0.5)  # side by side, not on top of each other
-            panel.errorbar(
-                tasks + shift,
-                mean.loc[label],
-                yerr=std.loc[label],  # NaN, which is not drawn, where there is one run
-                label=label,
-                color=colour or colormaps["tab20"](number % 20),
-                linewidth=3.0 if colour else 1.3,
-                marker=MARKERS[number % len(MARKERS)],
-                capsize=3,
-                zorder=1 if colour else 2,
-            )
+            # A single run's deviation is NaN, which is not drawn.
+            panel.errorbar(tasks + shift, mean.loc[label], yerr=std.loc[label], label=label, capsize=3, **style)
         panel.set_xticks(tasks, [f"task {t['task']}\n{t['setting']}" for t in comparison.tasks])
         panel.set_ylabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
-        _stretch_towards_100(panel, mean.stack())
         panel.grid(alpha=0.3)
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=9)
     figure.suptitle(f"{comparison.title}, {MARGINS['']}")
-    return figure
-
-
-def _stretch_towards_100(axes: Axes, values: pd.Series) -> None:
-    """A logarithmic scale of the distance to 100 (102, to be exact): good methods differ by points, bad ones by tens."""
-    if values.max() < 90:
-        return
-    axes.set_yscale("function", functions=(lambda y: -np.log(np.maximum(102 - y, 1e-3)), lambda t: 102 - np.exp(-t)))
-    axes.set_yticks([tick for tick in (0, 20, 40, 60, 80, 90, 95, 98, 100) if tick > values.min() - 1])
-    axes.set_ylim(values.min() - 5, 100.5)
-
-
-def roc_figure(curves: dict[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
-    """True accept rate over false accept rate, a curve per group of classes: (false, true) rates in [0, 1]."""
-    figure = Figure(figsize=(6, 5), layout="constrained")
-    axes = figure.subplots()
-    for name, (far, tar) in curves.items():
-        axes.plot(far, tar, drawstyle="steps-post", label=name)
-    axes.set_xscale("symlog", linthresh=1e-4)
-    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel="false accept rate", ylabel="true accept rate")
-    axes.set_title("face verification on pairs of test images")
-    axes.legend(loc="lower right")
-    axes.grid(alpha=0.3)
     return figure
 
 

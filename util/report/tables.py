@@ -20,11 +20,7 @@ LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "-
 LATEX |= {f"Acc_{group}": f"Acc$_{group}$" for group in "rfom"}
 
 
-def percent(value: float | None) -> str:
-    return _text(value, "{:.2f}")
-
-
-def _text(value: float | None, form: str) -> str:
+def percent(value: float | None, form: str = "{:.2f}") -> str:
     return "–" if pd.isna(value) else form.format(value)
 
 
@@ -35,10 +31,7 @@ def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) -
     few_shot = first["train_images"]["forget"] == 4 * len(first["forget_classes"])
     table = papers["single_step" if len(tasks) == 1 else "continual_few_shot_4" if few_shot else "continual"]
     if dataset["name"] == "synthetic_faces" or dataset["classes"] != 100 or not {*settings} <= {*table["settings"]}:
-        raise UsageError(
-            f"the published tables are of CASIA-100 in the settings {', '.join(table['settings'])}, these runs of "
-            f"{dataset['name']} in {', '.join(settings)}: their numbers cannot be compared"
-        )
+        raise UsageError(f"the published tables are of CASIA-100 in {', '.join(table['settings'])}: they cannot be compared")
     ratios, rows = papers["tunable_ratio"], []
     for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
         about = {"label": label + PUBLISHED, "margin": "margin_"}
@@ -63,10 +56,9 @@ class Comparison:
         published: bool = False,
         sweep: str | None = None,
     ) -> None:
-        """`runs` are contents of results.json, `labels` by default their methods' titles.
+        """`runs` are contents of results.json; `failures` why further labels have none; `published` adds the papers' rows.
 
-        `failures`: further rows, without numbers, and why they have none. `published` adds the papers' rows. `sweep` says
-        what the labels are values of, if they are not methods.
+        `sweep` says what the labels are values of, if they are not methods.
         Raises UsageError if the runs are not of the same data and tasks, or not of the papers'.
         """
         labels = labels or [METHODS[run["method"]].title for run in runs]
@@ -76,10 +68,8 @@ class Comparison:
         for run, label in zip(runs, labels, strict=True):
             own = [task["setting"] for task in run["tasks"]]
             if run["dataset"] != self.dataset or own != self.settings[: len(own)]:
-                raise UsageError(
-                    f"{label} and the others are not of the same data and tasks: {run['dataset']['name']}, {' '.join(own)} "
-                    f"against {self.dataset['name']}, {' '.join(self.settings)}"
-                )
+                told = f"{run['dataset']['name']}, {' '.join(own)} against {self.dataset['name']}, {' '.join(self.settings)}"
+                raise UsageError(f"{label} and the others are not of the same data and tasks: {told}")
         self.failures, self.sweep = failures or {}, sweep
         self.labels = [*dict.fromkeys(labels)]
         seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
@@ -88,13 +78,10 @@ class Comparison:
         # Runs of one seed share their classes, and so the pre-trained model's accuracies.
         cell = ["margin", "setting", "metric"]
         pretrained = frame.drop_duplicates(["seed", *cell])[[*cell, "before"]].rename(columns={"before": "value"})
-        parts = [pretrained.assign(label=PRETRAINED), frame]
-        if published:
-            parts.append(published_frame(frame, self.dataset, self.tasks))
-        frame = pd.concat(parts)
-        self.about = frame.groupby("label").agg(
-            {"method": "first", "tunable_ratio": "first", "zero_ratio": "last", "seconds": "mean"}
-        )
+        papers = [published_frame(frame, self.dataset, self.tasks)] if published else []
+        frame = pd.concat([pretrained.assign(label=PRETRAINED), frame, *papers])
+        about = {"method": "first", "tunable_ratio": "first", "zero_ratio": "last", "seconds": "mean"}
+        self.about = frame.groupby("label").agg(about)
         values = frame.groupby(["label", *cell], sort=False)["value"]
         self.stats = values.agg(["mean", "std", "count"]).dropna(subset="mean")
         # Nothing is old in the first task, and seldom is a class missing.
@@ -130,10 +117,10 @@ class Comparison:
             table = table.mask(ranks == rank, table.map(form.format))
         table.columns = pd.MultiIndex.from_tuples((setting, METRICS[key].heading) for setting, key in self.columns)
         about = self.about.loc[table.index]
-        table.insert(0, ("", "Tunable"), [_text(ratio, "{:.2%}") for ratio in about["tunable_ratio"]])
+        table.insert(0, ("", "Tunable"), [percent(ratio, "{:.2%}") for ratio in about["tunable_ratio"]])
         if self.sweep:
-            table[("", "zero groups")] = [_text(ratio, "{:.0%}") for ratio in about["zero_ratio"]]
-        table[("", "s")] = [_text(seconds, "{:.0f}") for seconds in about["seconds"]]
+            table[("", "zero groups")] = [percent(ratio, "{:.0%}") for ratio in about["zero_ratio"]]
+        table[("", "s")] = [percent(seconds, "{:.0f}") for seconds in about["seconds"]]
         for label in self.failures:
             table.loc[label] = ["failed"] + ["–"] * (table.shape[1] - 1)
         table.insert(0, ("", self.sweep or "Method"), table.index)
@@ -176,7 +163,7 @@ class Comparison:
         last = [metric for setting, metric in self.columns if setting == self.settings[-1] and metric != "h_mean"]
         heads |= {(self.settings[-1], metric): METRICS[metric].heading for metric in last}
         table = self._texts(margin, deviation=False)[[*heads]].set_axis([*heads.values()], axis=1)
-        table["s"] = [_text(seconds, "{:.0f}") for seconds in self.about["seconds"].loc[table.index]]
+        table["s"] = [percent(seconds, "{:.0f}") for seconds in self.about["seconds"].loc[table.index]]
         width = max(width, *map(len, [*table.index, *self.failures]))
         table = table.rename(index=lambda label: label.ljust(width)).rename_axis(index=None, columns=self.sweep or "Method")
         failures = [f"{label.ljust(width)} failed: {why}" for label, why in self.failures.items()]

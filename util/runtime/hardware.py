@@ -96,7 +96,7 @@ class Hardware:
             torch.cuda.synchronize(self.device)
 
     def peak_memory_mb(self) -> float:
-        """Since `reset_peak_memory`: allocated on the GPU, or resident of the whole process."""
+        """Allocated on the GPU since `reset_peak_memory`, or resident of the whole process since it started."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -104,9 +104,6 @@ class Hardware:
     def reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # proc(5): resets VmHWM, the peak
 
 
 def choose_hardware(

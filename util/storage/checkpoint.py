@@ -173,14 +173,11 @@ def align_classes(
     known, name, found = checkpoint.model.architecture.num_classes, data[0].name, data[0].classes
     classes = checkpoint.classes or found
     gone = {classes[c] for c in {*forgotten}.union(*checkpoint.forgotten) if c < len(classes)}
-    missing = {*classes} - {*found}
-    if known != len(found) + len(missing & gone):
-        absent = sorted(missing - gone)
-        told = f"{absent[0]!r} is missing, and not forgotten by it" if absent else "use its training data"
-        raise UsageError(f"{path} knows {known} classes, the data set {name} has {len(found)}: {told}")
-    if strange := sorted({*found} - {*classes}):
-        ours = sorted(missing - gone)
-        raise UsageError(f"{path} was trained on other classes than {name}: {ours[0]!r} there, {strange[0]!r} here")
+    missing, strange = sorted({*classes} - {*found} - gone), sorted({*found} - {*classes})
+    if missing or strange or len(classes) != known:
+        first = [f"{names[0]!r} {where}" for names, where in ((missing, "there"), (strange, "here")) if names]
+        told = f"{path} knows {known} classes, the data set {name} has {len(found)}"
+        raise UsageError(f"{told}: not in both are {', '.join(first)}" if first else f"{told}: use its training data")
     before, now = checkpoint.info.get("class_digests", {}), data[0].contents
     if other := sorted(c for c in before.keys() & now.keys() if before[c] != now[c]):
         told = f"the images of {len(other)} of {known} classes are others than {path} was trained on, {other[0]!r} first"
