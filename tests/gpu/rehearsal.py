@@ -24,22 +24,11 @@ from util.training.engine import Trainer
 
 CPU, DEVICE = torch.device("cpu"), device.start()
 HARDWARE = Hardware(DEVICE, bf16=False, fused_attention=True, fused_optimizer=True)
-SHARED = (
-    "--images",
-    "device",
-    "--precision",
-    "fp32",
-    "--num-tasks",
-    2,
-    "--data-ratio",
-    1,
-    "--batch-size",
-    12,
-    "--epochs",
-    1,
-)
+PROTOCOL = ("--num-tasks", 2, "--data-ratio", 1, "--batch-size", 12, "--epochs", 1)
+SHARED = ("--images", "device", "--precision", "fp32", *PROTOCOL)
 # Of further paths through a method or the loop. SCRUB's first gradient is rounding alone, and Adam makes a whole step of it.
 OWN = {"der": ("--clip-grad", 1), "gs_lora": ("--sparsity-warmup-epochs", 0), "gs_lora_pp": ("--ema-start", 0)}
+OWN |= {"retrain": ("--passes", 2), "unseen": ("--passes", 1, "--visits", 1)}
 OWN |= dict.fromkeys(("scrub", "scrub_s"), ("--lr", 1e-5))
 
 
