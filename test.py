@@ -30,7 +30,7 @@ from util.runtime.files import load_tensors, read_json, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import CONFIG, claim, folder_of
 from util.training.deletion_record import load_record, settings_of
-from util.training.record_check import verify_record
+from util.training.record_check import signatures, verify_record
 
 SCRIPT = Path(__file__).name
 
@@ -41,8 +41,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.verify_record is not None:
         parser.use_defaults(settings_of(load_record(args.verify_record)))
         args = parser.parse_args(argv)
-        if args.checkpoint is not None and not args.checkpoint.is_file():
-            raise UsageError(f"no file {args.checkpoint}")
+        for file in filter(None, (args.checkpoint, args.allowed_signers)):
+            if not file.is_file():
+                raise UsageError(f"no file {file}")
     elif args.checkpoint is None:
         raise UsageError("name the model with --checkpoint FILE, or a record with --verify-record FILE")
     return args
@@ -53,6 +54,8 @@ def build_parser() -> options.Parser:
     where = "ours or published layout; with --verify-record: where the pre-trained one lies now"
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=where)
     parser.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
+    signers = "OpenSSH's file of who may sign: whatever of a record and its audit they have not signed fails"
+    parser.add_argument("--allowed-signers", type=Path, metavar="FILE", help=signers)
     parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="to add, in the order of tasks")
     parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
     options.add_published(parser)
@@ -74,6 +77,7 @@ def confirm(args: argparse.Namespace) -> None:
     data = build_datasets(args, record["images"]["size"], hardware.device)
     said = {True: "confirmed", False: "NOT SO", None: "not checked"}
     checks = verify_record(args.verify_record, record, data, hardware, args.checkpoint)
+    checks += signatures(args.verify_record, args.allowed_signers)
     table = pd.DataFrame([(what, said[so], found) for what, so, found in checks], columns=["Record", "", "Found"])
     print(table.to_markdown(index=False, disable_numparse=True))
     failed, unknown = ([what for what, so, _ in checks if so is value] for value in (False, None))

@@ -18,21 +18,23 @@ from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, recipe_of, reference_job
+from util.audit import FIGURES
 from util.audit.audit import Audit, audit, check_originals, check_references, check_unseen
 from util.audit.pictures import pictures
 from util.audit.subject import Scene
 from util.cli import options
-from util.cli.config import describe_command
+from util.cli.config import code_and_packages, describe_command
 from util.report.audit_page import audit_page
 from util.report.audit_tables import audit_markdown
 from util.report.results import load_results
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
-from util.storage.folders import CONFIG, RunFolder, claim, folder_of
+from util.storage.folders import CONFIG, RunFolder, claim, folder_of, utc_now
 from util.training.monitor import log_scalars, open_writer
 
 SCHEMA = 2
+ENOUGH_REFERENCES = 5  # an audit beside fewer is a first look
 FURTHER_OPTIONS = ("unseen", "images", "before", "head", "published_adapters")  # that data depend on, besides DATA_OPTIONS
 
 
@@ -190,17 +192,22 @@ class Trail:
             found, never, known = self.audit(case)
             for group, entries in zip(others.values(), (never, known), strict=True):
                 group |= {entry["sha256"]: entry for entry in entries}
-            about = {"task": case.task, "after_task": case.after_task, "after_sha256": sha256(case.after)}
+            about = {"task": case.task, "after_task": case.after_task}
+            about |= {"after_file": str(case.after.resolve()), "after_sha256": sha256(case.after)}
             if self.run and (record := self.run.task_file("deletions", case.after_task)).exists():
-                about["record_sha256"] = sha256(record)
+                about |= {"record_file": str(record.resolve()), "record_sha256": sha256(record)}
             about["references"] = [entry["sha256"] for entry in never]
             requests.append(about | found.as_dict())
             drawn.append(None if self.args.quick else pictures(found))
         content = {
             "schema": SCHEMA,
+            "date": utc_now(),
+            **code_and_packages(),
+            "first_look": self._missing(min(len(request["references"]) for request in requests)),
             "data": self.data[0].name,
             "method": self.label if self.run else None,
             "recipe": self.recipe,
+            "restoring": [kind for kind in ("adapters", "deposits") if self.run and any(self.run.path.glob(f"{kind}/*"))],
             **{name: [*group.values()] for name, group in others.items()},
             "requests": requests,
             "arguments": options.plain_arguments(self.args) | dict.fromkeys(("runs", "references", "originals")),
@@ -211,6 +218,12 @@ class Trail:
         if self.run:
             self._log(requests)
         return content
+
+    def _missing(self, references: int) -> list[str]:
+        """What makes the audit a first look."""
+        without = [name for name in FIGURES if name not in self.args.figures]
+        few = [f"{references} models that never saw them instead of {ENOUGH_REFERENCES}"] * (references < ENOUGH_REFERENCES)
+        return few + ([f"without {', '.join(without)}"] if without else [])
 
     def _log(self, requests: list[dict]) -> None:
         with open_writer(self.run.path) as writer:

@@ -6,10 +6,8 @@ of their width, so that they stretch while their text does not; curves and maps 
 
 import base64
 import io
-from collections import Counter
 from collections.abc import Callable, Iterable
-from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import fmean
 
 import numpy as np
@@ -17,36 +15,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from util.audit.statistics import AS_IF_NEVER_SEEN, CANNOT_TELL, CLOSE, OVER_FORGOTTEN, POWER, STILL_KNOWN
+from util.audit.base import FAMILIES
+from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, STILL_KNOWN, WITHIN
 from util.audit.titles import title_of
-from util.report.audit_tables import never_seen_utility
+from util.audit.verdict import BORROWED, ENOUGH
+from util.report.audit_tables import OFF, never_seen_utility, summary
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
-VERDICTS = {  # a CSS class, a sign beside the colour, and the meaning
-    STILL_KNOWN: ("known", "▲", "the model still shows that it was trained with them"),
-    OVER_FORGOTTEN: ("over", "▼", "forgotten more than never seen, which itself marks them as deleted"),
-    AS_IF_NEVER_SEEN: ("unseen", "●", "not distinguished by these figures on these data"),
-    CANNOT_TELL: ("unsure", "?", "these data do not suffice to say"),
-}
-NO_POWER = "Cannot tell on these data, since models that know them and models that never saw them come out alike"
-SPREAD = "Cannot tell, since models that never saw them differ among themselves as much"
-GROUPS = {  # what keys begin with
-    ("acc_forget", "sign_flip", "readout"): "Asked directly",
-    ("enrolment", "tpir"): "Enrolled again",
-    ("verification", "collapse"): "Two photos compared",
-    ("probe",): "Read from the inside",
-    ("membership",): "Was it in the training set?",
-    ("relearn",): "Trained again",
-    ("cka",): "Where the faces lie",
-}
 MODELS = {"before": "the pre-trained model", "after": "this model", "never seen": "a model that never saw them"}
+AXIS = -0.5, 1.5  # of strips, in ρ
+SHOWN = 1  # least power of a figure with a strip: below, ρ is noise
 WIDTH, HEIGHT = 276, 180  # of the area of a curve
-MAP, MARGIN = 240, 10
+MAP, BORDER = 240, 10
 MARKS = {  # a path around the place that is marked; "small" is for originals beside the pre-trained model
     "never": "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0z",
     "after": "m-3-8h6v16h-6z",
     "before": "m0-6l6 6-6 6-6-6z",
     "small": "m0-4l4 4-4 4-4-4z",
+    "below": "m-7 0l9-5v10z",  # beyond the ends of the axis
+    "above": "m7 0l-9-5v10z",
 }
 SHAPES = {"kept": "h0", "never seen": "m-2.5-2.5l5 5m0-5l-5 5", "forgotten": "m0-3.5l3.5 3.5-3.5 3.5-3.5-3.5z"}  # last: top
 LEAST_FAR = 1e-3
@@ -68,10 +55,11 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
     )
     environment.filters["number"] = _number
     environment.filters["name"] = lambda name: Markup("_<wbr>").join(name.split("_"))
-    environment.filters["never_seen"] = never_seen_utility
+    environment.filters |= {"never_seen": never_seen_utility, "summary": summary}
+    environment.filters["file"] = lambda path: "/".join(PurePath(path).parts[-3:])
     requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
-    words = {"verdicts": VERDICTS, "models": MODELS, "close": CLOSE, "power": POWER}
-    drawn = {"marks": MARKS, "shapes": SHAPES, "width": WIDTH, "height": HEIGHT, "map_size": MAP}
+    words = {"models": MODELS, "margin": MARGIN, "within": WITHIN, "power": POWER, "enough": ENOUGH, "off": OFF}
+    drawn = {"marks": MARKS, "place": _place, "shapes": SHAPES, "width": WIDTH, "height": HEIGHT, "map_size": MAP}
     return environment.get_template(TEMPLATE.name).render(words | drawn, title=title, audit=audit, requests=requests)
 
 
@@ -82,17 +70,10 @@ def _number(value: float | None, digits: int = 1) -> str:
 def _request(request: dict, pictures: dict | None) -> dict:
     """A request with all that is drawn of it."""
     strips = [_strip(key, entry) for key, entry in request["figures"].items()]
-    tally = Counter(strip["verdict"] for strip in strips)
-    remarks = {NO_POWER: [], SPREAD: []}
-    for strip in strips:
-        if strip["verdict"] == CANNOT_TELL:
-            remarks[NO_POWER if strip["power"] < POWER else SPREAD].append(strip["title"])
-        elif strip["value"] is None:
-            remarks.setdefault(f"Not measured ({strip['reason']})", []).append(strip["title"])
+    groups = {family: [s for s in strips if s["verdict"] and s["family"] == family] for family in FAMILIES}
     view = {
-        "groups": [(heading, [*group]) for heading, group in groupby(strips, lambda strip: _heading(strip["key"]))],
-        "tally": [(verdict, tally[verdict]) for verdict in VERDICTS if tally[verdict]],
-        "remarks": remarks,
+        "strips": strips,
+        "groups": groups,
         "panels": [*_panels(request["curves"])],
         "maps": {},
         "faces": [],
@@ -105,18 +86,28 @@ def _request(request: dict, pictures: dict | None) -> dict:
     return request | view
 
 
-def _heading(key: str) -> str:
-    return next((heading for beginnings, heading in GROUPS.items() if key.startswith(beginnings)), "Further figures")
+def _place(rho: float) -> float:
+    """Where a ρ is on the axis of strips, in percent."""
+    low, high = AXIS
+    return 100 * (min(max(rho, low), high) - low) / (high - low)
 
 
 def _strip(key: str, entry: dict) -> dict:
-    """An entry of `figures` with its title, what to multiply by for percent, and the band, from low to high in percent."""
-    scale = 100 if key == "cka" else 1
-    strip = entry | {"key": key, "title": title_of(key), "scale": scale, "digits": 2 if key == "cka" else 1, "band": None}
-    if entry["delta"] is not None:
-        never = fmean(entry["references"])
-        reach = CLOSE * abs(entry["known"] - never)
-        strip["band"] = max(never - reach, 0), min(never + reach, 100)
+    """An entry of `figures` with its title; whether it counts for the verdict, and is significantly `off`; `why` it is
+    inconclusive; and by CSS class what is `drawn` on its axis: (place in percent, value)."""
+    known, never = entry["verdict"] == STILL_KNOWN, fmean(entry["references"] or [0])
+    strip = entry | {"key": key, "title": title_of(key), "digits": 2 if key == "cka" else 1, "drawn": {}, "why": ""}
+    strip["counts"] = known or key not in BORROWED
+    strip["off"] = strip["counts"] and entry["verdict"] == WITHIN and entry["significant"]
+    if entry["verdict"] == INCONCLUSIVE:
+        wide = "no sign of knowing" if entry["significant"] else "never-seen models differ as much"
+        strip["why"] = f"power {_number(entry['power'])}, too low" if entry["power"] < POWER else wide
+    if entry["verdict"] and entry["power"] >= SHOWN:
+        originals = [] if key in BORROWED else entry["originals"]  # which show nothing of such a figure
+        values = {"small": originals[1:], "before": originals[:1], "after": [entry["value"]], "never": entry["references"]}
+        values["interval"] = sorted(entry["interval"], reverse=entry["known"] < never)
+        places = {css: [_place((value - never) / (entry["known"] - never)) for value in values[css]] for css in values}
+        strip["drawn"] = {css: [*zip(places[css], values[css], strict=True)] for css in values}
     return strip
 
 
@@ -177,7 +168,7 @@ def _scatter(groups: dict[str, np.ndarray]) -> dict[str, str]:
     """A path for each group of points, a mark per point: the same scale both ways."""
     every = np.concatenate([*groups.values()])
     low, high = every.min(axis=0), every.max(axis=0)
-    scale = (MAP - 2 * MARGIN) / ((high - low).max() or 1)  # a model may have but one embedding
+    scale = (MAP - 2 * BORDER) / ((high - low).max() or 1)  # a model may have but one embedding
     paths = {}
     for group in (group for group in SHAPES if group in groups):
         places = MAP / 2 + scale * (groups[group] - (low + high) / 2)

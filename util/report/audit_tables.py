@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
+from util.audit.statistics import INCONCLUSIVE, MARGIN, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.titles import title_of
 from util.audit.verdict import AS_IF_NEVER_SEEN, NOT_ENOUGH, VERDICTS, calibration
 from util.report.tables import PRETRAINED, percent
@@ -133,8 +133,11 @@ def sign_of(entry: dict) -> str:
 def summary(request: dict) -> str:
     """What the verdict rests on, in a sentence without its full stop."""
     families = "; ".join(f"{name}: {verdict}" for name, verdict in request["families"].items())
-    told = f"{tally(request)} figures with power are {WITHIN} to what was known. {families}"
-    if (undecided := request["undecided"]) and request["verdict"] in (AS_IF_NEVER_SEEN, NOT_ENOUGH):
+    counts, undecided = request["tally"], request["undecided"]
+    told = f"{WITHIN.capitalize()} from never seen to known: {counts['within']} of {counts['with_power']} figures with power"
+    told += f", {off} of these significantly off{OFF}" if (off := counts["significantly_off"]) else ""
+    told += f". By family: {families or 'no figure judged'}"
+    if undecided and undecided["rho"] > MARGIN and request["verdict"] in (AS_IF_NEVER_SEEN, NOT_ENOUGH):
         told += f". Worst undecided: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
     return told
 
@@ -152,6 +155,7 @@ def _counted(found: Counter) -> str:
 def audit_markdown(content: dict) -> str:
     """Every figure of every request, as tables."""
     parts = [f"# Audit of {content['method'] or 'a checkpoint'} on {content['data']}"]
+    parts += [f"**First look**: {'; '.join(content['first_look'])}."] if content["first_look"] else []
     for request in content["requests"]:
         about = f"{count_of(request)}, {request['images']} test faces: **{request['verdict']}**"
         parts.append(f"## Request {request['task']}, after task {request['after_task']}: {about}")

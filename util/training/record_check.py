@@ -1,6 +1,8 @@
 """Is what a record of deletion says true? Recomputed from the files that it names; an audit's files are compared by hash."""
 
 import glob
+import re
+import subprocess
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import cache
@@ -21,6 +23,7 @@ from util.storage.hashes import image_hashes, joint_hash, weights_sha256
 
 Check = tuple[str, bool | None, str]  # what, whether it is so (None: cannot be told), details
 NAMES_SHOWN = 5
+NAMESPACE = "file"  # of signatures, as ssh-keygen's manual names it for files
 
 
 def verify_record(
@@ -34,6 +37,31 @@ def verify_record(
     with readable(path, "damaged record"):
         files = _Files(path, record, pretrained or Path(record["arguments"]["checkpoint"]))
         return [*files.compared(), *_measured(files, data, hardware), *files.audits()]
+
+
+def signatures(path: Path, signers: Path | None) -> Iterator[Check]:
+    """Of the record at `path` and the audit beside it, if they are signed; with OpenSSH's allowed `signers` both must be."""
+    for file in filter(Path.exists, (path, path.resolve().parent.parent / "audit" / "audit.json")):
+        if (signature := file.with_name(f"{file.name}.sig")).exists():
+            yield f"signature of {file.name}", *_signed(file, signature, signers)
+        elif signers:
+            yield f"signature of {file.name}", False, f"no file {signature}"
+
+
+def _signed(file: Path, signature: Path, signers: Path | None) -> tuple[bool | None, str]:
+    def ssh_keygen(*words: str | Path) -> subprocess.CompletedProcess:
+        return subprocess.run(["ssh-keygen", "-Y", *words, "-s", signature], input=file.read_bytes(), capture_output=True)
+
+    try:
+        if signers is None:
+            done = ssh_keygen("check-novalidate", "-n", NAMESPACE)
+        elif not (done := ssh_keygen("find-principals", "-f", signers)).returncode:
+            who = re.split("[,\n]", done.stdout.decode())[0]  # of several names of the key, the first
+            done = ssh_keygen("verify", "-f", signers, "-I", who, "-n", NAMESPACE)
+    except FileNotFoundError:
+        return None, "no ssh-keygen here: install OpenSSH"
+    told = done.stderr if done.returncode else done.stdout
+    return not done.returncode, told.decode().strip().partition("\n")[0]
 
 
 class _Files:

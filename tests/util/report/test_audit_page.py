@@ -7,21 +7,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.report.audit_page import MODELS, VERDICTS, audit_page
+from util.audit import FIGURES
+from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
+from util.audit.verdict import VERDICTS, judge
+from util.report.audit_page import MODELS, audit_page
 
 NASTY = '<b>&"x'
-KEYS = "acc_forget sign_flip readout enrolment_1 enrolment_5 tpir_1pct verification_auc verification_tar_1pct "
+KEYS = "acc_forget sign_flip enrolment_1 enrolment_5 tpir_1pct verification_auc verification_tar_1pct "
 KEYS += "verification_tar_01pct collapse_1pct probe_embedding probe_block_0 probe_block_1 membership_images "
 KEYS += "membership_person relearn_1 relearn_5 relearn_kept_only cka"
+FAMILY = {key: figure.family for figure in FIGURES.values() for key in figure.titles}
 UNMEASURED = {"tpir_1pct": "needs --unseen", "membership_person": f"needs {NASTY}"}
 ONE_PHOTO = "recognized after one enrolment photo"
 NEVER, KNOWING = [22.0, 24.0, 23.5], [96.4, 95.0]
+ALL = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
 
 
-def figure(verdict: str, **other) -> dict:
-    numbers = {"known": 95.7, "delta": 71.9, "z": 30.1, "rho": 0.98, "power": 61.0}
-    entry = {"value": 95.1, "interval": [91.0, 98.0], "references": NEVER, "originals": KNOWING}
-    return {**entry, **numbers, "verdict": verdict, **other}
+def figure(verdict: str, key: str = "enrolment_1", **other) -> dict:
+    numbers = {"known": 95.7, "delta": 71.9, "z": 30.1, "rho": 0.98, "power": 61.0, "significant": verdict != INCONCLUSIVE}
+    entry = {"family": FAMILY.get(key, "verification"), "value": 95.1, "interval": [91.0, 98.0]}
+    return {**entry, "references": NEVER, "originals": KNOWING, **numbers, "verdict": verdict, **other}
 
 
 def curves() -> dict:
@@ -32,15 +37,17 @@ def curves() -> dict:
 
 
 def request(**other) -> dict:
-    verdicts = [*VERDICTS]
-    figures = {key: figure(verdicts[number % len(verdicts)]) for number, key in enumerate(KEYS.split())}
+    figures = {key: figure(ALL[number % len(ALL)], key) for number, key in enumerate(KEYS.split())}
     nothing = dict.fromkeys(figures["cka"]) | {"references": [], "originals": []}
-    figures |= {key: {**nothing, "reason": reason} for key, reason in UNMEASURED.items()}
+    figures |= {key: {**nothing, "family": FAMILY[key], "reason": reason} for key, reason in UNMEASURED.items()}
     figures["enrolment_1"] = figure("still known")
     where = {"value": 0.61, "references": [0.6, 0.62], "originals": [0.4], "reason": "a picture of where, no verdict"}
-    figures["cka"] = nothing | where
+    figures["cka"] = nothing | where | {"family": ""}
+    figures |= other.pop("figures", {})
     useful = {"acc_remain": 97.7, "verification_auc_remain": None, "old_templates_tar_1pct": 98.25}
-    about = {"task": 1, "after_task": 1, "forget": [NASTY, "ann"], "images": 12, "verdict": "still known"}
+    about = {"task": 1, "after_task": 1, "forget": [NASTY, "ann"], "images": 12, **judge(figures)}
+    about |= {"after_file": f"/runs/{NASTY}/checkpoints/task_1.pth", "after_sha256": "fedc9876"}
+    about |= {"record_file": "/runs/one/deletions/task_1.json", "record_sha256": "4567cdef"}
     about["utility"] = useful | {"before": useful, "references": [{"acc_remain": 96.5, "verification_auc_remain": None}]}
     return {**about, "figures": figures, "curves": curves(), **other}
 
@@ -54,10 +61,17 @@ def pictures() -> dict:
     return {"map": {model: dict(groups) for model in MODELS}, "neighbours": neighbours}
 
 
-def page(*requests: dict, drawn: dict | None = None, method: str | None = "GS-LoRA") -> str:
+def page(*requests: dict, drawn: dict | None = None, **other) -> str:
     model = {"seed": 1, "sha256": "0123abcd", "acc_remain": 97.9, "without": []}
-    audit = {"schema": 1, "data": NASTY, "recipe": {"epochs": 150}, "method": method, "originals": [model] * 2}
+    audit = {"schema": 2, "data": NASTY, "recipe": {"epochs": 150}, "method": "GS-LoRA", "originals": [model] * 2}
+    audit |= {
+        "date": "2026-11-29T20:44:34+00:00",
+        "git_commit": "c0ffee+",
+        "python": "3.11.7",
+        "packages": {"torch": "2.13.0"},
+    }
     audit |= {"references": [{**model, "without": ["ann", NASTY]}] * 3, "requests": [*requests]}
+    audit |= {"first_look": [], "restoring": [], **other}
     return audit_page(audit, [drawn] * len(requests), f"Audit of {NASTY}")
 
 
@@ -115,54 +129,143 @@ def test_links_lead_somewhere():
 def test_what_comes_from_the_data_is_escaped():
     html = page(request(), drawn=pictures())
     assert NASTY not in html
-    assert Reader(html).text.count(NASTY) == 9  # title and heading, data, forgotten, reason thrice, without, face
+    assert Reader(html).text.count(NASTY) == 9  # title and heading, data, file, forgotten, reason twice, without, face
 
 
 def test_every_figure_and_verdict_is_there():
     text = Reader(page(request())).text
     assert {*KEYS.split()} <= {*text.split()}
-    for word, (_, sign, meaning) in VERDICTS.items():
-        assert f"{sign} {word}" in text
-        assert meaning in text.lower()
-    assert "“as if never seen” means: not distinguished by these figures on these data." in text
+    for sign, words in (
+        ("▲", [STILL_KNOWN]),
+        ("▼", [OVER_FORGOTTEN]),
+        ("●", [WITHIN, VERDICTS[2]]),
+        ("?", [INCONCLUSIVE, VERDICTS[3]]),
+    ):
+        assert all(f"{sign} {word}" in text for word in words)
+    assert "“still known” means: the model still shows that it was trained with the person." in text
+    assert "cannot tell" not in text.lower()
+
+
+def test_what_a_certificate_names():
+    text = Reader(page(request())).text
+    assert text.count("evidence, not legal proof") == 1
+    examined = text[text.index("What was examined") :]
+    assert "Date 2026-11-29T20:44:34+00:00 " in examined
+    assert f"Model {NASTY}/checkpoints/task_1.pth SHA-256 fedc9876 " in examined
+    assert "Record of deletion one/deletions/task_1.json SHA-256 4567cdef " in examined
+    assert "Code commit c0ffee+ ; Python 3.11.7, torch 2.13.0" in examined
+    assert "First look" not in text
+    bare = request()
+    del bare["record_file"], bare["record_sha256"]
+    assert "Record of deletion" not in Reader(page(bare, method=None, git_commit=None)).text
+
+
+def test_a_first_look_says_what_is_missing():
+    text = Reader(page(request(), first_look=["3 references instead of 5", "without cka"])).text
+    assert "First look , not a whole audit: 3 references instead of 5; without cka." in text
 
 
 def test_the_sentence_of_a_request():
-    sentence = "A model that never saw them recognizes 23% of their photos after one enrolment, the pre-trained model 96%; "
     text = Reader(page(request())).text
-    assert f"2 people were to be forgotten. {sentence}this one recognizes 95%: ▲ still known ." in text
-    sentence += "this one recognizes 25%: as if never seen. All figures together: ▲ still known"
-    figures = request()["figures"] | {"enrolment_1": figure("as if never seen", value=25.0)}
-    assert f"1 person was to be forgotten. {sentence}" in Reader(page(request(forget=["ann"], figures=figures))).text
-    del figures["enrolment_1"]
-    text = Reader(page(request(figures=figures))).text
-    assert "2 people were to be forgotten. All figures together: ▲ still known" in text
+    sentence = (
+        "Enrol one photo of a person, and this model recognizes 95% of the person's other photos; models that never saw "
+    )
+    sentence += "the person recognize 23%, the pre-trained model 96%. "
+    assert f"The request : ▲ still known 2 people were to be forgotten. {sentence}" in text
+    assert (
+        "Within 20% of the way from never seen to known: 3 of 14 figures with power, 3 of these significantly off*. " in text
+    )
+    assert "By family: re-identification: still known; verification: still known; " in text
+    one = request(forget=["ann"])
+    del one["figures"]["enrolment_1"]
+    text = Reader(page(one)).text
+    assert "1 person was to be forgotten. Within 20%" in text and "1 people" not in text
 
 
-def test_what_cannot_be_said_is_said():
-    figures = {"collapse_1pct": figure("cannot tell", power=0.4), "readout": figure("cannot tell", power=9.0)}
-    text = Reader(page(request(figures=request()["figures"] | figures))).text
-    for reason in UNMEASURED.values():
-        assert f"Not measured ({reason}): " in text
-        assert f"not measured: {reason}" in text
-    assert "come out alike: mistaken for somebody else, at a false match rate of 1%." in text
-    assert "differ among themselves as much: recognized by the better of the two" in text
+def test_too_little_evidence_names_the_worst_undecided_figure():
+    worst = {"verdict": "not enough evidence", "undecided": {"figure": "enrolment_1", "rho": 0.77}}
+    text = Reader(page(request(**worst))).text
+    assert f"Worst undecided: {ONE_PHOTO}, 77% of the way back." in text
+    assert "“not enough evidence” means: no figure shows the person, and fewer than 3 families" in text
 
 
-def test_a_strip_has_a_mark_for_each_model():
-    strip = strip_of(page(request()), ONE_PHOTO)
-    found = re.findall(r'<svg x="([\d.]+)%"[^>]*><title>[^<]*</title>\s*<path class="(\w+)"', strip)
-    places = {css: [float(x) for x, other in found if other == css] for _, css in found}
-    assert places == {"before": KNOWING[::-1], "after": [95.1], "never": NEVER}  # the pre-trained model on top of the others
-    assert 'x1="91.0%" x2="98.0%"' in strip
-    # A fifth of the way to what is known, 95.7, is 14.51 points, from a mean of 23.17.
-    assert 'class="band" x="8.66%" width="29.01%"' in strip
-    assert '<svg x="61.0%"' in strip_of(page(request()), r"likeness to models that never saw them \(CKA\)")
+def test_what_a_figure_cannot_show_is_said():
+    figures = {"collapse_1pct": figure(INCONCLUSIVE, power=0.4), "enrolment_5": figure(INCONCLUSIVE, power=9.0)}
+    figures |= {"sign_flip": figure(WITHIN), "relearn_1": figure(INCONCLUSIVE, significant=True)}
+    html = page(request(figures=figures))
+    assert "? inconclusive power 0.4, too low" in row_of(html, "mistaken for somebody else")
+    assert "? inconclusive never-seen models differ as much" in row_of(html, "recognized after five")
+    assert "? inconclusive no sign of knowing" in row_of(html, "again after training on one photo")
+    assert "● within 20% of the way not counted" in row_of(html, "by the smallest")
+    unmeasured = "identified where 1 in 100 strangers would be (TPIR at FPIR 1%): needs --unseen"
+    assert unmeasured in Reader(html).text and "<summary>Not measured: 2</summary>" in html
 
 
-def test_the_band_stays_on_the_axis():
-    figures = {"enrolment_1": figure("as if never seen", references=[1.0, 2.0, 3.0], rho=0.0, delta=0.0, known=97.0)}
-    assert 'class="band" x="0%" width="21.0%"' in strip_of(page(request(figures=figures)), ONE_PHOTO)
+def test_figures_within_the_margin_and_yet_off_are_marked_and_explained():
+    explained = "* Within the margin, and yet farther from models that never saw the person than chance explains"
+    for significant in (True, False):
+        keys = (key for key, family in FAMILY.items() if family and key not in UNMEASURED)
+        figures = {key: figure(WITHIN, key, significant=significant) for key in keys}
+        figures |= {f"probe_block_{block}": figure(WITHIN, significant=significant) for block in range(2)}
+        html = page(request(figures=figures))
+        assert (explained in Reader(html).text) == significant
+        row = row_of(html, ONE_PHOTO)
+        assert ("● within 20% of the way* significantly off" in row) == significant == ("*" in row)
+        assert "*" not in row_of(html, "by the smallest")  # not counted
+
+
+def test_a_figure_added_last_stands_in_its_family():
+    html = page(request(figures={"nearest": figure(STILL_KNOWN)}))
+    assert html.index("Is the person recognized?") < html.index("nearest") < html.index("Are two photos of the person")
+
+
+def row_of(html: str, title: str) -> str:
+    """The words of a figure's row."""
+    return Reader(next(row for row in re.findall(r"<li>.*?</li>", html, re.DOTALL) if title in row)).text
+
+
+def test_a_strip_has_a_mark_for_each_model_on_the_verdicts_axis():
+    html = page(request())
+    strip = strip_of(html, ONE_PHOTO)
+    found = re.findall(r'<svg x="([\d.]+)%"[^>]*><title>([\d.]+)</title>\s*<path class="(\w+)"', strip)
+    places = {css: {float(value): float(x) for x, value, other in found if other == css} for *_, css in found}
+    never = sum(NEVER) / 3
+
+    def on_axis(value: float) -> float:  # from −0.5 to 1.5
+        return pytest.approx(100 * ((value - never) / (95.7 - never) + 0.5) / 2, abs=0.01)
+
+    groups = {"before": KNOWING[::-1], "after": [95.1], "never": NEVER}  # the pre-trained model on top of the others
+    assert places == {css: {value: on_axis(value) for value in values} for css, values in groups.items()}
+    low, high = map(float, re.search(r'class="interval" x1="([\d.]+)%" x2="([\d.]+)%"', strip).groups())
+    assert (low, high) == (on_axis(91.0), on_axis(98.0))
+    assert 'class="band" x="15.0%" width="20.0%"' in strip
+    assert "95.1 (91.0–98.0) never seen 23.2, before 95.7" in row_of(html, ONE_PHOTO)
+
+
+def test_what_lies_beyond_the_axis_is_marked_at_its_end():
+    # From 22, never seen, to 62, before: the axis ends at 2 and at 82.
+    entry = figure(STILL_KNOWN, known=62.0, references=[22.0] * 3, value=83.0, interval=[1.0, 90.0])
+    strip = strip_of(page(request(figures={"enrolment_1": entry})), ONE_PHOTO)
+    assert re.search(r'<svg x="100.0%"[^>]*><title>83.0</title>\s*<path class="after"\s*d="M0 0m7 0l-9-5v10z"', strip)
+    assert re.search(r'<svg x="0.0%"[^>]*><title>1.0</title>\s*<path class="end"\s*d="M0 0m-7 0l9-5v10z"', strip)
+    assert 'x1="0.0%" x2="100.0%"' in strip
+
+
+def test_a_figure_that_falls_runs_the_other_way():
+    entry = figure(WITHIN, references=[40.0, 40.0, 40.0], known=10.0, originals=[10.0], value=40.0, interval=[34.0, 46.0])
+    strip = strip_of(page(request(figures={"enrolment_1": entry})), ONE_PHOTO)
+    assert 'class="interval" x1="15.0%" x2="35.0%"' in strip
+    assert re.search(r'<svg x="75.0%"[^>]*><title>10.0</title>', strip)
+
+
+def test_figures_without_a_gap_show_numbers_only():
+    for gap in ({"rho": None, "known": sum(NEVER) / 3, "power": 0.0}, {"power": 0.9}):
+        html = page(request(figures={"enrolment_1": figure(INCONCLUSIVE, **gap)}))
+        assert "no axis: never seen and before are too close 95.1 (91.0–98.0)" in row_of(html, ONE_PHOTO)
+    originals = re.findall(
+        'class="before"', strip_of(page(request(figures={"sign_flip": figure(WITHIN)})), "over its own rows")
+    )
+    assert not originals  # which show nothing of it
 
 
 def test_curves_that_there_are_none_of_are_left_out():
@@ -198,10 +301,16 @@ def test_a_model_with_one_embedding_has_a_map():
     assert page(request(), drawn=drawn).count("M120.0 120.0") == 9
 
 
-def test_runs_warn_of_their_files():
-    warning = "still hold the forgotten people"
-    assert warning in Reader(page(request())).text
-    assert warning not in Reader(page(request(), method=None)).text
+@pytest.mark.parametrize(
+    ("folders", "warning"),
+    [
+        (["adapters"], "folder adapters can bring the forgotten people back. Delete it, or guard it"),
+        (["adapters", "deposits"], "folders adapters, deposits can bring the forgotten people back. Delete them,"),
+    ],
+)
+def test_runs_warn_of_files_that_bring_people_back(folders, warning):
+    assert warning in Reader(page(request(), restoring=folders)).text
+    assert "bring the forgotten" not in Reader(page(request())).text
 
 
 def test_bottom_of_the_page():

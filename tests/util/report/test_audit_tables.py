@@ -3,19 +3,26 @@
 import pytest
 
 from methods import METHODS
-from util.audit.statistics import VERDICTS
-from util.report.audit_tables import audit_markdown, comparison_markdown, overview
+from util.audit import FIGURES
+from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
+from util.audit.verdict import NOT_ENOUGH, VERDICTS, judge
+from util.report.audit_tables import audit_markdown, comparison_markdown, overview, summary
 
+FAMILY = {key: figure.family for figure in FIGURES.values() for key in figure.titles}
 NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
 
 
 def figure(value: float | None = 50.0, references=(10.0, 20.0, 40.0), **more) -> dict:
     nothing = dict.fromkeys(("interval", "known", "delta", "z", "rho", "power", "verdict"))
+    nothing |= {"significant": False, "family": "verification"}
     return {**nothing, "value": value, "references": [*references], "originals": [99.0, 90.0], **more}
 
 
-def request(task: int = 1, after_task: int = 1, verdict: str = "still known", **figures) -> dict:
-    about = {"task": task, "after_task": after_task, "forget": ["ann", "bob"], "images": 8, "verdict": verdict}
+def request(task: int = 1, after_task: int = 1, verdict: str = "", **figures) -> dict:
+    for key, entry in figures.items():
+        entry["family"] = FAMILY.get(key, "verification")
+    about = {"task": task, "after_task": after_task, "forget": ["ann", "bob"], "images": 8, "references": []}
+    about |= judge(figures) | ({"verdict": verdict} if verdict else {})
     useful = {"acc_remain": 90.0, "verification_auc_remain": 80.0, "old_templates_tar_1pct": 70.0}
     never = [{"acc_remain": acc, "verification_auc_remain": 80.0} for acc in (92.0, 94.0)]
     others = {"before": useful | {"acc_remain": 95.0}, "references": never}
@@ -24,16 +31,17 @@ def request(task: int = 1, after_task: int = 1, verdict: str = "still known", **
 
 def audited(label: str, *requests: dict, h_mean: float | None = 80.0) -> tuple[str, dict | None, dict]:
     """What `overview` takes of one model; with no `h_mean` as of a bare checkpoint."""
-    requests = requests or (request(**{name: figure() for name in NAMES}),)
+    requests = requests or (request(verdict="still known", **{name: figure() for name in NAMES}),)
     tasks = [{"task": r["after_task"], "after": {"h_mean": h_mean}} for r in requests]
-    content = {"method": label, "data": "faces", "requests": [*requests]}
+    content = {"method": label, "data": "faces", "first_look": [], "requests": [*requests]}
     return label, None if h_mean is None else {"tasks": tasks}, content
 
 
 def table(lines: list[str]) -> dict[str, list[str]]:
-    """By label, the cells of an overview's only table: H, four figures, how many are as if never seen, and the verdict."""
+    """By label, the cells of an overview's only table: H, four figures, how many are within the margin, and the verdict."""
     found = {line[:12].rstrip(): line[12:] for line in lines[3:]}
-    return {label: [*rest.split()[:5], rest[42:59].strip(), rest[59:].strip()] for label, rest in found.items()}
+    end = lines[2].index("within 20%") + len("within 20%") - 12
+    return {label: [*rest.split()[:5], rest[42:end].strip(), rest[end:].strip()] for label, rest in found.items()}
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -46,7 +54,7 @@ def test_a_row_per_model_below_never_seen_and_the_pre_trained_one():
     second = request(verdict="over-forgotten", sign_flip=figure(1.26), verification_auc=figure(0.0))
     title, blank, header, *_ = lines = overview([audited("GS-LoRA"), audited("L2*", second)], 12)
     assert (title, blank) == ("Request 1: are its 2 people still known? 8 test faces, %", "")
-    assert " ".join(header.split()) == "H ↑ sign flip enrol 1 enrol 5 verify as if never seen verdict"
+    assert " ".join(header.split()) == "H ↑ sign flip enrol 1 enrol 5 verify within 20% verdict"
     assert table(lines) == {
         "Never seen": ["–", *["23.3"] * 4, "", ""],
         "Pre-train": ["–", *["99.0"] * 4, "", ""],
@@ -55,29 +63,46 @@ def test_a_row_per_model_below_never_seen_and_the_pre_trained_one():
     }
 
 
-def test_of_the_figures_that_can_tell_those_as_if_never_seen_are_counted():
+def test_the_tally_of_audit_json_is_the_one_that_all_tables_show():
     figures = {
-        "acc_forget": judged(0.0, 0.0, "as if never seen"),  # is in the readout
-        "readout": judged(0.0, 0.0, "as if never seen"),
-        "enrolment_1": judged(1.0, 0.1, "as if never seen"),
-        "enrolment_5": judged(1.0, 0.3, "cannot tell"),  # has power, and the references differ
+        "acc_forget": judged(0.0, 0.0, WITHIN),
+        "sign_flip": judged(0.0, 0.0, WITHIN),  # originals show nothing of it
+        "enrolment_1": judged(1.0, 0.1, WITHIN) | {"significant": True},
+        "enrolment_5": judged(1.0, 0.3, INCONCLUSIVE),  # has power, and the references differ
         "relearn_1": judged(1.0, 0.4),
-        "relearn_5": judged(1.0, -0.4, "over-forgotten"),
-        "membership_images": judged(1.0, 0.0, "cannot tell") | {"power": 2.99},
-        "probe_block_0": judged(1.0, 1.0),  # is inside
+        "relearn_5": judged(1.0, -0.4, OVER_FORGOTTEN),
+        "membership_images": judged(1.0, 0.0, INCONCLUSIVE) | {"power": 2.99},
         "tpir_1pct": figure(None, (), reason="needs --unseen") | {"originals": []},
         "cka": figure(0.5, reason="a picture of where, no verdict"),
     }
     one = audited("model", request(**figures))
-    assert table(overview([one], 12))["model"][5] == "2 of 5"
-    assert cells(comparison_markdown([one]))["model"][-1] == "2 of 5"
-    assert "**still known** (2 of 5 figures that can tell are as if never seen, the probe" in audit_markdown(one[2])
+    assert table(overview([one], 12))["model"][5] == "2 of 5 (1*)"
+    assert cells(comparison_markdown([one]))["model"][-1] == "2 of 5 (1*)"
+    told = "Within 20% of the way from never seen to known: 2 of 5 figures with power, 1 of these significantly off*. "
+    told += "By family: re-identification: within 20% of the way; membership: inconclusive; relearning: still known"
+    assert summary(one[2]["requests"][0]) == told
+    assert f"8 test faces: **still known**\n\n{told}.\n\n" in audit_markdown(one[2])
+
+
+def test_too_little_evidence_names_the_worst_undecided_figure():
+    figures = {"enrolment_1": judged(1.0, 0.77, INCONCLUSIVE), "relearn_1": judged(1.0, 0.3, INCONCLUSIVE)}
+    one = request(**figures)
+    assert one["verdict"] == NOT_ENOUGH
+    assert summary(one).endswith(". Worst undecided: recognized after one enrolment photo, 77% of the way back")
+    figures["enrolment_1"]["rho"] = figures["relearn_1"]["rho"] = 0.1  # nothing to worry about
+    assert "undecided" not in summary(request(**figures))
+    assert "By family: no figure judged" in summary(request())
+
+
+def test_a_first_look_is_called_one():
+    content = audited("L2*", request(sign_flip=judged(0.0, 0.0, WITHIN)))[2] | {"first_look": ["3 models", "without cka"]}
+    assert audit_markdown(content).split("\n\n")[1] == "**First look**: 3 models; without cka."
 
 
 def test_what_was_not_measured_is_a_dash():
     reason = figure(None, (), reason="needs two people") | {"originals": []}
     lines = overview([audited("model", request(verification_auc=reason, cka=figure()), h_mean=None)], 12)
-    assert table(lines)["model"] == [*["–"] * 5, "0 of 0", "still known"]
+    assert table(lines)["model"] == [*["–"] * 5, "0 of 0", "not enough evidence"]
     assert table(lines)["Never seen"][:5] == ["–"] * 5
 
 
@@ -130,22 +155,22 @@ def test_models_of_one_label_keep_a_row_each():
 
 
 def judged(value: float, rho: float | None, verdict: str = "still known") -> dict:
-    return figure(value, rho=rho, verdict=verdict, power=4.0, known=94.5)
+    return figure(
+        value, rho=rho, verdict=verdict, power=4.0, known=94.5, significant=verdict in (STILL_KNOWN, OVER_FORGOTTEN)
+    )
 
 
 def test_a_comparison_has_every_figure_that_is_judged_with_its_verdict():
     one = request(sign_flip=judged(1.26, 1.0), probe_block_0=judged(2.0, 1.0), cka=figure(0.5, reason="no verdict"))
-    other = request(
-        sign_flip=judged(0.0, -0.5, "over-forgotten"), probe_block_0=judged(3.0, 0.0, "as if never seen"), cka=figure(0.4)
-    )
+    other = request(sign_flip=judged(0.0, -0.5, "over-forgotten"), probe_block_0=judged(3.0, 0.0, WITHIN), cka=figure(0.4))
     text = comparison_markdown([audited("L2*", one), audited("EWC*", other, h_mean=None)])
     assert text.startswith("**Request 1**: 2 people, 8 test faces, K = 3. ▲ still known, ▼ over-forgotten, ")
     assert cells(text) == {
-        "Method": ["H", "`sign_flip`", "as if never seen"],
+        "Method": ["H", "`sign_flip`", "within 20%"],
         "Never seen": ["", "23.3 ± 15.3", ""],
         "Originals": ["", "94.5", ""],
-        "L2*": ["80.00", "1.3 ▲", "0 of 1"],
-        "EWC*": ["–", "0.0 ▼", "0 of 1"],
+        "L2*": ["80.00", "1.3 ▲", "0 of 2"],
+        "EWC*": ["–", "0.0 ▼", "1 of 2"],
     }
 
 
@@ -167,15 +192,15 @@ def test_every_figure_with_its_numbers_in_one_table():
     entry = {"interval": [41.04, 59.96], "known": 94.5, "z": 1.5123, "rho": 0.3527, "power": 4.7, "verdict": "still known"}
     figures = {
         "sign_flip": figure(**entry),
-        "probe_block_3": figure(0.0, verdict="cannot tell", interval=[0.0, 0.0], known=23.3, z=-0.001, power=0.0),
+        "enrolment_1": judged(25.0, 0.1, WITHIN) | {"significant": True},
+        "probe_block_3": figure(0.0, verdict=INCONCLUSIVE, interval=[0.0, 0.0], known=23.3, z=-0.001, power=0.0),
         "tpir_1pct": figure(None, (), reason="needs --unseen") | {"originals": []},
         "cka": figure(0.25, (0.5, 0.5, 0.5), reason="a picture of where, no verdict"),
     }
     text = audit_markdown(audited("L2*", request(2, 3, **figures))[2])
     title, heading = text.split("\n\n")[:2]
     assert title == "# Audit of L2* on faces"
-    about = "**still known** (0 of 1 figures that can tell are as if never seen, the probe's blocks aside)"
-    assert heading == f"## Request 2, after task 3: 2 people, 8 test faces: {about}"
+    assert heading == "## Request 2, after task 3: 2 people, 8 test faces: **still known**"
     found = cells(text)
     columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
     expected = {
@@ -183,8 +208,11 @@ def test_every_figure_with_its_numbers_in_one_table():
         "recognized by the smallest logit (`sign_flip`)": [
             *("50.00", "41.0 to 60.0", "23.33", "94.50", "0.35", "1.51", "4.70", "still known")
         ],
+        "recognized after one enrolment photo (`enrolment_1`)": [
+            *("25.00", "–", "23.33", "94.50", "0.10", "–", "4.00", "within 20% of the way, and yet significantly off")
+        ],
         "read after block 3 by a linear probe (`probe_block_3`)": [
-            *("0.00", "0.0 to 0.0", "23.33", "94.50", "–", "-0.00", "0.00", "cannot tell")
+            *("0.00", "0.0 to 0.0", "23.33", "94.50", "–", "-0.00", "0.00", "inconclusive")
         ],
         "identified where 1 in 100 strangers would be (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 7, "needs --unseen"],
         "likeness to models that never saw them (CKA) (`cka`)": [
@@ -192,7 +220,7 @@ def test_every_figure_with_its_numbers_in_one_table():
         ],
     }
     assert found == expected
-    assert text.split("\n\n")[3] == (
+    assert text.split("\n\n")[4] == (
         "Kept people, before → after (never seen): Acc_r 95.00 → 90.00 (93.00), "
         "verification AUC 80.00 → 80.00 (80.00), old templates 70.00 → 70.00 (–)."
     )
@@ -208,18 +236,22 @@ def test_a_bare_checkpoint_and_no_verification_among_the_kept():
     assert "verification AUC 80.00 → – (–)" in text
 
 
-def test_the_calibration_counts_references_that_pass_and_originals_that_are_told():
+def test_the_calibration_counts_the_verdicts_on_references_and_originals():
     """A face is worth 12.5, more than the references' own spread where they agree."""
     figures = {
         # The last one is far from the other three, and the second original is as if never seen.
-        "enrolment_1": figure(50.0, (10.0, 11.0, 12.0, 90.0), known=95.0, power=1.6, verdict="cannot tell"),
-        "enrolment_5": figure(50.0, (10.0, 11.0, 12.0, 13.0), originals=[99.0, 20.0], known=59.5, power=3.8, verdict="?"),
+        "enrolment_1": figure(50.0, (10.0, 11.0, 12.0, 90.0), known=95.0, power=1.6, verdict=INCONCLUSIVE),
+        "enrolment_5": figure(
+            50.0, (10.0, 11.0, 12.0, 13.0), originals=[99.0, 20.0], known=59.5, power=3.8, verdict=INCONCLUSIVE
+        ),
         # Originals show nothing of it.
-        "sign_flip": figure(50.0, (0.0, 0.0, 0.0, 0.0), originals=[0.0, 0.0], known=95.0, power=7.6, verdict="still known"),
+        "sign_flip": figure(50.0, (0.0, 0.0, 0.0, 0.0), originals=[0.0, 0.0], known=95.0, power=7.6, verdict=STILL_KNOWN),
         "cka": figure(0.5, reason="a picture of where, no verdict"),
     }
+    for entry in figures.values():
+        entry["rho"] = 0.5
     text = audit_markdown(audited("L2*", request(**figures))[2])
     assert text.split("\n\n")[-1] == (
-        "Calibration: references, each judged by the others, pass 11 of 12 figures; originals are told as knowing them in "
-        "1 of 2 that have power."
+        "never-seen models, each by the others: 1 still known, 3 not enough evidence; "
+        "models that know them: 1 still known, 1 not enough evidence."
     )
