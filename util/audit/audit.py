@@ -32,9 +32,9 @@ DIGITS = 4
 class Audit:
     """What was found of one request; `scene` and `after` are what pictures are drawn from.
 
-    figures: by key, {"family", "value", "interval", "references", "originals", "known", "delta", "z", "rho", "power",
-    "significant", "verdict"}, in percent but for z, rho and power; what could not be measured is None, with a "reason".
-    "known" is the originals' mean.
+    figures: by key, {"family", "value", "interval", "references", "originals", "known", "resolution", "delta", "z", "rho",
+    "power", "significant", "verdict"}, in percent but for z, rho and power; what could not be measured is None, with a
+    "reason". "known" is the originals' mean, "resolution" what one image is worth.
     utility: of the unlearned model, "before" of the pre-trained one, "references" of each reference.
     """
 
@@ -203,9 +203,9 @@ def _judge(
             entry[group] = [m["values"][key] for m in measured]
         if figure.judged:
             scale = [m["values"][figure.known_by.get(key, key)] for m in known]
-            resolution = 100 / len(scene.forget_test)
             entry |= {"interval": bootstrap_interval(statistic, drawn, scene.seed), "known": sum(scale) / len(scale)}
-            entry |= vars(compare(entry["value"], entry["references"], scale, resolution, key in figure.falling))
+            entry["resolution"] = scene.resolution(key)
+            entry |= vars(compare(entry["value"], entry["references"], scale, entry["resolution"], key in figure.falling))
         else:
             entry["reason"] = "a picture of where, no verdict"
         entries[key] = _rounded(entry)

@@ -16,6 +16,9 @@ FPIR = 0.01
 class Enrolment(Figure):
     """enrolment_k: rank-1 identification in a gallery of all identities, each the normalized mean of k training images.
 
+    photos_enrolment_1: that of the forgotten training images that are not in the gallery. A model that was trained on them
+    knows them better than new ones, and there are more of them: of one person little else has power.
+
     tpir_1pct: the same with 5 images, where the similarity must also exceed what 1% of the never-seen faces reach. Means
     over 10 draws of the gallery. The curve has the rank-1 identification of the kept people.
     """
@@ -25,12 +28,15 @@ class Enrolment(Figure):
     titles = {
         "enrolment_1": "recognized after one enrolment photo",
         "enrolment_5": "recognized after five enrolment photos",
+        "photos_enrolment_1": "its training photos recognized after one of them",
         "tpir_1pct": "identified where 1 in 100 strangers would be (TPIR at FPIR 1%)",
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         statistics, kept_labels = {}, scene.test_set.labels.cpu()[scene.remain_test]
         kept = dict.fromkeys((1, ENROLLED), 0.0)
+        again, shown = np.zeros((2, len(scene.forget_train)))
+        trained = scene.train_set.labels.cpu()[scene.forget_train]
         for images in kept:
             hits, identified = np.zeros((2, len(scene.forget_test)))
             for draw in range(DRAWS):
@@ -38,6 +44,10 @@ class Enrolment(Figure):
                 similarity, found = search(subject.test[scene.forget_test], gallery)
                 right = (found == scene.forget_labels).numpy()
                 hits += right / DRAWS
+                if images == 1:
+                    _, found = search(subject.train[scene.forget_train], gallery)
+                    new = ~np.isin(scene.forget_train, np.concatenate(scene.enrolled(1, draw)))
+                    again, shown = again + (new & (found == trained).numpy()), shown + new
                 _, found = search(subject.test[scene.remain_test], gallery)
                 kept[images] += 100 * (found == kept_labels).float().mean().item() / DRAWS
                 if images == ENROLLED and scene.unseen is not None:
@@ -45,6 +55,8 @@ class Enrolment(Figure):
                     threshold = np.quantile(strangers.numpy(), 1 - FPIR)
                     identified += (right & (similarity.numpy() > threshold)) / DRAWS
             statistics[f"enrolment_{images}"] = mean_statistic(hits, scene.who, scene.drawn)
+        seen = shown > 0
+        statistics["photos_enrolment_1"] = mean_statistic(again[seen] / shown[seen], scene.who_trained[seen], scene.drawn)
         measured = mean_statistic(identified, scene.who, scene.drawn)
         statistics["tpir_1pct"] = measured if scene.unseen is not None else "needs --unseen"
         curve = {"images": [*kept], "kept": [round(value, 2) for value in kept.values()]}

@@ -40,7 +40,5 @@ class MembershipOfImages(Figure):
 
     def _auc(self, parts: list, scene: Scene) -> Statistic:
         seen, new = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
-        if len(scene.forget) == 1:  # its test photos are drawn anew
-            return auc_statistic(seen, new, None, scene.who[:, None])
-        who = (np.concatenate([np.full(len(part[i]), person) for person, part in enumerate(parts)])[:, None] for i in (0, 1))
-        return auc_statistic(seen, new, *who)
+        who = np.concatenate([np.flatnonzero(scene.forget_labels == c) for c in scene.forget])  # person by person, as here
+        return auc_statistic(seen, new, scene.who_trained[:, None], scene.who[who, None])

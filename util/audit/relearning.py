@@ -10,7 +10,7 @@ from torch import Tensor
 from backbone.recognizer import to_device
 from util.audit.base import Figure, Measurement
 from util.audit.statistics import mean_statistic
-from util.audit.subject import ENROLLED, Scene, Subject
+from util.audit.subject import ENROLLED, TRAINED, Scene, Subject
 from util.evaluation.evaluate import embed_images
 
 STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
@@ -21,6 +21,7 @@ class Relearning(Figure):
     """The accuracy on forgotten test faces while all weights are trained by AdamW: its mean over the logarithm of steps.
 
     relearn_k: new rows for the forgotten, from k training images each, are trained on these images and as many kept ones.
+    photos_relearn_1: as relearn_1, the accuracy on the forgotten training images that are not trained on.
     relearn_kept_only: on kept images alone, with the rows of the pre-trained model (an original: its own) put back.
     """
 
@@ -29,6 +30,7 @@ class Relearning(Figure):
     titles = {
         "relearn_1": "recognized again after training on one photo",
         "relearn_5": "recognized again after training on five photos",
+        "photos_relearn_1": "its training photos recognized again after training on one of them",
         "relearn_kept_only": "recognized again after training on others' photos",
     }
 
@@ -49,16 +51,22 @@ class Relearning(Figure):
         runs["relearn_kept_only"] = *put_back, torch.empty(0, dtype=torch.long)
         statistics, curves = {}, {}
         for key, run in runs.items():
-            hits = relearn(subject, scene, *run)
+            hits, trained = relearn(subject, scene, *run)
             statistics[key] = mean_statistic(_mean_over_log_steps(hits), scene.who, scene.drawn)
+            if key == "relearn_1":
+                new = ~np.isin(scene.forget_train, run[2])
+                mean = _mean_over_log_steps(trained)[new]
+                statistics[f"{TRAINED}{key}"] = mean_statistic(mean, scene.who_trained[new], scene.drawn)
             curves[key] = {"steps": list(STEPS), "accuracy": [round(100 * float(row.mean()), 2) for row in hits]}
         return Measurement(statistics, curves)
 
 
-def relearn(subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, shown: Tensor) -> np.ndarray:
+def relearn(
+    subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, shown: Tensor
+) -> tuple[np.ndarray, np.ndarray]:
     """Train a copy of the model, with these rows (C, dim) and bias (C,), on `shown` training images and as many kept ones.
 
-    Returns which forgotten test images are recognized after each of STEPS steps: float (steps, N) in {0, 1}.
+    Returns which forgotten test and training images are recognized after each of STEPS steps: float (steps, N) in {0, 1}.
     """
     hardware = scene.hardware
     model = to_device(copy.deepcopy(subject.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable
@@ -70,12 +78,15 @@ def relearn(subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, s
     labels = scene.train_set.labels.cpu()
     kept = torch.isin(labels, torch.tensor(scene.remain)).nonzero()[:, 0]
     half = min(BATCH, len(shown)) or BATCH
-    hits, home = [], scene.train_set.images.device
+    faces = (scene.test_set, scene.forget_test), (scene.train_set, scene.forget_train)
+    hits, home = [[], []], scene.train_set.images.device
     for step in range(max(STEPS) + 1):
         if step in STEPS:
-            embeddings = embed_images(model, scene.test_set, hardware, scene.forget_test)
-            with torch.no_grad():
-                hits.append((model.head(embeddings).argmax(dim=1).cpu() == scene.forget_labels).numpy())
+            for found, (images, where) in zip(hits, faces, strict=True):
+                embeddings = embed_images(model, images, hardware, where)
+                with torch.no_grad():
+                    answers = model.head(embeddings).argmax(dim=1).cpu()
+                found.append((answers == images.labels.cpu()[where]).numpy())
         batch = kept[torch.randint(len(kept), (half,), generator=generator)]
         if len(shown):
             batch = torch.cat([shown[torch.randperm(len(shown), generator=generator)[:half]], batch])
@@ -85,7 +96,7 @@ def relearn(subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, s
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return np.stack(hits).astype(float)
+    return tuple(np.stack(found).astype(float) for found in hits)
 
 
 def _mean_over_log_steps(hits: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ def mean_statistic(hits: np.ndarray, who: np.ndarray, identities: int) -> Statis
 
 
 def auc_statistic(
-    positive: np.ndarray, negative: np.ndarray, positive_who: np.ndarray | None, negative_who: np.ndarray | None = None
+    positive: np.ndarray, negative: np.ndarray, positive_who: np.ndarray, negative_who: np.ndarray | None = None
 ) -> Statistic:
     """Area under the ROC curve, ties counting half: P(positive > negative).
 
@@ -48,9 +48,9 @@ def auc_statistic(
     positive_rank, negative_rank = np.split(rank, [len(positive)])
 
     def one(weights: np.ndarray) -> float:
-        both = ((positive_rank, positive_who), (negative_rank, negative_who))
-        of = (None if who is None else weights[who].prod(axis=1) for _, who in both)
-        up, down = (np.bincount(rank, own, len(scores)) for (rank, _), own in zip(both, of, strict=True))
+        up = np.bincount(positive_rank, weights[positive_who].prod(axis=1), len(scores))
+        down_weights = None if negative_who is None else weights[negative_who].prod(axis=1)
+        down = np.bincount(negative_rank, down_weights, len(scores))
         pairs = up.sum() * down.sum()
         return 100 * float(up @ (down.cumsum() - down / 2)) / pairs if pairs else np.nan
 

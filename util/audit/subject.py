@@ -16,6 +16,7 @@ from util.runtime.hardware import Hardware
 
 DRAWS = 10  # galleries drawn for each figure that enrols
 ENROLLED = 5  # images a row is made of, where a model has none of its own
+TRAINED = "photos_"  # what the keys of figures on the forgotten identities' training images begin with
 PER_IDENTITY = 60  # most training images of an identity that probes are fitted on
 
 
@@ -68,10 +69,26 @@ class Scene:
             return np.arange(len(self.forget_test))
         return np.searchsorted(self.forget, self.forget_labels.numpy())
 
+    @cached_property
+    def forget_train(self) -> Tensor:
+        """Positions of the forgotten identities' training images."""
+        return torch.from_numpy(np.concatenate([self.train_by_class[c] for c in self.forget]))
+
+    @cached_property
+    def who_trained(self) -> np.ndarray:
+        """As `who`, of each image at `forget_train`."""
+        if len(self.forget) == 1:
+            return len(self.forget_test) + np.arange(len(self.forget_train))
+        return np.searchsorted(self.forget, self.train_set.labels.cpu().numpy()[self.forget_train])
+
     @property
     def drawn(self) -> int:
         """How many identities, or photos of one person, the bootstrap draws."""
-        return len(self.forget_test) if len(self.forget) == 1 else len(self.forget)
+        return len(self.forget_test) + len(self.forget_train) if len(self.forget) == 1 else len(self.forget)
+
+    def resolution(self, key: str) -> float:
+        """What one image is worth in a figure, in percent."""
+        return 100 / len(self.forget_train if key.startswith(TRAINED) else self.forget_test)
 
     def enrolled(self, images: int, draw: int) -> list[np.ndarray]:
         """Positions of `images` training images of each identity (all, if it has fewer) for the gallery of a draw."""

@@ -71,6 +71,6 @@ def _verdict_on(request: dict, group: str, place: int) -> str:
     for key, entry in request["figures"].items():
         if entry["verdict"]:
             never = [value for i, value in enumerate(entry["references"]) if (group, place) != ("references", i)]
-            found = compare(entry[group][place], never, [entry["known"]], 100 / request["images"], key in FALLING)
+            found = compare(entry[group][place], never, [entry["known"]], entry["resolution"], key in FALLING)
             figures[key] = {"family": entry["family"]} | vars(found)
     return judge(figures)["verdict"]

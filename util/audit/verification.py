@@ -20,6 +20,8 @@ CURVE_POINTS = 200
 class Verification(Figure):
     """verification_auc: genuine against impostor pairs, both among the forgotten; of one person's against the kept.
 
+    photos_verification_auc: the same of the forgotten training images; one person's against the kept test images.
+
     verification_tar_…: genuine pairs above the threshold that 1% (0.1%) of the impostor pairs among the *kept* exceed.
     collapse_1pct: pairs of a forgotten face and anybody else's above that of 1%: high where faces became one.
     """
@@ -29,30 +31,25 @@ class Verification(Figure):
     falling = frozenset({"collapse_1pct"})
     titles = {
         "verification_auc": "two photos matched as one person (AUC)",
+        "photos_verification_auc": "two training photos matched as one person (AUC)",
         "verification_tar_1pct": "two photos matched, at a false match rate of 1%",
         "verification_tar_01pct": "two photos matched, at a false match rate of 0.1%",
         "collapse_1pct": "mistaken for somebody else, at a false match rate of 1%",
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        keys = [*self.titles]
+        auc, trained_auc, *keys = self.titles
         unit, labels = F.normalize(subject.test), scene.test_set.labels.cpu()
         forgotten, remaining = unit[scene.forget_test], unit[scene.remain_test]
-        pairs = (draw_pairs(labels[where], PAIRS, scene.seed) for where in (scene.forget_test, scene.remain_test))
-        (genuine, impostor), (_, kept) = pairs
-        if not len(genuine):
-            return Measurement(dict.fromkeys(keys, "needs two test images of a forgotten person"))
-        own, known = _scores(forgotten, genuine), _scores(remaining, kept)
-        if len(scene.forget) == 1:  # of two photos of the person both may be drawn anew
-            who, others = scene.who[genuine.numpy()], scene.generator().permutation(len(remaining))
-            other = forgotten @ remaining[others[: max(1, PAIRS // len(forgotten))]].T
-            other_who = np.repeat(scene.who, other.shape[1])[:, None]
-            other = other.flatten().numpy()
-        else:
-            who, other_who = scene.who[genuine[:, :1].numpy()], scene.who[impostor.numpy()]
-            other = _scores(forgotten, impostor)
-        statistics = {keys[0]: auc_statistic(own, other, who, other_who)}
-        for key, rate, needed in zip(keys[1:], RATES, (1, LEAST / RATES[1], 1), strict=True):
+        known = _scores(remaining, draw_pairs(labels[scene.remain_test], PAIRS, scene.seed)[1])
+        trained = F.normalize(subject.train[scene.forget_train]), scene.train_set.labels.cpu()[scene.forget_train]
+        own, who, other, other_who = self._pairs(*trained, scene.who_trained, remaining, scene)
+        statistics = {trained_auc: auc_statistic(own, other, who, other_who)}
+        own, who, other, other_who = self._pairs(forgotten, scene.forget_labels, scene.who, remaining, scene)
+        if not len(own):
+            return Measurement(statistics | dict.fromkeys((auc, *keys), "needs two test images of a forgotten person"))
+        statistics[auc] = auc_statistic(own, other, who, other_who)
+        for key, rate, needed in zip(keys, RATES, (1, LEAST / RATES[1], 1), strict=True):
             if len(known) < needed:
                 statistics[key] = f"needs {needed:.0f} impostor pairs of kept faces, there are {len(known)}"
                 continue
@@ -72,6 +69,18 @@ class Verification(Figure):
         curve = {"far": grid.round(6).tolist(), "tar": heights.round(4).tolist()}
         return Measurement(statistics, {"roc": curve})
 
+    def _pairs(
+        self, unit: Tensor, labels: Tensor, who: np.ndarray, remaining: Tensor, scene: Scene
+    ) -> tuple[np.ndarray, ...]:
+        """Cosines of genuine pairs of forgotten faces `unit` (N, dim), whose pairs they are, and both of impostor pairs."""
+        genuine, impostor = (pairs.numpy() for pairs in draw_pairs(labels, PAIRS, scene.seed))
+        if len(scene.forget) > 1:
+            return _scores(unit, genuine), who[genuine[:, :1]], _scores(unit, impostor), who[impostor]
+        others = scene.generator().permutation(len(remaining))[: max(1, PAIRS // len(unit))]
+        other = (unit @ remaining[others].T).flatten().numpy()
+        # Of two photos of the person both may be drawn anew.
+        return _scores(unit, genuine), who[genuine], other, np.repeat(who, len(others))[:, None]
 
-def _scores(unit: Tensor, pairs: Tensor) -> np.ndarray:
+
+def _scores(unit: Tensor, pairs: Tensor | np.ndarray) -> np.ndarray:
     return torch.einsum("nd,nd->n", unit[pairs[:, 0]], unit[pairs[:, 1]]).numpy()

@@ -7,6 +7,7 @@ import torch
 import util.audit.enrolment
 from tests.util.audit.conftest import DRAWN, array, at, gallery, make_up, quantile, share, unit
 from util.audit.enrolment import Enrolment, search
+from util.audit.statistics import bootstrap_interval, value_of
 
 
 @pytest.mark.parametrize("most", [1, 51, 140, 51 * 9, 1 << 16])
@@ -44,7 +45,7 @@ def test_each_rate_is_the_mean_over_ten_galleries():
                 if images == 5:
                     hits["tpir_1pct"][i] += (right and cosines.max() > threshold) / 10
     found = Enrolment().measure(subject, scene).statistics
-    assert [*found] == [*hits] == [*Enrolment.titles]
+    assert {*found} == {*hits, "photos_enrolment_1"} == {*Enrolment.titles}
     for key, expected in hits.items():
         assert at(found[key]) == pytest.approx([share(expected, scene.who, people) for people in DRAWN])
     assert 100 > hits["enrolment_5"].mean() * 100 > hits["enrolment_1"].mean() * 100 > 10
@@ -65,3 +66,19 @@ def test_one_point_for_all_faces_recognizes_nobody_but_one():
     first = [at(found[key], [(0, 0, 0), (1, 1, 1), (2, 2, 2)]) for key in ("enrolment_1", "enrolment_5")]
     assert all(sorted(each)[:2] == [0, 0] for each in first), "all are taken for the same one"
     assert at(found["tpir_1pct"]).tolist() == [0] * len(DRAWN)
+
+
+@pytest.mark.parametrize("forget", [(1, 4, 6), (4,)], ids=["people", "one person"])
+def test_training_photos_are_searched_where_they_are_not_enrolled(forget):
+    subject, scene = make_up(forget=forget, noise=1.5)
+    faces, labels = unit(array(subject.train)), scene.train_set.labels.tolist()
+    rates = []
+    for position in scene.forget_train.tolist():
+        draws = [draw for draw in range(10) if position not in np.concatenate(scene.enrolled(1, draw))]
+        found = [(gallery(subject, scene, 1, draw) @ faces[position]).argmax() == labels[position] for draw in draws]
+        rates += [np.mean(found)] if draws else []
+    statistic = Enrolment().measure(subject, scene).statistics["photos_enrolment_1"]
+    assert value_of(statistic, scene.drawn) == pytest.approx(100 * np.mean(rates))
+    assert 0 < np.mean(rates) < 1
+    low, high = bootstrap_interval(statistic, scene.drawn, seed=0)
+    assert low < 100 * np.mean(rates) < high

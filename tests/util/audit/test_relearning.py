@@ -13,6 +13,7 @@ from tests.conftest import coloured_images, small_recognizer
 from tests.util.audit.conftest import CPU, array, at, gallery, share, take_rows, unit
 from util.audit import relearning
 from util.audit.relearning import STEPS, Relearning, _mean_over_log_steps, relearn
+from util.audit.statistics import value_of
 from util.audit.subject import Scene, Subject
 
 KEYS = ["relearn_1", "relearn_5", "relearn_kept_only"]
@@ -50,7 +51,8 @@ def test_the_mean_over_the_logarithm_of_steps():
 def test_a_figure_is_the_mean_of_its_curve(few_steps):
     subject, scene = colours()
     measurement = Relearning().measure(subject, scene)
-    assert [*measurement.statistics] == [*measurement.curves] == KEYS == [*Relearning.titles]
+    assert [*measurement.curves] == KEYS
+    assert {*measurement.statistics} == {*KEYS, "photos_relearn_1"} == {*Relearning.titles}
     for key, curve in measurement.curves.items():
         assert curve["steps"] == [0, 1, 4]
         first, second, third = curve["accuracy"]
@@ -61,10 +63,21 @@ def test_a_figure_is_the_mean_of_its_curve(few_steps):
 def test_people_are_weighed_by_their_images(few_steps):
     subject, scene = colours()
     rows, _ = subject.rows(scene)
-    average = _mean_over_log_steps(relearn(subject, scene, rows, None, torch.empty(0, dtype=torch.long)))
+    average = _mean_over_log_steps(relearn(subject, scene, rows, None, torch.empty(0, dtype=torch.long))[0])
     found = Relearning().measure(subject, scene).statistics["relearn_kept_only"]
     draws = [(0, 0), (1, 1), (0, 1)]
     assert at(found, draws, 2) == pytest.approx([share(average, scene.who, people) for people in draws])
+
+
+def test_training_photos_that_are_not_trained_on_count_too(few_steps):
+    subject, scene = colours()
+    shown = torch.tensor([scene.train_by_class[c][0] for c in scene.forget])
+    rows = subject.rows(scene)
+    _, trained = relearn(subject, scene, *rows, shown)
+    assert trained.shape == (3, 16)
+    answers = subject.logits(subject.train[scene.forget_train], *rows).argmax(dim=1)
+    assert (trained[0] == (answers == subject.train_set.labels[scene.forget_train]).numpy()).all(), "before any step"
+    assert 0 < value_of(Relearning().measure(subject, scene).statistics["photos_relearn_1"], 2) <= 100
 
 
 @pytest.mark.parametrize("head", ["cosface", "softmax"])

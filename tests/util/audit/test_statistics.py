@@ -76,14 +76,6 @@ def test_a_pair_of_photos_counts_as_often_as_both_are_drawn(chance):
         assert at(statistic, [people]) == pytest.approx([100 * np.average(hits, weights=each)])
 
 
-def test_photos_of_nobody_count_once(chance):
-    positive, negative, who = chance.normal(0.5, 1, 8), chance.normal(0, 1, 9), chance.integers(0, 3, 9)
-    statistic = auc_statistic(positive, negative, None, who[:, None])
-    for people in DRAWN[:-1]:
-        expected = by_sklearn(positive, negative, np.ones(8), np.bincount(people, minlength=3)[who])
-        assert at(statistic, [people]) == pytest.approx([expected])
-
-
 def test_scores_that_all_tie_tell_nothing():
     statistic = auc_statistic(np.ones(5), np.ones(7), np.zeros((5, 1), dtype=int))
     assert value_of(statistic, 1) == 50

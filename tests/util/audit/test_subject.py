@@ -23,8 +23,8 @@ def test_the_forgotten_test_images_and_whose_they_are():
 
 def test_of_one_person_the_photos_are_what_is_drawn():
     _, scene = make_up(forget=(4,))
-    assert scene.drawn == len(scene.forget_test) == 4
-    assert scene.who.tolist() == [0, 1, 2, 3]
+    assert scene.drawn == len(scene.forget_test) + len(scene.forget_train) == 4 + 3
+    assert [*scene.who, *scene.who_trained] == [*range(7)]
 
 
 def test_a_gallery_draws_each_identitys_own_images_anew_and_the_same_again():

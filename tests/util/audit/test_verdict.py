@@ -63,13 +63,13 @@ def test_the_undecided_figure_that_is_farthest_on_the_way_back_is_named():
 
 def measured(family: str, references: list[float], originals: list[float]) -> dict:
     known = sum(originals) / len(originals)
-    return entry(family, WITHIN) | {"references": references, "originals": originals, "known": known}
+    return entry(family, WITHIN) | {"references": references, "originals": originals, "known": known, "resolution": 1.0}
 
 
 def test_references_are_judged_by_the_others_and_originals_by_all():
     figures = {f"{family}": measured(family, [10.0, 11.0, 12.0, 13.0], [80.0, 90.0]) for family in FAMILIES}
     figures["cka"] = entry("", None)
-    about = {"forget": ["ann"], "references": ["a", "b", "c", "d"], "images": 100, "figures": figures}
+    about = {"forget": ["ann"], "references": ["a", "b", "c", "d"], "figures": figures}
     found = calibration([about, about, about | {"forget": ["bob"]}])  # two models on ann, one on bob
     assert found == {"references": {AS_IF_NEVER_SEEN: 8}, "originals": {STILL_KNOWN: 4}}
     figures[AGAIN] = measured(AGAIN, [10.0, 11.0, 12.0, 90.0], [80.0, 90.0])

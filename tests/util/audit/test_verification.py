@@ -12,6 +12,7 @@ from util.audit.verification import Verification
 
 MANY = (12, 8, 12, 14, 9, 12, 11, 12)  # 62 kept faces of 5 people: 1,536 impostor pairs
 KEYS = ["verification_auc", "verification_tar_1pct", "verification_tar_01pct", "collapse_1pct"]
+TRAINED = "photos_verification_auc"
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def scored():
 def test_genuine_against_impostor_pairs_both_among_the_forgotten(scored):
     subject, scene, forgotten, _ = scored
     found = Verification().measure(subject, scene).statistics
-    assert [*found] == KEYS == [*Verification.titles]
+    assert {*found} == {*KEYS, TRAINED} == {*Verification.titles}
     scores, truth = [score for score, _, _ in forgotten], [a == b for _, a, b in forgotten]
     for people in DRAWN[:-1]:
         times = dict(zip(scene.forget, np.bincount(people, minlength=3), strict=True))
@@ -94,6 +95,7 @@ def test_a_rate_rests_on_ten_false_accepts(scored):
 
 def test_without_pairs_there_is_a_reason():
     found = Verification().measure(*make_up(test=(5, 1, 5, 5, 1, 5, 1, 5))).statistics
+    assert callable(found.pop(TRAINED))
     assert found == dict.fromkeys(KEYS, "needs two test images of a forgotten person")
 
 
@@ -109,9 +111,21 @@ def test_one_person_is_told_from_the_kept():
         times = np.bincount(photos, minlength=9)
         weights = [np.prod([times[i] for i in which]) for _, which in genuine + impostor]
         expected = 100 * roc_auc_score(truth, scores, sample_weight=weights)
-        assert at(statistic, [photos], 9) == pytest.approx([expected])
+        assert at(statistic, [photos], scene.drawn) == pytest.approx([expected])
     low, high = bootstrap_interval(statistic, scene.drawn, seed=0)
-    assert low < value_of(statistic, 9) < high
+    assert low < value_of(statistic, scene.drawn) < high
+
+
+@pytest.mark.parametrize("forget", [(1, 4, 6), (4,)], ids=["people", "one person"])
+def test_training_photos_are_matched_like_test_photos(forget):
+    subject, scene = make_up(forget=forget, noise=1.5)
+    own, labels = unit(array(subject.train))[scene.forget_train], scene.train_set.labels[scene.forget_train].tolist()
+    pairs = [(own[i] @ own[j], labels[i] == labels[j]) for i in range(len(own)) for j in range(i)]
+    if len(forget) == 1:
+        pairs += [(face @ other, False) for face in own for other in unit(array(subject.test))[scene.remain_test]]
+    scores, same = zip(*pairs, strict=True)
+    statistic = Verification().measure(subject, scene).statistics[TRAINED]
+    assert value_of(statistic, scene.drawn) == pytest.approx(100 * roc_auc_score(same, scores))
 
 
 def test_without_pairs_of_kept_faces_the_auc_is_left():
@@ -120,6 +134,7 @@ def test_without_pairs_of_kept_faces_the_auc_is_left():
     found = Verification().measure(subject, scene).statistics
     assert 50 < value_of(found["verification_auc"], 3) <= 100
     assert all(isinstance(found[key], str) for key in KEYS[1:])
+    assert 50 < value_of(found[TRAINED], 3) <= 100
 
 
 def test_the_curve_is_the_share_of_genuine_pairs_at_each_rate_of_false_ones(scored):
