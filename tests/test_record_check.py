@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,29 @@ def test_files_that_have_moved_are_found_or_named(named, trained, colours, comma
     code, out, err = command(*call, "--checkpoint", trained)
     assert code == 0, err
     assert lines_of(out)["weights before"][0] == "not checked"
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
+def test_a_signature_is_checked_where_there_is_one_or_has_to_be(named, command, tmp_path):  # noqa: F811
+    run = shutil.copytree(named / "first", tmp_path / "run")
+    file, key, allowed = run / "deletions" / "task_1.json", tmp_path / "key", tmp_path / "allowed"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    allowed.write_text(f"dpo@x.org {key.with_suffix('.pub').read_text()}")
+    call, signature = ("test.py", "--verify-record", file), "signature of task_1.json"
+    code, out, _ = command(*call)
+    assert code == 0 and signature not in out
+    code, out, err = command(*call, "--allowed-signers", allowed)
+    assert code == 1 and err.endswith(f"checks failed: {signature}\n")
+    subprocess.run(["ssh-keygen", "-q", "-Y", "sign", "-f", key, "-n", "file", file], check=True, capture_output=True)
+    for more, whose in (((), "signature with ED25519"), (("--allowed-signers", allowed), "for dpo@x.org with ED25519")):
+        code, out, err = command(*call, *more)
+        assert code == 0, err
+        said, found = lines_of(out)[signature]
+        assert said == "confirmed" and whose in found
+    file.write_text(file.read_text() + " ")
+    code, out, err = command(*call)
+    assert code == 1 and signature in err
+    refused(command(*call, "--allowed-signers", "absent"), 2, "no file absent")
 
 
 @pytest.mark.parametrize(("path", "value"), [("images/size", "x"), ("images/size", 10**6), ("arguments/data", None)])

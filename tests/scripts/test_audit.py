@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,32 @@ def audit_of(folder: Path) -> dict:
         raise AssertionError(f"{word} in {folder}/audit.json")
 
     return json.loads((folder / "audit.json").read_text(), parse_constant=refuse)
+
+
+def test_it_says_when_with_what_and_how_much_was_measured(whole):
+    content, run = audit_of(whole), whole.parent
+    assert {"date", "python", "packages", "git_commit"} <= {*content}
+    assert content["date"].endswith("+00:00") and content["packages"]["torch"] == version("torch")
+    assert content["first_look"] == ["3 models that never saw them instead of 5"]
+    assert content["restoring"] == []  # L2* leaves no such files
+    (request,) = content["requests"]
+    assert Path(request["after_file"]) == (run / "checkpoints" / "task_1.pth").resolve()
+    assert Path(request["record_file"]) == (run / "deletions" / "task_1.json").resolve()
+
+
+@pytest.mark.parametrize("kind", ["adapters", "deposits"])
+def test_a_first_look_and_files_that_bring_people_back_are_named(kind, run, whole, command, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("audit"))
+    (copy / kind).mkdir()
+    (copy / kind / "task_1.safetensors").touch()
+    code, _, err = command(
+        "scripts/audit.py", copy, "--figures", "cka", "readout", "--num-references", 3, "--num-originals", 2
+    )
+    assert code == 0, err
+    content = audit_of(copy / "audit")
+    without = "without enrolment, verification, probe, membership_images, membership_person, relearning"
+    assert content["first_look"] == ["3 models that never saw them instead of 5", without]
+    assert content["restoring"] == [kind]
 
 
 def test_it_leaves_its_files_and_the_whole_schema(whole, early, colours):  # noqa: F811

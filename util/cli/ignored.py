@@ -21,6 +21,7 @@ TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
     ("--allow-copies", "without --forget-classes", lambda a: a.forget_classes is None),
     ("--seed", "with --pairs 0", lambda a: getattr(a, "pairs", None) == 0),
     (OF_EVALUATION, "with --verify-record", lambda a: getattr(a, "verify_record", None) is not None),
+    ("--allowed-signers", "without --verify-record", lambda a: a.verify_record is None),
     ("--originals", "without --references", lambda a: a.references is None),
     ("--requests", "without a RUN", lambda a: not a.runs),
     (OF_REFERENCES, "with --references, which are given", lambda a: getattr(a, "references", None) is not None),

@@ -53,9 +53,8 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["number"] = _number
     environment.filters["name"] = lambda name: Markup("_<wbr>").join(name.split("_"))
-    environment.filters |= {"never_seen": never_seen_utility, "summary": summary}
+    environment.filters |= {"number": _number, "never_seen": never_seen_utility, "summary": summary}
     environment.filters["file"] = lambda path: "/".join(PurePath(path).parts[-3:])
     requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
     words = {"models": MODELS, "margin": MARGIN, "within": WITHIN, "power": POWER, "enough": ENOUGH, "off": OFF}

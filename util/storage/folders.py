@@ -190,7 +190,7 @@ class RunFolder(OutputFolder):
         *OutputFolder.outputs,
         *(r"results\.json", r"table\.md", r"figure\.png", r"checkpoints/state_\d+\.pth"),
         *(rf"{kind}/task_\d+{re.escape(suffix)}" for kind, suffix in TASK_FILES.items()),
-        *(r"audit/audit\.(json|md|html)", r"audit/config\.json"),
+        *(r"deletions/task_\d+\.json\.sig", r"audit/audit\.(json|json\.sig|md|html)", r"audit/config\.json"),
     )
 
     @property
