@@ -142,6 +142,7 @@ def test_a_signature_is_checked_where_there_is_one_or_has_to_be(named, command, 
     code, out, err = command(*call)
     assert code == 1 and signature in err
     refused(command(*call, "--allowed-signers", "absent"), 2, "no file absent")
+    refused(command("test.py", "--checkpoint", "x", "--allowed-signers", key), 2, "does nothing without --verify-record")
 
 
 @pytest.mark.parametrize(("path", "value"), [("images/size", "x"), ("images/size", 10**6), ("arguments/data", None)])

@@ -32,7 +32,8 @@ def judge(figures: dict[str, dict]) -> dict:
     verdicts = [*families.values()]
     worst = next((verdict for verdict in (STILL_KNOWN, OVER_FORGOTTEN) if verdict in verdicts), None)
     within = [entry for entry in counted.values() if entry["verdict"] == WITHIN]
-    open_ = {key: entry["rho"] for key, entry in counted.items() if entry["verdict"] == INCONCLUSIVE and entry["power"] >= 1}
+    undecided = ((k, e) for k, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1)
+    open_ = {key: entry["rho"] for key, entry in undecided if key not in FALLING}  # which are no sign of knowing
     farthest = max(open_, key=open_.get, default=None)
     return {
         "verdict": worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= ENOUGH else NOT_ENOUGH),

@@ -56,6 +56,7 @@ def test_one_tally_counts_figures_with_power_and_those_that_are_off_within_the_m
 
 def test_the_undecided_figure_that_is_farthest_on_the_way_back_is_named():
     weak = {"weak": entry(FACES, INCONCLUSIVE, 0.5, power=2), "none": entry(PAIRS, INCONCLUSIVE, 40.0, power=0.1)}
+    weak["collapse_1pct"] = entry(PAIRS, INCONCLUSIVE, 0.9, power=4)  # no sign of knowing
     figures = request((FACES, WITHIN), **weak, spread=entry(AGAIN, INCONCLUSIVE, 0.77, power=3.5))
     assert judge(figures)["undecided"] == {"figure": "spread", "rho": 0.77}
     assert judge(request((FACES, WITHIN)))["undecided"] is None
