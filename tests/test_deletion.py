@@ -176,11 +176,7 @@ def test_held_out_images_that_were_trained_on_are_told(trained, colours, command
         ("train_forget.py", "--checkpoint x --allow-copies", "--allow-copies does nothing without --forget-classes"),
         ("train_pretrain.py", "--weights x --init published", "--init does nothing with --weights"),
         ("train_pretrain.py", "--published-adapters apart", "--published-adapters does nothing without --weights"),
-<<<<<<< HEAD
         ("test.py", "--checkpoint x --allowed-signers y", "--allowed-signers does nothing without --verify-record"),
-=======
-        ("test.py", "--checkpoint x --task 2", "--task does nothing without --results"),
->>>>>>> w-page
         ("scripts/audit.py", "x --originals y", "--originals does nothing without --references"),
         ("scripts/audit.py", "x --references y --num-originals 2", "--num-originals does nothing with --references"),
         ("scripts/audit.py", "--before x --requests 2", "--requests does nothing without a RUN"),
