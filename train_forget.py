@@ -51,6 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     chooser = options.Parser(add_help=False)
     add_method_choice(chooser)
     chooser.add_argument("--forget-classes")
+    chooser.add_argument("--epochs")
     chooser.set_defaults(method=None)
     chooser.use_defaults({key: config[key] for key in ("method", "as_published", "forget_classes") if key in config})
     chosen = chooser.parse_known_args(argv)[0]
@@ -60,8 +61,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for action in parser._actions:
         if action.dest in BY_NAME:
             action.help += f" (default: {action.default}; of a request by name: {BY_NAME[action.dest]})"
-    if by_name:
-        parser.set_defaults(**BY_NAME)
+    if by_name:  # epochs that are given are made, and no more
+        parser.set_defaults(**BY_NAME | ({} if chosen.epochs is None else {"min_updates": 0}))
     parser.use_defaults(config)
     args = parser.parse_args(argv)
     options.check_warmup(args)

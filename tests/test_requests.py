@@ -326,7 +326,13 @@ def test_a_request_by_name_deletes_and_the_protocol_is_the_papers(capsys, tmp_pa
     assert chosen() == chosen("--num-tasks", 1) == PROTOCOL
     assert chosen("--forget-classes", "ann") == chosen("--forget-classes", "ann", "--method", "unseen") == BY_NAME
     given = ("--method", "scrub", "--data-ratio", 0.5, "--epochs", 7)
-    assert chosen("--forget-classes", "ann", *given) == BY_NAME | {"method": "scrub", "data_ratio": 0.5, "epochs": 7}
+    assert chosen("--forget-classes", "ann", *given) == BY_NAME | {
+        "method": "scrub",
+        "data_ratio": 0.5,
+        "epochs": 7,
+        "min_updates": 0,
+    }
+    assert chosen("--forget-classes", "ann", "--epochs=7", "--min-updates", 9)["min_updates"] == 9
     assert chosen("--forget-classes", "ann", "--as-published") == PROTOCOL
     with pytest.raises(SystemExit):
         parse_arguments(["--help"])
@@ -346,8 +352,8 @@ def test_options_of_a_file_count_as_given_ones(tmp_path):
 
 def test_few_photos_of_a_person_are_told(trained, colours, command, tmp_path):
     words = ("--checkpoint", trained, "--data", colours, "--epochs", 1, "--output-dir", tmp_path)
-    code, out, err = command("train_forget.py", *words, "--min-updates", 0, "--forget-classes", "c1,c4", "--data-ratio", 0.5)
+    code, out, err = command("train_forget.py", *words, "--forget-classes", "c1,c4", "--data-ratio", 0.5)
     assert code == 0 and out.startswith("Unseen on colours: 1 × 2 of 10 classes")
     assert "warning: fewer than 8 training photos of c1 (6), c4 (6)" in err
-    code, _, err = command("train_forget.py", *words, "--overwrite", "--min-updates", 0, "--forget-classes", "c1")
+    code, _, err = command("train_forget.py", *words, "--overwrite", "--forget-classes", "c1")
     assert code == 0 and "training photos" not in err
