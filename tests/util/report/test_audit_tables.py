@@ -14,7 +14,7 @@ NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
 
 def figure(value: float | None = 50.0, references=(10.0, 20.0, 40.0), **more) -> dict:
     nothing = dict.fromkeys(("interval", "known", "delta", "z", "rho", "power", "verdict"))
-    nothing |= {"significant": False, "family": "verification"}
+    nothing |= {"significant": False, "family": "verification", "resolution": 100 / 8}
     return {**nothing, "value": value, "references": [*references], "originals": [99.0, 90.0], **more}
 
 
