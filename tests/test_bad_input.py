@@ -41,7 +41,7 @@ def refused(result, code: int, message: str) -> None:
         (["--data", "absent"], "absent"),
         (["--head", "arcface"], "was trained with --head cosface, not arcface"),
         (["--then", "c1"], "--then follows --forget-classes"),
-        (["--forget-classes", "c1", "--num-tasks", "2"], "it excludes --num-tasks"),
+        (["--forget-classes", "c1", "--method", "gs_lora", "--num-tasks", "2"], "it excludes --num-tasks"),
     ],
 )
 def test_impossible_requests(options, message, trained, colours, command, tmp_path):

@@ -30,6 +30,7 @@ def forgotten(people, command, tmp_path_factory) -> Path:
         assert code == 0, err
         who = ("--forget-classes", f"{NAMES[2]}, {NAMES[7]}", "--then", NAMES[4])
         shared = ("--checkpoint", folder / "pretrained" / "checkpoint.pth", "--data", people, "--output-dir", run)
+        shared += ("--method", "gs_lora")
         code, _, err = command("train_forget.py", *shared, *who, "--epochs", 1, "--batch-size", 6, "--data-ratio", 1)
         assert code == 0, err
     return run / "checkpoints" / "task_2.pth"

@@ -83,7 +83,7 @@ def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script,
     assert re.fullmatch("pretrain-colours-[0-9a-f]{8}-face_vit_tiny", checkpoint.parent.name)
     # The audit of the first request comes after the table, beside three references.
     assert "reference 3 of 3" in done.stdout
-    *_, never, before, l2, gs_lora, _, where = done.stdout.splitlines()
+    *_, never, before, l2, gs_lora, _, _, _, _, where = done.stdout.splitlines()
     for line, label in ((never, "Never seen"), (before, "Pre-train"), (l2, "L2*"), (gs_lora, "GS-LoRA")):
         assert line.startswith(label)
     assert where.endswith("my results/*/audit/audit.html")

@@ -25,9 +25,9 @@ def utility(subject: Subject, scene: Scene) -> dict[str, float | None]:
 
 
 def recognition(subject: Subject, scene: Scene) -> dict[str, float | None]:
-    """Accuracy among all rows (`Subject.rows`) and verification AUC of kept faces, in percent."""
+    """Accuracy among all rows (templates where it has none) and verification AUC of kept faces, in percent."""
     labels, embeddings = scene.test_set.labels.cpu()[scene.remain_test], subject.test[scene.remain_test]
-    right = subject.logits(embeddings, *subject.rows(scene)).argmax(dim=1) == labels
+    right = subject.logits(embeddings, *subject.rows(scene, own=True)).argmax(dim=1) == labels
     pairs = verify(embeddings, labels, PAIRS, scene.seed)
     auc = None if pairs is None else pairs["auc"]
     return {"acc_remain": 100 * right.float().mean().item(), "verification_auc_remain": auc}
