@@ -27,8 +27,13 @@ class Head(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             # At least float32: a float64 model stays float64, a bfloat16 copy still multiplies in float32.
             dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
-            # A zero row is a deleted class. Its cosine of 0 and logit of 0 would be above negative ones.
-            return self.logits(embeddings.to(dtype)).masked_fill(~self.weight.any(dim=1), self.lowest)
+            # Else a deleted class, with a cosine and logit of 0, would be above negative ones.
+            return self.logits(embeddings.to(dtype)).masked_fill(self.absent, self.lowest)
+
+    @property
+    def absent(self) -> Tensor:
+        """Classes that have no row, bool (classes,): deleted, or never trained on. Their rows are zero."""
+        return ~self.weight.detach().any(dim=1)
 
     def logits(self, embeddings: Tensor) -> Tensor:
         return self.scale * F.linear(F.normalize(embeddings), F.normalize(self.weight.to(embeddings.dtype)))

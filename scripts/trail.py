@@ -124,9 +124,8 @@ class Trail:
 
     def _remain(self, case: Case) -> list[int]:
         """Whom all models know. One set of given references may serve many requests: it lacks the people of all of them."""
-        never = [self.load(path).model.head.weight for path in self.args.references or ()]
-        lacking = {c for rows in never for c in range(len(self.classes)) if not rows[c].any()}
-        return [c for c in range(len(self.classes)) if c not in lacking.union(case.gone)]
+        never = [self.load(path).model.head.absent.nonzero()[:, 0].tolist() for path in self.args.references or ()]
+        return [c for c in range(len(self.classes)) if c not in {*case.gone}.union(*never)]
 
     def reference_jobs(self, case: Case) -> tuple[list[Job], list[Job]]:
         """The references and the further originals to train."""
@@ -234,9 +233,9 @@ class Trail:
 
 
 def describe(path: Path, checkpoint: Checkpoint, train_set: ImageSet) -> dict:
-    rows = checkpoint.model.head.weight.detach()
+    absent = checkpoint.model.head.absent
     info = {key: value for key, value in checkpoint.info.items() if isinstance(value, int | float) and isfinite(value)}
     # Whoever has no images is in no model that is trained now.
-    without = [c for c in train_set.labels.unique().tolist() if not rows[c].any()]
+    without = [c for c in train_set.labels.unique().tolist() if absent[c]]
     about = {"seed": info.get("seed"), "sha256": sha256(path), "acc_remain": info.get("acc")}
     return about | {"without": [train_set.classes[c] for c in without], "file": str(path.resolve())}

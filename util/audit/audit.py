@@ -134,7 +134,7 @@ def check_references(references: Sequence[Recognizer], forget: Sequence[int], cl
     if len({weights_sha256(model) for model in references}) < len(references):
         raise UsageError("two references are the same model: give each once")
     for number, model in enumerate(references, start=1):
-        if seen := [c for c in forget if model.head.weight[c].any()]:
+        if seen := [c for c in forget if not model.head.absent[c]]:
             raise UsageError(
                 f"reference {number} was trained with {len(seen)} of the {len(forget)} forgotten identities, "
                 f"{classes[seen[0]]!r} first: it cannot tell what never seen means"
@@ -143,7 +143,7 @@ def check_references(references: Sequence[Recognizer], forget: Sequence[int], cl
 
 def check_originals(originals: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
     for number, model in enumerate(originals):
-        if lacking := [c for c in forget if not model.head.weight[c].any()]:
+        if lacking := [c for c in forget if model.head.absent[c]]:
             which = f"original {number}" if number else "the pre-trained model"
             raise UsageError(f"{which} was trained without {classes[lacking[0]]!r}: it cannot tell what known means")
 

@@ -51,22 +51,24 @@ class Relearning(Figure):
         runs["relearn_kept_only"] = *put_back, torch.empty(0, dtype=torch.long)
         statistics, curves = {}, {}
         for key, run in runs.items():
-            hits, trained = relearn(subject, scene, *run)
+            # Of one photo each; of five, what is left of few people is little.
+            new = ~np.isin(scene.forget_train, run[2]) & (key == "relearn_1")
+            hits, trained = relearn(subject, scene, *run, scene.forget_train[new])
             statistics[key] = mean_statistic(_mean_over_log_steps(hits), scene.who, scene.drawn)
-            if key == "relearn_1":
-                new = ~np.isin(scene.forget_train, run[2])
-                mean = _mean_over_log_steps(trained)[new]
+            if new.any():
+                mean = _mean_over_log_steps(trained)
                 statistics[f"{TRAINED}{key}"] = mean_statistic(mean, scene.who_trained[new], scene.drawn)
             curves[key] = {"steps": list(STEPS), "accuracy": [round(100 * float(row.mean()), 2) for row in hits]}
         return Measurement(statistics, curves)
 
 
 def relearn(
-    subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, shown: Tensor
+    subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, shown: Tensor, new: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Train a copy of the model, with these rows (C, dim) and bias (C,), on `shown` training images and as many kept ones.
 
-    Returns which forgotten test and training images are recognized after each of STEPS steps: float (steps, N) in {0, 1}.
+    Returns which of the forgotten test images, and of the training images `new`, are recognized after each of STEPS steps:
+    float (steps, N) in {0, 1}.
     """
     hardware = scene.hardware
     model = to_device(copy.deepcopy(subject.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable
@@ -78,7 +80,7 @@ def relearn(
     labels = scene.train_set.labels.cpu()
     kept = torch.isin(labels, torch.tensor(scene.remain)).nonzero()[:, 0]
     half = min(BATCH, len(shown)) or BATCH
-    faces = (scene.test_set, scene.forget_test), (scene.train_set, scene.forget_train)
+    faces = (scene.test_set, scene.forget_test), (scene.train_set, new)
     hits, home = [[], []], scene.train_set.images.device
     for step in range(max(STEPS) + 1):
         if step in STEPS:

@@ -21,17 +21,12 @@ WITHIN, INCONCLUSIVE = f"within {MARGIN:.0%} of the way", "inconclusive"
 
 def mean_statistic(hits: np.ndarray, who: np.ndarray, identities: int) -> Statistic:
     """The share of hits: hits (N,) in [0, 1], who (N,) the identity of each, or (N, m) those whose weights multiply."""
-    of_each = who[:, None] if who.ndim == 1 else who
-    if of_each.shape[1] == 1:  # one sum an identity
-        hits, counts = np.bincount(of_each[:, 0], hits, identities), np.bincount(of_each[:, 0], minlength=identities)
-        of_each = np.arange(identities)[:, None]
-    else:
-        counts = np.ones(len(hits))
+    who = who.reshape(len(hits), -1)
 
     def one(weights: np.ndarray) -> float:
-        weights = weights[of_each].prod(axis=1)
+        times = weights[who].prod(axis=1)
         with np.errstate(invalid="ignore"):  # none of the identities drawn has an image
-            return 100 * (weights @ hits) / (weights @ counts)
+            return 100 * (times @ hits) / times.sum()
 
     return lambda weights: np.array([one(row) for row in weights])
 

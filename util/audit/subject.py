@@ -143,8 +143,8 @@ class Subject:
 
     @cached_property
     def absent(self) -> Tensor:
-        """Classes that the model has no row for, bool (C,): their rows are zero."""
-        return (self.model.head.weight.detach() == 0).all(dim=1).cpu()
+        """Classes that the model has no row for, bool (C,)."""
+        return self.model.head.absent.cpu()
 
     def templates(self, scene: Scene, images: int, draw: int) -> Tensor:
         """The gallery: the normalized mean of some training images of each identity, (C, dim) of unit length."""

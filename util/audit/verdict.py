@@ -25,13 +25,12 @@ def judge(figures: dict[str, dict]) -> dict:
     tally:     {"within", "significantly_off" (of these), "with_power"}, numbers of figures.
     undecided: {"figure", "rho"} of the inconclusive figure that is farthest on the way back, or None.
     """
-    counted = {key: entry for key, entry in figures.items() if _counts(key, entry)}
+    counted = {key: entry for key, entry in figures.items() if counts(key, entry)}
     found = {name: {e["verdict"] for e in counted.values() if e["family"] == name} for name in FAMILIES}
     order = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
     families = {name: next(verdict for verdict in order if verdict in told) for name, told in found.items() if told}
     verdicts = [*families.values()]
     worst = next((verdict for verdict in (STILL_KNOWN, OVER_FORGOTTEN) if verdict in verdicts), None)
-    within = [entry for entry in counted.values() if entry["verdict"] == WITHIN]
     undecided = ((k, e) for k, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1)
     open_ = {key: entry["rho"] for key, entry in undecided if key not in FALLING}  # which are no sign of knowing
     farthest = max(open_, key=open_.get, default=None)
@@ -39,17 +38,22 @@ def judge(figures: dict[str, dict]) -> dict:
         "verdict": worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= ENOUGH else NOT_ENOUGH),
         "families": families,
         "tally": {
-            "within": len(within),
-            "significantly_off": sum(entry["significant"] for entry in within),
+            "within": sum(entry["verdict"] == WITHIN for entry in counted.values()),
+            "significantly_off": sum(significantly_off(*figure) for figure in counted.items()),
             "with_power": sum(entry["power"] >= POWER for entry in counted.values()),
         },
         "undecided": farthest and {"figure": farthest, "rho": open_[farthest]},
     }
 
 
-def _counts(key: str, entry: dict) -> bool:
-    """Nothing to be seen upside down is no sign of forgetting: originals show nothing there either."""
+def counts(key: str, entry: dict) -> bool:
+    """Is a figure evidence? Nothing to be seen upside down is no sign of forgetting: originals show nothing there either."""
     return bool(entry["verdict"]) and (key not in BORROWED or entry["verdict"] == STILL_KNOWN)
+
+
+def significantly_off(key: str, entry: dict) -> bool:
+    """Is a figure that is evidence within the margin, and yet farther from the references than chance explains?"""
+    return counts(key, entry) and entry["verdict"] == WITHIN and entry["significant"]
 
 
 def calibration(requests: Sequence[dict]) -> dict[str, Counter]:

@@ -16,9 +16,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from util.audit.base import FAMILIES
-from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, STILL_KNOWN, WITHIN
+from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, WITHIN
 from util.audit.titles import title_of
-from util.audit.verdict import BORROWED, ENOUGH
+from util.audit.verdict import BORROWED, ENOUGH, counts, significantly_off
 from util.report.audit_tables import OFF, never_seen_utility, summary
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
@@ -94,10 +94,9 @@ def _place(rho: float) -> float:
 def _strip(key: str, entry: dict) -> dict:
     """An entry of `figures` with its title; whether it counts for the verdict, and is significantly `off`; `why` it is
     inconclusive; and by CSS class what is `drawn` on its axis: (place in percent, value)."""
-    known, never = entry["verdict"] == STILL_KNOWN, fmean(entry["references"] or [0])
+    never = fmean(entry["references"] or [0])
     strip = entry | {"key": key, "title": title_of(key), "digits": 2 if key == "cka" else 1, "drawn": {}, "why": ""}
-    strip["counts"] = known or key not in BORROWED
-    strip["off"] = strip["counts"] and entry["verdict"] == WITHIN and entry["significant"]
+    strip |= {"counts": counts(key, entry), "off": significantly_off(key, entry)}
     if entry["verdict"] == INCONCLUSIVE:
         wide = "no sign of knowing" if entry["significant"] else "never-seen models differ as much"
         strip["why"] = f"power {_number(entry['power'])}, too low" if entry["power"] < POWER else wide

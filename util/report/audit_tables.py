@@ -8,7 +8,7 @@ import pandas as pd
 
 from util.audit.statistics import INCONCLUSIVE, MARGIN, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.titles import title_of
-from util.audit.verdict import AS_IF_NEVER_SEEN, NOT_ENOUGH, VERDICTS, calibration
+from util.audit.verdict import AS_IF_NEVER_SEEN, NOT_ENOUGH, VERDICTS, calibration, significantly_off
 from util.report.tables import PRETRAINED, percent
 
 NEVER_SEEN = "Never seen"
@@ -97,8 +97,8 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
         rows = [["", *(f"{mean:.1f} ± {std:.1f}" for mean, std in spread), ""]]
         rows += [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys), ""]]
         for _, results, other in models:
-            entries = [other["figures"][key] for key in keys]
-            told = (f"{entry['value']:.1f} {sign_of(entry)}" for entry in entries)
+            entries = [(key, other["figures"][key]) for key in keys]
+            told = (f"{e['value']:.1f} {SIGNS[e['verdict']]}{OFF * significantly_off(k, e)}" for k, e in entries)
             rows.append([percent(_h_mean(results, other)), *told, tally(other)])
         labels = [NEVER_SEEN, "Originals", *(label for label, *_ in models)]
         table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys), COUNTED]).rename_axis("Method")
@@ -124,10 +124,6 @@ def verdicts(audits: Sequence[tuple[str, dict | None, dict]]) -> list[str]:
 
 def count_of(request: dict) -> str:
     return "1 person" if len(request["forget"]) == 1 else f"{len(request['forget'])} people"
-
-
-def sign_of(entry: dict) -> str:
-    return SIGNS[entry["verdict"]] + OFF * (entry["verdict"] == WITHIN and entry["significant"])
 
 
 def summary(request: dict) -> str:
@@ -168,7 +164,7 @@ def audit_markdown(content: dict) -> str:
             row |= {"95% interval": "–" if low is None else f"{low:.1f} to {high:.1f}"}
             row |= {"Never seen": percent(never), "Original": percent(known)}
             row |= {name: percent(entry[key]) for name, key in (("ρ", "rho"), ("z", "z"), ("Power", "power"))}
-            off = ", and yet significantly off" if entry["verdict"] == WITHIN and entry["significant"] else ""
+            off = ", and yet significantly off" * significantly_off(key, entry)
             rows.append(row | {"Verdict": (entry["verdict"] or entry["reason"]) + off})
         align = ["left"] + ["right"] * 7 + ["left"]
         parts.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align))

@@ -63,7 +63,7 @@ def test_a_figure_is_the_mean_of_its_curve(few_steps):
 def test_people_are_weighed_by_their_images(few_steps):
     subject, scene = colours()
     rows, _ = subject.rows(scene)
-    average = _mean_over_log_steps(relearn(subject, scene, rows, None, torch.empty(0, dtype=torch.long))[0])
+    average = _mean_over_log_steps(relearn(subject, scene, rows, None, *[torch.empty(0, dtype=torch.long)] * 2)[0])
     found = Relearning().measure(subject, scene).statistics["relearn_kept_only"]
     draws = [(0, 0), (1, 1), (0, 1)]
     assert at(found, draws, 2) == pytest.approx([share(average, scene.who, people) for people in draws])
@@ -73,7 +73,7 @@ def test_training_photos_that_are_not_trained_on_count_too(few_steps):
     subject, scene = colours()
     shown = torch.tensor([scene.train_by_class[c][0] for c in scene.forget])
     rows = subject.rows(scene)
-    _, trained = relearn(subject, scene, *rows, shown)
+    _, trained = relearn(subject, scene, *rows, shown, scene.forget_train)
     assert trained.shape == (3, 16)
     answers = subject.logits(subject.train[scene.forget_train], *rows).argmax(dim=1)
     assert (trained[0] == (answers == subject.train_set.labels[scene.forget_train]).numpy()).all(), "before any step"
