@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from backbone.halves import replace_lower_half
+from backbone.blocks import replace_lower_half
 from backbone.lora import apply_adapters
 from backbone.recognizer import to_device
 from data import build_datasets
@@ -104,7 +104,9 @@ def load_model(args: argparse.Namespace) -> Checkpoint:
     for path in args.adapters:
         apply_adapters(checkpoint.model.backbone, load_tensors(path), path)
     if args.deposit is not None:
-        replace_lower_half(checkpoint.model.backbone, load_tensors(args.deposit), args.deposit)
+        replace_lower_half(
+            checkpoint.model.backbone, checkpoint.model.architecture.image_size, load_tensors(args.deposit), args.deposit
+        )
     return checkpoint
 
 

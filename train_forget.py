@@ -44,7 +44,6 @@ BY_NAME = {"method": "unseen", "data_ratio": 1.0, "epochs": 5, "min_updates": 30
 FEW_PHOTOS = 8  # with fewer photos of a person more of the person stays (docs/unseen.md)
 
 
-
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     config = saved_arguments(argv, SCRIPT)

@@ -4,6 +4,8 @@ python train_pretrain.py                                     the tiny model on d
 python train_pretrain.py --data DIR --model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4 --warmup-epochs 10
                                                              the paper's model and schedule
 python train_pretrain.py --without-classes "ann, bob"        a model that never saw them: a reference of the audit
+python train_pretrain.py --model FILE.onnx --data DIR --epochs 0      a recognizer that others have trained: enrol people
+python train_pretrain.py --model iresnet50 --weights backbone.pth --data DIR --epochs 10             and fine-tune it
 python train_pretrain.py --resume                            continue an interrupted run
 Leaves checkpoint.pth, config.json, checkpoints/last.pth and TensorBoard events in --output-dir.
 """
@@ -13,11 +15,13 @@ import sys
 import time
 from pathlib import Path
 
+import timm
 import torch
 
 from backbone.heads import HEADS
 from backbone.published import initialize_as_published, to_published
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, forward_flops, to_device
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, forward_flops, to_device
+from backbone.sources import Source, find_source
 from data import build_datasets
 from data.image_set import ImageSet, with_classes
 from data.tasks import ForgettingTask, listed_names, named_classes, people, whole_set
@@ -29,30 +33,30 @@ from util.evaluation.evaluate import predict
 from util.runtime.errors import UsageError
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, load_backbone, save_checkpoint, torch_save
+from util.storage.checkpoint import Checkpoint, load_backbone, load_weights, save_checkpoint, torch_save
 from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
 from util.training.optim import Schedule, derived_seed, make_optimizer
 from util.training.resume import LastState, add_resume_options, goes_on, identity_of, needed_bytes
+from util.training.rows import ROWS, enrol, load_rows, rows_from
 
 SCRIPT = Path(__file__).name
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
+FINE_TUNING_LR = 1e-4
 # The options that a pre-trained model depends on, beside the data, the classes left out and the seed.
 RECIPE = ("model", "image_size", "depth", "head", "drop_rate", "weights", "pretrained", "epochs", "warmup_epochs")
 RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad", "sched", "decay_on", "init", "mirror")
-RECIPE_OF_WEIGHTS = ("published_adapters",)  # of some weights to start from
+# Of a model that others have trained.
+RECIPE_OF_WEIGHTS = ("published_adapters", "rows", "class_map", "embedding", "mean", "std", "bgr", "crop_pct")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     parser.use_defaults(saved_arguments(argv, SCRIPT))
-    args = parser.parse_args(argv)
-    if args.epochs is not None:
-        choose_epochs(args, 1)  # finds what is wrong before the data are read
-    return args
+    return parser.parse_args(argv)
 
 
 def build_parser() -> options.Parser:
@@ -63,17 +67,32 @@ def build_parser() -> options.Parser:
     parser.add_argument("--without-classes", **names, help=f"leave these people out; class ids stay. {options.NAMES}")
     parser.add_argument("--absent-classes", **names, help="people left out whose images are gone; they keep their class ids")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="face_vit_tiny", help="a timm model: face_vit_* or any plain ViT")
+    told = "a timm model (face_vit_*, iresnet*, any other), a folder with config.json, hf-hub:NAME, or an ONNX file"
+    group.add_argument("--model", default="face_vit_tiny", help=told)
     group.add_argument("--image-size", type=options.number(int, 1), help="pixels (default: the model's own)")
     group.add_argument("--depth", type=options.number(int, 1), help="number of blocks (default: the model's own)")
-    group.add_argument("--head", choices=HEADS, default="cosface", help="margin head")
+    group.add_argument("--head", choices=HEADS, help="margin head (default: cosface; with --rows classifier softmax)")
     told = "of the embedding and in blocks (default: the model's)"
     group.add_argument("--drop-rate", type=options.number(float, 0, 0.99), help=told)
     group.add_argument("--init", choices=("timm", "published"), default="timm", help="random weights to start from")
     group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
     options.add_published(group, head=False)
-    options.add_optimization(parser, lr=1e-3, warmup_epochs=None)
+    told = (
+        f"the head's rows at the start: {', '.join(ROWS)}, or a file (default: random; of weights to start from: enrolment)"
+    )
+    group.add_argument("--rows", metavar="ROWS", help=told)
+    told = "line i names row i of the classifier, or of the file (default: ImageNet's numbers, or numbers)"
+    group.add_argument("--class-map", type=Path, metavar="FILE", help=told)
+    told = "what timm pools, or what the model's own last layer makes of it"
+    group.add_argument("--embedding", choices=("features", "projection"), default="features", help=told)
+    rgb = {"type": options.number(float), "nargs": 3, "metavar": ("R", "G", "B")}
+    group.add_argument("--mean", **rgb, help="of the pixels, from 0 to 1 (default: the model's own; of an ONNX file: found)")
+    group.add_argument("--std", **rgb, help="likewise; 0.0039216 where the model takes pixels from 0 to 255")
+    group.add_argument("--bgr", action="store_true", help="the model takes blue first")
+    told = "of an image's shorter side, what is seen"
+    group.add_argument("--crop-pct", type=options.number(float, 0.01, 1), default=1.0, help=told)
+    options.add_optimization(parser, fewest_epochs=0, lr=None, warmup_epochs=None)
     parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<hash>-<model>-seed<seed>")
@@ -85,32 +104,88 @@ def build_parser() -> options.Parser:
 
 
 def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
-    """Fill in --epochs and --warmup-epochs where they were not given."""
+    """Fill in --epochs, --warmup-epochs and --lr where they were not given; where others have trained the model, less."""
+    started = args.rows != "random"
     if args.epochs is None:
-        args.epochs = max(MIN_EPOCHS, round(IMAGES_SHOWN / train_images))
+        args.epochs = MIN_EPOCHS if started else max(MIN_EPOCHS, round(IMAGES_SHOWN / train_images))
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
+    if args.lr is None:
+        args.lr = FINE_TUNING_LR if started else 1e-3
     options.check_warmup(args)
 
 
-def build_model(args: argparse.Namespace, num_classes: int, image_size: int) -> Recognizer:
+def choose_start(args: argparse.Namespace) -> Source:
+    """The model, and what --weights, --rows and --head are where they were not given."""
+    source = find_source(args.model)
+    args.weights = args.weights or source.weights
+    started = args.weights is not None or args.pretrained or source.state is not None
+    args.rows = args.rows or ("enrolment" if started else "random")
+    args.head = args.head or ("softmax" if args.rows == "classifier" else "cosface")
+    if args.rows not in ROWS and not Path(args.rows).is_file():
+        raise UsageError(f"--rows {args.rows} is no file, nor one of {', '.join(ROWS)}")
+    return source
+
+
+def describe_model(args: argparse.Namespace, source: Source, num_classes: int) -> Architecture:
     sizes = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
     sizes |= {} if args.depth is None else {"depth": args.depth}
+    if args.embedding == "projection":
+        sizes["num_classes"] = projection_dim(source, args.weights)
+    size = args.image_size or source.image_size
+    if size is None:
+        raise UsageError(f"{args.model} takes images of any size: give --image-size")
+    pixels = {name: getattr(args, name) for name in ("mean", "std", "bgr") if getattr(args, name)}
+    pixels |= {"crop_pct": args.crop_pct} if args.crop_pct < 1 else {}
+    return Architecture(
+        source.model, num_classes, size, args.head, source.options | sizes, {}, source.pixels | pixels, source.graph
+    )
+
+
+def projection_dim(source: Source, weights: Path | None) -> int:
+    """How many numbers the last layer in a timm model's weights makes."""
+    if weights is None and source.state is None:
+        raise UsageError("--embedding projection needs weights that have one: --weights FILE, or a model's folder")
+    name = timm.get_pretrained_cfg(source.model).classifier if timm.is_model(source.model) else None
+    state = source.state or load_rows(weights)
+    if f"{name}.weight" not in state:
+        raise UsageError(f"{weights or source.model} has no last layer {name}: --embedding features")
+    return len(state[f"{name}.weight"])
+
+
+def build_model(args: argparse.Namespace, source: Source, num_classes: int) -> Recognizer:
+    """The backbone with its weights, and a head of random rows."""
     torch.manual_seed(derived_seed(args.seed))
-    architecture = Architecture(args.model, num_classes, image_size, args.head, sizes)
-    model = build_recognizer(architecture, args.pretrained)
+    model = build_recognizer(describe_model(args, source, num_classes), args.pretrained)
     if args.init == "published":
         initialize_as_published(model.backbone)
-    if args.weights is not None:
+    if source.state is not None:
+        own = model.backbone.state_dict()
+        load_weights(model.backbone, {key: value for key, value in source.state.items() if key in own}, Path(args.model))
+    elif args.weights is not None:
         load_backbone(model, args.weights, args.published_adapters)
     return model
+
+
+def set_rows(args: argparse.Namespace, source: Source, model: Recognizer, classes: tuple[str, ...]) -> None:
+    """Take the head's rows from where --rows says, if that is a file or the model's classifier."""
+    if args.rows in ("random", "enrolment"):
+        return
+    file = args.weights if args.rows == "classifier" else Path(args.rows)
+    if file is not None:
+        state = load_rows(file)
+    else:
+        state = source.state or timm.create_model(args.model, pretrained=True).state_dict()
+    rows_from(model, state, classes, args.class_map, str(file or args.model))
 
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.hardware_of(args)
-    image_size = args.image_size or default_image_size(args.model)
-    data = build_datasets(args, image_size, hardware.device)
+    source = choose_start(args)
+    if args.epochs is not None:
+        choose_epochs(args, 1)  # finds what is wrong before the data are read
+    data = build_datasets(args, describe_model(args, source, 2).image_size, hardware.device)
     absent = [] if args.absent_classes is None else listed_names(args.absent_classes)
     data = tuple(with_classes(split, sorted({*split.classes, *absent})) for split in data)
     train_set = data[0]
@@ -120,13 +195,16 @@ def main(argv: list[str] | None) -> None:
     if len(task.remain) < 2:
         raise UsageError(f"--without-classes leaves {len(task.remain)} classes; at least 2 are needed")
     choose_epochs(args, len(task.remain_indices))
-    model = build_model(args, len(train_set.classes), image_size)
+    model = build_model(args, source, len(train_set.classes))
+    set_rows(args, source, model, train_set.classes)
     hardware = hardware.resolve_compile(3 * args.epochs * len(task.remain_indices) * forward_flops(model))
     to_device(model, hardware)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
-    folder = PretrainFolder(args.output_dir or Path("exps") / f"pretrain-{train_set.tag}-{args.model}-seed{args.seed}")
+    folder = PretrainFolder(
+        args.output_dir or Path("exps") / f"pretrain-{train_set.tag}-{Path(source.model).stem}-seed{args.seed}"
+    )
     with folder.locked():
         pretrain(args, hardware, model, data, task, folder)
 
@@ -150,24 +228,27 @@ def pretrain(
         folder.set_aside()
     write_json(folder.config, describe_run(args, SCRIPT, hardware, train_set.images.device) | identity)
     print(
-        f"pre-training {args.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
+        f"pre-training {model.architecture.model} ({model.num_parameters():,} parameters) on {train_set.name}: "
         f"{len(task.remain)} classes, {len(task.remain_indices)} images of {train_set.image_size}×{train_set.image_size}, "
         f"{hardware.describe()}"
     )
     if task.old:
         print(f"left out: {people(task.old, train_set.classes)}", flush=True)
 
+    start, images_per_second = time.perf_counter(), 0.0
+    if args.rows == "enrolment" and not resume:
+        enrol(model, task, train_set, hardware)
     method = Pretrain(args, hardware)
     method.begin_task(model, task, train_set, args.epochs)
-    trainer = Trainer(model, method, task, train_set, Schedule.of(args))
-    last = LastState(folder.last, args.save_every, resume)
-    last.restore(trainer)
-    start = time.perf_counter()
-    with (
-        open_writer(folder.path) as writer,
-        Monitor(writer, "pretrain", "pre-training", args.epochs, trainer.position.epoch) as monitor,
-    ):
-        images_per_second = trainer.train(monitor, last.save, last.after_epoch)
+    if args.epochs:
+        trainer = Trainer(model, method, task, train_set, Schedule.of(args))
+        last = LastState(folder.last, args.save_every, resume)
+        last.restore(trainer)
+        with (
+            open_writer(folder.path) as writer,
+            Monitor(writer, "pretrain", "pre-training", args.epochs, trainer.position.epoch) as monitor,
+        ):
+            images_per_second = trainer.train(monitor, last.save, last.after_epoch)
 
     method.end_task(model)
     accuracies = predict(model, test_set, hardware).accuracies(task.remain)

@@ -14,8 +14,9 @@ from timm.models import is_model
 from torch import Tensor, nn
 
 from backbone.lora import MATRICES, LoRALinear, layers_to_adapt
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, misfits
+from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from util.runtime.errors import UsageError
+from util.runtime.files import misfits
 
 State = dict[str, Tensor]
 

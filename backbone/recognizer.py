@@ -10,25 +10,30 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbone import face_transformer  # noqa: F401  registers the Face Transformers with timm
+from backbone import face_transformer, insightface  # noqa: F401  register their models with timm
 from backbone.dropout import replace_dropout
 from backbone.heads import HEADS
 from backbone.last_block import replace_last_block
+from backbone.onnx_graph import OnnxBackbone
 from util.runtime.distributed import alone, sharded
 from util.runtime.errors import UsageError
-from util.runtime.hardware import Hardware
+from util.runtime.hardware import Hardware, plain_attention
 
 
 @dataclass
 class Architecture:
     """All that is needed to build an untrained recognizer; stored in every checkpoint."""
 
-    model: str  # timm's name
+    model: str  # timm's name, or that of an ONNX file
     num_classes: int
     image_size: int  # pixels
     head: str = "cosface"
-    model_options: dict = field(default_factory=dict)  # of timm.create_model: depth, drop rates
+    # Of timm.create_model: depth, drop rates; num_classes: the dimensions of the model's own projection, its embedding.
+    model_options: dict = field(default_factory=dict)
     head_options: dict = field(default_factory=dict)  # scale, margin
+    # Where it is not timm's configuration of the model: mean, std; and bgr, crop_pct.
+    pixels: dict = field(default_factory=dict)
+    graph: Tensor | None = None  # of an ONNX model (`backbone/onnx_graph.py`)
 
 
 class Recognizer(nn.Module):
@@ -37,13 +42,15 @@ class Recognizer(nn.Module):
     def __init__(self, architecture: Architecture, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.architecture, self.backbone, self.head = architecture, backbone, head
-        config = backbone.pretrained_cfg
+        config = backbone.pretrained_cfg | architecture.pixels
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        self.bgr = config.get("bgr", False)
         self.register_buffer("pixel_scale", 1 / (255 * std), persistent=False)
         self.register_buffer("pixel_shift", -mean / std, persistent=False)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """images uint8 (B, 3, H, W) → what the backbone takes, scaled and shifted as it expects."""
+        """images uint8 (B, 3, H, W), RGB → what the backbone takes, scaled and shifted as it expects."""
+        images = images.flip(1) if self.bgr else images
         return torch.addcmul(self.pixel_shift, images.to(self.pixel_scale.dtype), self.pixel_scale)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -87,8 +94,10 @@ def forward_flops(model: Recognizer) -> int:
     """Floating-point operations of one image's forward pass: matrix products, convolutions and attention."""
     size = model.architecture.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.head.weight.device)
-    with alone(), FlopCounterMode(display=False) as counter, torch.no_grad():  # on the CPU still, which NCCL does not serve
-        model(image)
+    # On the CPU still, which NCCL does not serve; the counter does not know every shape of fused attention.
+    with alone(), plain_attention(model), FlopCounterMode(display=False) as counter, torch.no_grad():
+        weights = {name: weight.detach() for name, weight in model.backbone.named_parameters()}  # nor weights as inputs
+        torch.func.functional_call(model.backbone, weights, (model.normalize(image),))
     return counter.get_total_flops()
 
 
@@ -101,36 +110,38 @@ def default_image_size(model: str) -> int:
 def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Recognizer:
     """Build with fresh weights, or with timm's published ones (`pretrained`, which needs a network)."""
     a = architecture
-    _check_model_name(a.model)
     if a.head not in HEADS:
         raise UsageError(f"unknown head {a.head!r}; choose from {', '.join(HEADS)}")
+    backbone = build_backbone(a, pretrained)
+    dim = a.model_options.get("num_classes") or getattr(backbone, "head_hidden_size", backbone.num_features)
+    return Recognizer(a, backbone, HEADS[a.head](dim, a.num_classes, **a.head_options))
+
+
+def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.Module:
+    a = architecture
+    if a.graph is not None:
+        return OnnxBackbone(a.graph, a.image_size)
+    _check_model_name(a.model)
     told = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
+    options = {"num_classes": 0} | a.model_options
     try:
-        backbone = timm.create_model(a.model, pretrained, num_classes=0, img_size=a.image_size, **a.model_options)
+        try:
+            backbone = timm.create_model(a.model, pretrained, img_size=a.image_size, **options)
+        except TypeError as error:  # most convolutional networks take images of any size
+            if "img_size" not in str(error):
+                raise
+            backbone = timm.create_model(a.model, pretrained, **options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         problem = (str(error).splitlines() or ["its patches do not fit"])[0]  # timm asserts that without a word
         raise UsageError(f"{told}: {problem}") from None
-    patches = getattr(backbone, "patch_embed", None)
-    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad and a.image_size % math.lcm(*patches.patch_size):
-        # timm would cut a border off and say nothing.
-        raise UsageError(f"{told}: the size is no multiple of the patches' {math.lcm(*patches.patch_size)}")
-    return Recognizer(a, backbone, HEADS[a.head](backbone.num_features, a.num_classes, **a.head_options))
+    patches, own = getattr(backbone, "patch_embed", None), backbone.pretrained_cfg["input_size"][-1] == a.image_size
+    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad and not own:
+        side = math.lcm(*patches.patch_size)
+        if a.image_size % side:  # timm would cut a border off and say nothing
+            raise UsageError(f"{told}: the size is no multiple of the patches' {side}")
+    return backbone
 
 
 def _check_model_name(model: str) -> None:
     if not timm.is_model(model):
         raise UsageError(f"unknown model {model!r}; timm.list_models() names them all")
-
-
-def misfits(state: dict, expected: dict[str, Tensor]) -> str:
-    """What keeps `state` from being loaded where `expected` is the state dict; empty if nothing does."""
-    problems = [f"{key} is missing" for key in expected if key not in state]
-    problems += [f"{key} is unexpected" for key in state if key not in expected]
-    for key, ours in expected.items():
-        value = state.get(key, ours)
-        if not torch.is_tensor(value) or value.is_floating_point() != ours.is_floating_point():
-            problems.append(f"{key} is no {'float' if ours.is_floating_point() else 'integer'} tensor")
-        elif value.shape != ours.shape:
-            problems.append(f"{key} has shape {tuple(value.shape)}, not {tuple(ours.shape)}")
-    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-    return "; ".join(problems[:3]) + more

@@ -77,6 +77,7 @@ class Method(ABC):
     source: ClassVar[str] = ""
     options: ClassVar[Sequence[Option]] = ()  # the last one of a name counts
     unused: ClassVar[Sequence[str]] = ()  # the shared options that do nothing here
+    counts_statistics: ClassVar[bool] = False  # whether batch norms count the statistics of what is trained on
     average: AveragedModel | None = None  # within a task, for the methods that have one
 
     def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:

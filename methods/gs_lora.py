@@ -30,7 +30,7 @@ class GSLoRA(Method):
         Option("batch_size", 48, few_shot=4),
         Option("epoch_over", "longest", published="remain"),
         Option("rank", 8, "rank r of the adapters", low=1),
-        Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
+        Option("lora_place", "auto", lora.PLACE_HELP),
         Option("grouping", "block", "what the penalty selects or drops", choices=lora.GROUPINGS),
         Option("later_slope", 5.0, "in tasks after the first, A starts with a = √ of this", published=50.0),
         Option("alpha", 1e-4, "weight α of the group-sparse penalty"),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbone.halves import half_depth, lower_half, mid_features, stop_dropout_above, upper_half
+from backbone.blocks import Halves, as_tokens
 from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
@@ -55,11 +55,11 @@ class LIRF(Distillation):
     ]
 
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
-        half_depth(model.backbone)
+        Halves(model.backbone, model.architecture.image_size)
 
     def prepare(self, model: Recognizer) -> None:
         super().prepare(model)
-        self.depth = half_depth(model.backbone)
+        self.halves = Halves(model.backbone, model.architecture.image_size)
         teacher = self.teacher_of(model)
 
         def maps_of(images: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ class LIRF(Distillation):
         self.forgotten, self.remaining = (torch.tensor(c, device=self.hardware.device) for c in (forgotten, remaining))
         model.requires_grad_(False)
         # Part of the model while the task runs: optimized, moved to the device and saved for --resume with it.
-        model.deposit = lower_half(teacher.backbone).requires_grad_(self.args.deposit == "trained")
+        model.deposit = self.halves.lower_half(teacher.backbone).requires_grad_(self.args.deposit == "trained")
         for name, _ in model.deposit.named_parameters():
             model.backbone.get_parameter(name).requires_grad_(True)
 
     def begin_epoch(self, model: Recognizer, epoch: int) -> None:
-        stop_dropout_above(model.backbone, self.depth)
+        self.halves.stop_dropout_above(model.backbone)
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         args = self.args
@@ -110,12 +110,14 @@ class LIRF(Distillation):
         """Images (B, 3, H, W) through `lower` and the model's upper half → attention maps (B, tokens or dim), embeddings."""
 
         def of(part: Tensor) -> tuple[Tensor, Tensor]:
-            mid = mid_features(lower, model.normalize(part), self.depth)
+            normalized = model.normalize(part)
+            mid = self.halves.mid(lower, normalized)
+            squares = as_tokens(model.backbone, mid).float().square()
             if self.args.attention_map == "tokens":
-                maps = F.normalize(mid.float().square().mean(dim=2))  # arXiv 1612.03928, equation 2
+                maps = F.normalize(squares.mean(dim=2))  # arXiv 1612.03928, equation 2
             else:
-                maps = F.threshold(F.normalize(mid.float().square().mean(dim=1)), 0.005, 0.0)
-            return maps, upper_half(model.backbone, mid, self.depth)
+                maps = F.threshold(F.normalize(squares.mean(dim=1)), 0.005, 0.0)
+            return maps, self.halves.upper(model.backbone, normalized, mid)
 
         return sharded(of, images)
 

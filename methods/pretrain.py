@@ -17,6 +17,7 @@ class Pretrain(Method):
 
     name = "pretrain"
     title = "Pre-train"
+    counts_statistics = True
 
     def prepare(self, model: Recognizer) -> None:
         model.requires_grad_(True)

@@ -17,6 +17,7 @@ class Retrain(Method):
 
     name = "retrain"
     title = "Retrain"
+    counts_statistics = True
     unused = ("epoch_over",)
     options = [
         Option("lr", 1e-3, published=3e-4),

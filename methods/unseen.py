@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone import lora
-from backbone.halves import half_depth
+from backbone.blocks import as_map, block_names, block_outputs
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
@@ -50,7 +50,7 @@ class Unseen(Method):
     options = [
         Option("lr", 2e-2),
         Option("rank", 8, "rank r of the adapters", low=1),
-        Option("lora_place", "ffn", "layers that get adapters", choices=tuple(lora.PLACES)),
+        Option("lora_place", "auto", lora.PLACE_HELP),
         Option("passes", 2, "passes over the longer of D_f and D_r that an epoch makes", low=1),
         Option("visits", 5, "more of them, where an epoch would show D_f fewer times", low=0),
         Option("likeness", 0.45, "w: share of the kept faces that look alike in a target", high=1),
@@ -62,7 +62,10 @@ class Unseen(Method):
 
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
-        half_depth(model.backbone)
+        if len(block_names(model.backbone)) < 2:
+            raise UsageError(
+                f"unseen looks at what a network computes early, and {type(model.backbone).__name__} has no blocks"
+            )
         for task in tasks:
             counts = train_set.labels.cpu()[task.remain_indices].unique(return_counts=True)[1]
             if len(counts) < 2 or counts.max() < 2:
@@ -98,18 +101,18 @@ class Unseen(Method):
 
     def _features(self, model: Recognizer, seen: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Of each image, what the first quarter of the blocks computes in the quadrants of its face, and the first half on
-        the whole of it: averages of patch tokens."""
-        depths = [max(1, len(model.backbone.blocks) // 4), half_depth(model.backbone)]
+        the whole of it: averages of patch tokens, or of a map's places."""
+        blocks = block_names(model.backbone)
+        names = list(dict.fromkeys([blocks[max(1, len(blocks) // 4) - 1], blocks[len(blocks) // 2 - 1]]))
 
         def of(images: Tensor) -> Tensor:
-            tokens = model.backbone.forward_intermediates(
-                model.normalize(images), [d - 1 for d in depths], stop_early=True, output_fmt="NCHW", intermediates_only=True
-            )
-            quadrants, whole = F.adaptive_avg_pool2d(tokens[0].float(), 2), tokens[-1].float().mean(dim=(2, 3))
-            return torch.cat([quadrants.flatten(1), whole], dim=1)
+            outputs = block_outputs(model.backbone, model.normalize(images), names)
+            early, middle = (as_map(model.backbone, outputs[place]).float() for place in (0, -1))
+            quadrants, self.early = F.adaptive_avg_pool2d(early, 2).flatten(1), 4 * early.shape[1]
+            return torch.cat([quadrants, middle.mean(dim=(2, 3))], dim=1)
 
         features = map_images(model, of, self.train_set, self.hardware, seen).double().cpu().numpy()
-        return np.split(features, [features.shape[1] * 4 // 5], axis=1)
+        return np.split(features, [self.early], axis=1)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         forget, longer = len(task.forget_indices), max(len(task.forget_indices), len(task.remain_indices))

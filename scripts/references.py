@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from backbone.recognizer import default_image_size, misfits
+from backbone.recognizer import build_recognizer
+from backbone.sources import find_source
 from data.cache import cache_folder
 from data.image_set import ImageSet
 from scripts.jobs import Job, deal_out, places
-from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, build_model
+from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, describe_model
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import file_lock, read_json, readable, sha256
+from util.runtime.files import file_lock, misfits, read_json, readable, sha256
 from util.runtime.interrupt import end_on_sigterm
 from util.storage.checkpoint import Checkpoint
 from util.storage.folders import PretrainFolder
@@ -49,9 +50,10 @@ def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
         )
     recipe = {key: recipe[key] for key in (*RECIPE, *RECIPE_OF_WEIGHTS) if key in RECIPE or recipe.get(key)}
     with readable(config or path, "no recipe of pre-training"), torch.device("meta"):
-        untrained = argparse.Namespace(**recipe | {"seed": 0, "init": "timm", "weights": None, "pretrained": False})
-        model = build_model(untrained, a.num_classes, recipe["image_size"] or default_image_size(recipe["model"]))
-        range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers
+        asked = {"mean": None, "std": None, "bgr": False, "crop_pct": 1.0, "embedding": "features"} | recipe
+        asked["weights"] = recipe["weights"] and Path(recipe["weights"])
+        model = build_recognizer(describe_model(argparse.Namespace(**asked), find_source(recipe["model"]), a.num_classes))
+        range(recipe["warmup_epochs"], recipe["epochs"], max(1, recipe["epochs"]))  # raises where they are no such numbers
         if problems := misfits(checkpoint.model.state_dict(), model.state_dict()):
             raise UsageError(f"{path} was not trained by the recipe in {config or path}: {problems}")
         if recipe["weights"] and not Path(recipe["weights"]).is_file():
@@ -67,7 +69,8 @@ def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, w
     left = (~torch.isin(train_set.labels.cpu(), torch.tensor([*without], dtype=torch.long))).sum().item()
     # As many images are shown as to the pre-trained model.
     longer = recipe["epochs"] * len(train_set) / max(1, left)
-    recipe = recipe | {"epochs": round(longer), "warmup_epochs": round(longer * recipe["warmup_epochs"] / recipe["epochs"])}
+    warmup = round(longer * recipe["warmup_epochs"] / max(1, recipe["epochs"]))
+    recipe = recipe | {"epochs": round(longer), "warmup_epochs": warmup}
     names = sorted(train_set.classes[c] for c in without)
     known = recipe | {"weights": recipe["weights"] and sha256(Path(recipe["weights"]))}  # wherever they lie
     key = hashlib.sha256(json.dumps([data_sha256(train_set), known, names, seed]).encode()).hexdigest()[:16]
@@ -82,7 +85,7 @@ def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, w
         if value is True:
             arguments.append(option_name(name))
         elif value is not None and value is not False:
-            arguments += [option_name(name), str(value)]
+            arguments += [option_name(name), *map(str, value if isinstance(value, list) else [value])]
     label = f"{train_set.name} without {len(without)} classes, seed {seed}"
     return Job(label, folder, "train_pretrain.py", arguments, finished=folder.finished)
 

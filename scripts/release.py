@@ -1,15 +1,17 @@
 """Write what may leave the house after a deletion: the model without a trace of the names and rows of the forgotten.
 
 python scripts/release.py --checkpoint RUN/checkpoints/task_2.pth --output-dir DIR
-Leaves checkpoint.pth (as of this project, with the remaining classes alone), backbone.safetensors (timm's names) and
-model.onnx (uint8 images (N, 3, H, W) → embeddings of unit length (N, dim)), and checks that all three embed alike.
-What stays behind: the run's folder. Its earlier checkpoints, adapters, deposits and states can undo the deletion.
+Leaves checkpoint.pth (as of this project, with the remaining classes alone), and the model in the form that it came in:
+timm/         config.json and model.safetensors, for timm.create_model("local-dir:DIR/timm", pretrained=True)
+backbone.pth  of insightface's networks: the state dict
+model.onnx    of an ONNX model, the same graph with other weights; of others, uint8 images (N, 3, H, W) → embeddings of
+              unit length (N, dim)
+It checks that all embed alike. What stays behind: the run's folder. Its earlier checkpoints, adapters, deposits and states
+can undo the deletion.
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,13 +22,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
-from backbone.recognizer import Recognizer, with_rows
+from backbone import insightface
+from backbone.heads import Softmax
+from backbone.onnx_graph import write_onnx_weights
+from backbone.recognizer import Recognizer, build_backbone, with_rows
 from data.tasks import people
 from util.cli import options
 from util.cli.main import run_main
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import atomic_write, load_tensors, save_tensors
-from util.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from util.runtime.files import atomic_write, save_tensors, write_json
+from util.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, torch_load, torch_save
 
 TOLERANCE = 1e-4  # of a coordinate of an embedding of unit length
 
@@ -49,6 +54,24 @@ def released(checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(with_rows(checkpoint.model, kept), tuple(checkpoint.classes[c] for c in kept if checkpoint.classes))
 
 
+def write_timm(folder: Path, model: Recognizer) -> None:
+    """The backbone, and a softmax head as its classifier, as Hugging Face's hub has timm's models."""
+    a, backbone = model.architecture, model.backbone
+    state, own = dict(backbone.state_dict()), backbone.pretrained_cfg
+    options = {"num_classes": 0} | a.model_options
+    if isinstance(model.head, Softmax) and own.get("classifier"):
+        options["num_classes"] = a.num_classes
+        state |= {f"{own['classifier']}.{name}": rows for name, rows in model.head.state_dict().items()}
+    pixels = {key: a.pixels.get(key, own.get(key)) for key in ("mean", "std", "crop_pct", "interpolation")}
+    cfg = pixels | {"input_size": [3, a.image_size, a.image_size], "num_classes": options["num_classes"]}
+    cfg |= {
+        key: own[key] for key in ("fixed_input_size", "classifier", "first_conv", "pool_size") if own.get(key) is not None
+    }
+    about = {"architecture": a.model, "num_classes": options.pop("num_classes"), "num_features": backbone.num_features}
+    write_json(folder / "config.json", about | {"pretrained_cfg": cfg, "model_args": options})
+    save_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in state.items()})
+
+
 def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     names = {"input_names": ["images"], "output_names": ["embeddings"]}
@@ -63,19 +86,26 @@ def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
         target.write(program.model_proto.SerializeToString())
 
 
-def embed_with(folder: Path, checkpoint: Checkpoint, images: Tensor) -> dict[str, Tensor]:
-    """The embeddings that each of the files in `folder` gives, by file name."""
-    found = {"checkpoint.pth": Embedder(load_checkpoint(folder / "checkpoint.pth").model.eval())(images)}
-    a = checkpoint.model.architecture
-    backbone = timm.create_model(a.model, num_classes=0, img_size=a.image_size, **a.model_options).eval()
-    backbone.load_state_dict(load_tensors(folder / "backbone.safetensors"))
-    found["backbone.safetensors"] = F.normalize(backbone(checkpoint.model.normalize(images)))
+def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Tensor]:
+    """The embeddings of unit length that each of the files in `folder` gives, by file name."""
+    normalized = model.normalize(images)
+    found = {"checkpoint.pth": load_checkpoint(folder / "checkpoint.pth").model.eval().embed(images)}
+    if (folder / "timm").exists():
+        backbone = timm.create_model(f"local-dir:{folder / 'timm'}", pretrained=True).eval()
+        if isinstance(model.head, Softmax):
+            backbone.reset_classifier(0)
+        found["timm"] = backbone(normalized)
+    if (folder / "backbone.pth").exists():
+        backbone = build_backbone(model.architecture)
+        backbone.load_state_dict(torch_load(folder / "backbone.pth"))
+        found["backbone.pth"] = backbone.eval()(normalized)
     if (folder / "model.onnx").exists():
         import onnxruntime
 
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        found["model.onnx"] = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    return found
+        given = images if model.architecture.graph is None else model.backbone.as_given(normalized)
+        found["model.onnx"] = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: given.numpy()})[0])
+    return {name: F.normalize(embeddings.flatten(1)) for name, embeddings in found.items()}
 
 
 @torch.no_grad()
@@ -96,15 +126,20 @@ def main(argv: list[str] | None) -> None:
     a = model.model.architecture
 
     save_checkpoint(args.output_dir / "checkpoint.pth", model)
-    about = {key: value for key, value in asdict(a).items() if key in ("model", "image_size", "model_options")}
-    state = {name: tensor.contiguous() for name, tensor in model.model.backbone.state_dict().items()}
-    save_tensors(args.output_dir / "backbone.safetensors", state, {name: json.dumps(v) for name, v in about.items()})
-    if args.onnx:
-        write_onnx(args.output_dir / "model.onnx", Embedder(model.model).eval(), a.image_size)
+    recognizer = model.model.eval()
+    if a.graph is not None:
+        with atomic_write(args.output_dir / "model.onnx") as target:
+            target.write(write_onnx_weights(recognizer.backbone, a.graph).SerializeToString())
+    elif a.model in insightface.default_cfgs:
+        torch_save(args.output_dir / "backbone.pth", recognizer.backbone.state_dict())
+    else:
+        write_timm(args.output_dir / "timm", recognizer)
+    if args.onnx and a.graph is None:
+        write_onnx(args.output_dir / "model.onnx", Embedder(recognizer), a.image_size)
 
     images = torch.randint(0, 256, (8, 3, a.image_size, a.image_size), dtype=torch.uint8)
     expected = Embedder(checkpoint.model.eval())(images)
-    for name, embeddings in embed_with(args.output_dir, model, images).items():
+    for name, embeddings in embed_with(args.output_dir, recognizer, images).items():
         error = (embeddings - expected).abs().max().item()
         if not error <= TOLERANCE:
             raise RunError(f"{args.output_dir / name} embeds otherwise than {args.checkpoint}: off by {error:.1g}")

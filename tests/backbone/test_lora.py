@@ -144,15 +144,84 @@ def test_relative_updates_against_numpy(backbone):
         assert share == pytest.approx(expected)
 
 
-def test_any_timm_vit_can_be_adapted():
-    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2)
-    lora.add_adapters(backbone, 8, "attention")
-    assert list(lora.adapted_layers(backbone)) == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+def of_timm(name: str, **options) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"model_options": options} if options else {}
+    backbone = build_recognizer(Architecture(name, 4, 32, **options)).backbone.double().eval()
+    for parameter in backbone.parameters():
+        if parameter.ndim == 1:  # some start at zero, and hide what is before them
+            nn.init.uniform_(parameter, 0.5, 1)
+    return backbone
+
+
+SMALL_NEXT = {"depths": (1, 1, 2, 1), "dims": (8, 8, 16, 16)}
+SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4, "patch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "place", "expected", "groups"),
+    [
+        (lambda: of_timm("vit_tiny_patch16_224", depth=2), "attention", {"blocks.0.attn.qkv"}, 2),
+        (lambda: of_timm("convnext_atto", **SMALL_NEXT), "auto", {"stages.2.blocks.1.mlp.fc1"}, 5),
+        (lambda: of_timm("swin_tiny_patch4_window7_224", **SMALL_SWIN), "ffn", {"layers.3.blocks.0.mlp.fc2"}, 4),
+        (lambda: of_timm("resnet18"), "auto", {"layer1.0.conv1", "layer2.0.downsample.0"}, 8),
+        (lambda: of_timm("resnet18"), "layer4.*.conv2", {"layer4.0.conv2", "layer4.1.conv2"}, 2),
+        (lambda: of_timm("efficientnet_lite0"), "conv", {"blocks.0.0.conv_pw", "blocks.1.0.conv_pwl"}, 16),
+        (lambda: of_timm("iresnet18"), "all", {"layer1.0.conv1", "layer4.1.conv2"}, 8),
+        (lambda: of_timm("iresnet18"), "fc", {"fc"}, 1),
+    ],
+)
+def test_layers_of_any_network_can_be_adapted_and_merged(make, place, expected, groups):
+    backbone = make()
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    before, state = backbone(images), {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    lora.add_adapters(backbone, 4, place)
+    names = lora.adapted_layers(backbone)
+    assert expected <= set(names)
+    assert not any("rel_pos" in name for name in names)
+    assert all(getattr(layer, "groups", 1) == 1 for layer in names.values())
+    assert torch.equal(backbone(images), before)
+    assert len(lora.adapter_groups(backbone)) == groups == len(lora.relative_updates(backbone))
+    randomise(backbone)
+    unmerged = backbone(images)
+    assert not torch.allclose(unmerged, before, rtol=1e-3)
+    lora.merge_adapters(backbone)
+    torch.testing.assert_close(backbone(images), unmerged, rtol=1e-6, atol=1e-6)
+    assert backbone.state_dict().keys() == state.keys()
+    moved = {name for name, tensor in backbone.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert moved == {f"{name}.weight" for name in names}
+
+
+def test_an_mlp_of_relative_positions_is_no_feed_forward_network():
+    backbone = timm.create_model("vit_relpos_small_patch16_224", num_classes=0, img_size=32, depth=1)
+    lora.add_adapters(backbone, 4, "ffn")
+    assert list(lora.adapted_layers(backbone)) == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+
+
+@pytest.mark.parametrize("how", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": "same"}, {"bias": False}])
+def test_an_adapted_convolution_computes_its_formula_and_the_gradient_of_it(how):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(3, 4, 3, dtype=torch.float64, **how)
+    layer = lora.LoRAConv2d(plain, 2)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 3, 7, 6, dtype=torch.float64)
+    update = np.einsum("or,rikl->oikl", layer.lora_B.detach().numpy(), layer.lora_A.detach().numpy()) / 2
+    whole = torch.from_numpy(layer.weight.detach().numpy() + update)
+    options = {name: getattr(plain, name) for name in ("stride", "padding", "dilation")}
+    expected = nn.functional.conv2d(x, whole, plain.bias, **options)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+    def of(lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"lora_A": lora_A, "lora_B": lora_B}, (x,)).square().sum()
+
+    assert torch.autograd.gradcheck(of, (layer.lora_A, layer.lora_B))  # by finite differences
 
 
 def test_what_cannot_be_adapted_is_refused(backbone):
-    with pytest.raises(UsageError, match="no layers to adapt: ResNet has"):
-        lora.add_adapters(timm.create_model("resnet18", num_classes=0), 8)
+    with pytest.raises(UsageError, match="no layers to adapt: ResNet has .*'ffn'"):
+        lora.add_adapters(timm.create_model("resnet18", num_classes=0), 8, "ffn")
+    with pytest.raises(UsageError, match=r"names like patch_embed.proj, blocks.0"):
+        lora.add_adapters(backbone, 8, "layer*")
     with pytest.raises(UsageError, match="rank 33 is out of range"):
         lora.add_adapters(backbone, 33)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backbone.blocks import block_names, block_outputs, summary
 from backbone.recognizer import Recognizer, to_device
 from data.image_set import ImageSet
 from util.evaluation.evaluate import embed_images, map_images
@@ -18,6 +19,7 @@ DRAWS = 10  # galleries drawn for each figure that enrols
 ENROLLED = 5  # images a row is made of, where a model has none of its own
 TRAINED = "photos_"  # what the keys of figures on the forgotten identities' training images begin with
 PER_IDENTITY = 60  # most training images of an identity that probes are fitted on
+PROBED = 12  # blocks, evenly spaced, that probes look at
 
 
 @dataclass(frozen=True)
@@ -175,14 +177,17 @@ class Subject:
             return self.model.head.scale * F.linear(F.normalize(embeddings), F.normalize(rows))
         return F.linear(embeddings, rows, bias)
 
-    def tokens(self, images: ImageSet, positions: Tensor) -> Tensor:
-        """The class token (the tokens' mean, where there is none) after each block: (blocks, N, dim)."""
+    def tokens(self, images: ImageSet, positions: Tensor) -> list[Tensor]:
+        """The class token (the mean over places, where there is none) after PROBED blocks or all: (N, dim) each."""
 
         def of(batch: Tensor) -> Tensor:
-            outputs = model.backbone.forward_intermediates(
-                model.normalize(batch), return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
-            )
-            return torch.stack([o[1][:, 0] if isinstance(o, tuple) else o.mean(dim=1) for o in outputs], dim=1)
+            outputs = block_outputs(model.backbone, model.normalize(batch), names)
+            seen = [summary(model.backbone, output) for output in outputs]
+            widths[:] = [part.shape[1] for part in seen]
+            return torch.cat(seen, dim=1)
 
-        model = to_device(self.model, self.hardware)
-        return map_images(model, of, images, self.hardware, positions).cpu().transpose(0, 1)
+        model, widths = to_device(self.model, self.hardware), []
+        blocks = block_names(model.backbone)
+        count = min(len(blocks), PROBED)
+        names = [blocks[(place + 1) * len(blocks) // count - 1] for place in range(count)]
+        return [*map_images(model, of, images, self.hardware, positions).cpu().split(widths, dim=1)]

@@ -142,10 +142,10 @@ def hardware_of(args: argparse.Namespace) -> Hardware:
     return hardware
 
 
-def add_optimization(parser: Parser, **defaults: Any) -> None:
+def add_optimization(parser: Parser, fewest_epochs: int = 1, **defaults: Any) -> None:
     """`defaults` replace those below."""
     group = parser.add_argument_group("optimization")
-    group.add_argument("--epochs", type=number(int, 1), help="epochs, of each task where there are several")
+    group.add_argument("--epochs", type=number(int, fewest_epochs), help="epochs, of each task where there are several")
     group.add_argument("--batch-size", type=number(int, 1), default=48, help="images of each stream in a step")
     told = "a stream's last batch: filled up with the next round's images, or the rest"
     group.add_argument("--last-batch", choices=("full", "short"), default="full", help=told)

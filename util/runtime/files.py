@@ -117,3 +117,17 @@ def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RunError(f"{path}: {name} holds values that are not finite; the file is damaged, or its training diverged")
+
+
+def misfits(state: dict, expected: dict[str, Tensor]) -> str:
+    """What keeps `state` from being loaded where `expected` is the state dict; empty if nothing does."""
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is unexpected" for key in state if key not in expected]
+    for key, ours in expected.items():
+        value = state.get(key, ours)
+        if not isinstance(value, Tensor) or value.is_floating_point() != ours.is_floating_point():
+            problems.append(f"{key} is no {'float' if ours.is_floating_point() else 'integer'} tensor")
+        elif value.shape != ours.shape:
+            problems.append(f"{key} has shape {tuple(value.shape)}, not {tuple(ours.shape)}")
+    more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+    return "; ".join(problems[:3]) + more

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models.vision_transformer import checkpoint_filter_fn
 
 from backbone.lora import apply_adapters
 from backbone.published import from_published, is_published
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, misfits
+from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet, with_classes
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import atomic_write, check_finite, readable
+from util.runtime.files import atomic_write, check_finite, misfits, readable
 
 FORMAT = "continual-forgetting-1"
-# What train_pretrain.py and the published layout set. Others of timm's arguments could name files or addresses to load.
-MODEL_OPTIONS = {"depth", "embed_dim", "mlp_ratio", "num_heads", "pos_drop_rate", "proj_drop_rate"}
+# Arguments of timm's that name files or addresses to load.
+LOADING = {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "pretrained_model_args"}
 LARGEST = 1 << 24  # of the numbers in a file's architecture
 
 
@@ -89,10 +88,12 @@ def _load_own(path: Path, data: dict, head: str | None) -> Checkpoint:
 
 def _architecture(fields: dict) -> Architecture:
     a = Architecture(**fields)
-    numbers = [a.num_classes, a.image_size, *a.model_options.values(), *a.head_options.values()]
-    possible = all(isinstance(number, int | float) and 0 <= number <= LARGEST for number in numbers)
+    values = [a.num_classes, a.image_size, *a.head_options.values()]
+    possible = all(isinstance(value, int | float) and 0 <= value <= LARGEST for value in values)
+    options = [v for value in a.model_options.values() for v in (value if isinstance(value, list | tuple) else [value])]
+    possible &= all((isinstance(v, int | float) and 0 <= v <= LARGEST) or isinstance(v, str | None) for v in options)
     named = isinstance(a.model, str) and isinstance(a.head, str)
-    if not possible or not named or not a.model_options.keys() <= MODEL_OPTIONS:
+    if not possible or not named or a.model_options.keys() & LOADING:
         raise ValueError("impossible architecture")
     return a
 
@@ -132,20 +133,25 @@ def _check_fits(model: torch.nn.Module, state: dict, path: Path) -> None:
 
 
 def load_backbone(model: Recognizer, path: Path, adapters: str | None = None) -> None:
-    """Start from backbone weights in a local file: timm's (.safetensors, .bin, .pth), a checkpoint of ours, a published one.
+    """Start from backbone weights in a local file: timm's (.safetensors, .bin, .pth), arcface_torch's, a checkpoint of ours,
+    a published one.
 
-    A classifier is left out; position embeddings of another image size are resampled as timm does. `adapters`: of a
-    published one, as in `load_checkpoint`.
+    A classifier that the model does not have is left out; position embeddings of another image size are resampled as timm
+    does. `adapters`: of a published one, as in `load_checkpoint`.
     """
+    backbone, own = model.backbone, model.backbone.state_dict()
     with readable(path):
         state = timm.models.load_state_dict(str(path), weights_only=True)
         _check_sizes(state, path)
         if is_published(state):
             state = _load_published(path, state, None, adapters).model.state_dict()
+        classifier = backbone.pretrained_cfg.get("classifier") or ()
+        heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
         ours = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-        plain = {key: value for key, value in (ours or state).items() if not key.startswith(("head.", "head_dist."))}
+        plain = {key: value for key, value in (ours or state).items() if key in own or not key.startswith(heads)}
+    resample = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     with readable(path, "does not fit the model"):
-        load_weights(model.backbone, checkpoint_filter_fn(plain, model.backbone), path)
+        load_weights(backbone, resample(plain, backbone) if resample else plain, path)
 
 
 def torch_save(path: Path, data: dict) -> None:

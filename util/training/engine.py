@@ -68,6 +68,8 @@ class Trainer:
     def train_one_epoch(self, monitor: Monitor, stop: Stop, save: Callable[["Trainer"], None]) -> None:
         epoch = self.position.epoch
         self.model.train()
+        if not self.method.counts_statistics:
+            keep_statistics(self.model)
         self.scheduler.step(epoch)
         self.method.begin_epoch(self.model, epoch)
         monitor.begin_epoch(epoch, self.position.step)
@@ -129,6 +131,13 @@ class Trainer:
         torch.set_rng_state(state["random"]["cpu"])
         if "cuda" in state["random"] and self.hardware.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"]["cuda"], self.hardware.device)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Batch norms stay as they were pre-trained: a few batches of the forgotten would be no statistics of faces."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 class Loss(nn.Module):

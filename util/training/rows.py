@@ -1,0 +1,87 @@
+"""Where the head's rows come from, if not from chance: the model's own classifier, enrolled people, or a file."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from backbone.heads import Softmax
+from backbone.recognizer import Recognizer
+from data.image_set import ImageSet
+from data.tasks import ForgettingTask
+from util.evaluation.evaluate import embed_images
+from util.runtime.errors import UsageError
+from util.runtime.files import readable
+from util.runtime.hardware import Hardware
+
+ROWS = ("random", "enrolment", "classifier")
+
+
+@torch.no_grad()
+def enrol(model: Recognizer, task: ForgettingTask, train_set: ImageSet, hardware: Hardware) -> None:
+    """Each person's row is the mean of the unit embeddings of their training images, as face recognizers enrol people."""
+    if isinstance(model.head, Softmax):
+        raise UsageError("--rows enrolment is for heads that compare directions: choose another --head than softmax")
+    indices = task.remain_indices
+    labels = train_set.labels.cpu()[indices].to(hardware.device)
+    unit = F.normalize(embed_images(model, train_set, hardware, indices))
+    rows = torch.zeros_like(model.head.weight).index_add_(0, labels, unit)
+    model.head.weight.copy_(F.normalize(rows))
+
+
+@torch.no_grad()
+def rows_from(
+    model: Recognizer, state: dict[str, Tensor], classes: tuple[str, ...], class_map: Path | None, source: str
+) -> None:
+    """Take the rows, and biases, of `classes` from the classifier in a timm model's state dict, or from the one matrix that
+    `state` holds. Raises UsageError where there is none, or a class is not among its rows."""
+    name = model.backbone.pretrained_cfg.get("classifier")
+    weight = state.get(f"{name}.weight")
+    if weight is None:
+        matrices = [tensor for tensor in state.values() if tensor.ndim == 2]
+        weight = matrices[0] if len(matrices) == len(state) - (len(state) > 1) == 1 else None
+    dim = model.head.weight.shape[1]
+    if weight is None or weight.shape[1] != dim:
+        told = "no classifier" if weight is None else f"rows of {weight.shape[1]} values"
+        raise UsageError(f"{source}: {told}, where --rows needs (classes, {dim}); --rows enrolment needs none")
+    ids = class_ids(classes, len(weight), class_map)
+    model.head.weight.copy_(weight[ids])
+    bias = next((tensor for tensor in state.values() if tensor.shape == weight.shape[:1]), None)
+    bias = state.get(f"{name}.bias", bias)
+    if isinstance(model.head, Softmax) and bias is not None:
+        model.head.bias.copy_(bias[ids])
+
+
+def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> list[int]:
+    """Which of a classifier's `count` rows each class is: its line in the class map; its ImageNet number (n01440764); a
+    number itself; or, where there are as many classes as rows, its place."""
+    if class_map is not None:
+        names = class_map.read_text("utf-8").split("\n")
+        known = {name.split()[0] if name.split() else "": line for line, name in enumerate(names)}
+        known |= {name.strip(): line for line, name in enumerate(names)}
+    elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        known = {name: place for place, name in enumerate(ImageNetInfo().label_names())}
+    elif all(name.isdecimal() for name in classes):
+        known = {name: int(name) for name in classes}
+    elif len(classes) == count:
+        known = {name: place for place, name in enumerate(classes)}
+    else:
+        told = f"{len(classes)} classes, {count} rows, and no names that tell which is which"
+        raise UsageError(f"{told}: give --class-map FILE, in which line i names row i")
+    if strange := [name for name in classes if not 0 <= known.get(name, -1) < count]:
+        where = f"{class_map or 'the classifier'} of {count} rows"
+        raise UsageError(f"{len(strange)} classes are not in {where}, {strange[0]!r} first: give --class-map FILE")
+    return [known[name] for name in classes]
+
+
+def load_rows(path: Path) -> dict[str, Tensor]:
+    """The state dict, or .npy matrix, in a file."""
+    with readable(path):
+        if path.suffix == ".npy":
+            return {"weight": torch.from_numpy(np.load(path, allow_pickle=False)).float()}
+        return timm.models.load_state_dict(str(path), weights_only=True)
