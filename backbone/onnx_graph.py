@@ -113,13 +113,13 @@ def write_onnx_weights(backbone: OnnxBackbone, graph: Tensor):
     stem, *blocks, tail = _parts(_converted(model))
     converted.stem, converted.blocks, converted.tail = stem, nn.ModuleList(blocks), tail
     names = {key: marks.get(value.numpy().tobytes()) for key, value in converted.state_dict().items()}
-    lost = [name for name, _ in backbone.named_parameters() if names[name] is None]
+    lost = [name for name, _ in backbone.named_parameters() if names.get(name) is None]
     if lost:
         raise RunError(f"{len(lost)} weights have no place in the ONNX graph, {lost[0]} first")
     model, written = _filled(graph), {}
     tensors = _weights(model)
     for key, value in backbone.state_dict().items():
-        if names[key] is None:
+        if names.get(key) is None:
             continue
         name, transposed = names[key]
         array = value.detach().cpu().numpy()

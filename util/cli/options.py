@@ -185,7 +185,8 @@ def _keywords(option: Option) -> dict[str, Any]:
         return keywords | {"choices": option.choices}
     many = isinstance(option.default, list)
     kind = type(option.default[0] if many else option.default)
-    return keywords | {"type": number(kind, option.low, option.high)} | ({"nargs": "+"} if many else {})
+    checked = str if kind is str else number(kind, option.low, option.high)
+    return keywords | {"type": checked} | ({"nargs": "+"} if many else {})
 
 
 def plain_arguments(args: argparse.Namespace) -> dict:
