@@ -79,7 +79,7 @@ def with_rows(model: Recognizer, classes: Sequence[int]) -> Recognizer:
 
 
 def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
-    """Move a model to the device, with the attention, dropout and last block that are fastest there."""
+    """Move a model to the device, with the attention, dropout, last block and memory format that are fastest there."""
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = hardware.fused_attention
@@ -87,6 +87,8 @@ def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
         replace_dropout(model)
     if hardware.cls_only_last_block:
         replace_last_block(model)
+    if any(isinstance(module, nn.Conv2d) and module.stride != module.kernel_size for module in model.backbone.modules()):
+        model.to(memory_format=torch.channels_last)  # convolutions of bfloat16 gain most; patches are products
     return model.to(hardware.device)
 
 
@@ -97,7 +99,10 @@ def forward_flops(model: Recognizer) -> int:
     # On the CPU still, which NCCL does not serve; the counter does not know every shape of fused attention.
     with alone(), plain_attention(model), FlopCounterMode(display=False) as counter, torch.no_grad():
         weights = {name: weight.detach() for name, weight in model.backbone.named_parameters()}  # nor weights as inputs
+        was_training = model.training
+        model.eval()  # batch norms train on more images than one
         torch.func.functional_call(model.backbone, weights, (model.normalize(image),))
+        model.train(was_training)
     return counter.get_total_flops()
 
 
@@ -120,7 +125,8 @@ def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Re
 def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.Module:
     a = architecture
     if a.graph is not None:
-        return OnnxBackbone(a.graph, a.image_size)
+        with torch.device("cpu"):  # whatever the caller's: the graph is tried
+            return OnnxBackbone(a.graph, a.image_size)
     _check_model_name(a.model)
     told = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
     options = {"num_classes": 0} | a.model_options

@@ -12,6 +12,7 @@ from backbone.onnx_graph import read_onnx
 from util.runtime.errors import UsageError
 
 PIXELS = ("mean", "std")  # of timm's configurations
+CHOSEN_HERE = ("num_classes", "img_size", "in_chans")  # of a saved model's arguments
 
 
 @dataclass
@@ -62,7 +63,8 @@ def _configured(name: str, config: dict, architecture: str, options: dict | None
     own = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     config = (own.to_dict() if own else {}) | config
     pixels = {key: json.loads(json.dumps(config[key])) for key in PIXELS if config.get(key) is not None}
-    return Source(architecture, config["input_size"][-1], dict(options or {}), pixels, weights=weights)
+    options = {key: value for key, value in (options or {}).items() if key not in CHOSEN_HERE}
+    return Source(architecture, config["input_size"][-1], options, pixels, weights=weights)
 
 
 def _weights_in(folder: Path) -> Path:

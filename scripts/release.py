@@ -135,7 +135,7 @@ def main(argv: list[str] | None) -> None:
     else:
         write_timm(args.output_dir / "timm", recognizer)
     if args.onnx and a.graph is None:
-        write_onnx(args.output_dir / "model.onnx", Embedder(recognizer), a.image_size)
+        write_onnx(args.output_dir / "model.onnx", Embedder(recognizer).eval(), a.image_size)
 
     images = torch.randint(0, 256, (8, 3, a.image_size, a.image_size), dtype=torch.uint8)
     expected = Embedder(checkpoint.model.eval())(images)

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from backbone.recognizer import misfits
 from data import build_datasets, build_unseen
 from data.cache import cache_folder
 from data.image_set import ImageSet
@@ -28,7 +27,7 @@ from util.report.audit_page import audit_page
 from util.report.audit_tables import audit_markdown
 from util.report.results import load_results
 from util.runtime.errors import UsageError
-from util.runtime.files import sha256, write_json, write_text
+from util.runtime.files import misfits, sha256, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import CONFIG, RunFolder, claim, folder_of, utc_now
 from util.training.monitor import log_scalars, open_writer

@@ -9,7 +9,9 @@ from onnx import TensorProto, helper, numpy_helper
 SIZE, DIM = 16, 12
 
 
-def small_onnx(path: Path, opset: int = 13, channels_last: bool = False, residual: bool = True, batch: str | int = "n") -> Path:
+def small_onnx(
+    path: Path, opset: int = 13, channels_last: bool = False, residual: bool = True, batch: str | int = "n"
+) -> Path:
     """images (n, 3, 16, 16) → embeddings (n, 12). With a convolution, batch norm, PReLU, a product and a Gemm."""
     rng, nodes, weights = np.random.default_rng(0), [], {}
 

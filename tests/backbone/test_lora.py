@@ -218,7 +218,7 @@ def test_an_adapted_convolution_computes_its_formula_and_the_gradient_of_it(how)
 
 
 def test_what_cannot_be_adapted_is_refused(backbone):
-    with pytest.raises(UsageError, match="no layers to adapt: ResNet has .*'ffn'"):
+    with pytest.raises(UsageError, match=r"no layers to adapt: ResNet has .*'ffn'"):
         lora.add_adapters(timm.create_model("resnet18", num_classes=0), 8, "ffn")
     with pytest.raises(UsageError, match=r"names like patch_embed.proj, blocks.0"):
         lora.add_adapters(backbone, 8, "layer*")

@@ -11,7 +11,7 @@ from util.training.engine import Trainer
 from util.training.monitor import Monitor
 from util.training.optim import Schedule
 
-RANK = {name: ("--rank", "2") for name in ("gs_lora", "gs_lora_pp", "unseen")}
+RANK = dict.fromkeys(("gs_lora", "gs_lora_pp", "unseen"), ("--rank", "2"))
 SMALL_NEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 SMALL_SWIN = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1), "window_size": 4, "patch_size": 1}
 SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

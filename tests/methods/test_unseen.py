@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.linalg import eigh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from backbone.halves import mid_features
+from backbone.blocks import block_outputs
 from backbone.lora import apply_adapters
 from methods.unseen import those_alike, without_person
 from util.runtime.errors import UsageError
@@ -62,7 +62,8 @@ def expected_targets(begun, arithmetic, likeness: float, sharpness: float, exces
 
     def features(indices) -> np.ndarray:
         """(N, side, side, dim), of the one block of the first quarter and of the first half alike."""
-        tokens = arithmetic.array(mid_features(model.backbone, model.normalize(images.images[indices]), 1)[:, 1:])
+        outputs = block_outputs(model.backbone, model.normalize(images.images[indices]), ["blocks.0"])
+        tokens = arithmetic.array(outputs[0][:, 1:])
         side = int(tokens.shape[1] ** 0.5)
         return tokens.reshape(len(tokens), side, side, -1)
 

@@ -54,8 +54,8 @@ def test_nothing_of_the_forgotten_is_released(forgotten, people, command, tmp_pa
     code, stdout, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", out)
     assert code == 0, err
     assert "7 classes, without Person Number C, Person Number H, Person Number E;" in stdout
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert set(files) == {"checkpoint.pth", "backbone.safetensors", "model.onnx"}
+    files = {path.name: path.read_bytes() for path in out.rglob("*.*")}
+    assert set(files) == {"checkpoint.pth", "config.json", "model.safetensors", "model.onnx"}
     before = load_checkpoint(forgotten).model.head.weight.detach().numpy()
     for name, content in files.items():
         assert not any(NAMES[c].encode() in content for c in (2, 7, 4)), name
@@ -71,7 +71,7 @@ def test_the_released_checkpoint_knows_the_others_as_before(forgotten, people, c
     out = tmp_path / "released"
     code, _, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", out, "--no-onnx")
     assert code == 0, err
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pth", "backbone.safetensors"}
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pth", "timm"}
     before, after = load_checkpoint(forgotten), load_checkpoint(out / "checkpoint.pth")
     kept = [c for c in range(10) if c not in (2, 4, 7)]
     assert after.classes == tuple(NAMES[c] for c in kept)

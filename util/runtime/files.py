@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict:
     return data
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with atomic_write(path) as file:
         file.write(save(tensors, metadata=metadata))
 
