@@ -122,6 +122,8 @@ def choose_start(args: argparse.Namespace) -> Source:
     started = args.weights is not None or args.pretrained or source.state is not None
     args.rows = args.rows or ("enrolment" if started else "random")
     args.head = args.head or ("softmax" if args.rows == "classifier" else "cosface")
+    if args.init == "published" and not source.model.startswith("face_vit_"):
+        raise UsageError("--init published is for the Face Transformers, face_vit_*")
     if args.rows not in ROWS and not Path(args.rows).is_file():
         raise UsageError(f"--rows {args.rows} is no file, nor one of {', '.join(ROWS)}")
     return source

@@ -19,7 +19,7 @@ from util.runtime.errors import RunError, UsageError
 # Whose initializers are weights. What else is constant in a graph (sizes, axes, limits) stays as it is.
 WEIGHTED = ("Conv", "Gemm", "MatMul", "BatchNormalization", "PRelu", "LayerNormalization", "Add", "Mul", "Sub", "Div")
 LARGE = 1024  # values; smaller initializers may be read when the graph is converted, and stay in it
-warnings.filterwarnings("ignore", module=r"onnx2torch\.")  # of torch, about its indexing
+warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # of torch, about onnx2torch
 OPSETS = range(9, 19)  # that onnx2torch converts
 
 

@@ -8,7 +8,8 @@
 #   OUTPUT      folder for the results. Default: one in exps, named for the script and the data
 #   SEED        class order, samples, batches; default 1337, the published one (pre-training always uses 1337)
 #   SETTING     paper or small. Default: paper with a GPU and a data folder, else small
-#   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any plain ViT
+#   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any other; or one that others have trained,
+#               an ONNX file or a folder with config.json (docs/your-model.md), which is fine-tuned
 #   EPOCHS      epochs of a forgetting task; PRETRAIN_EPOCHS those of pre-training
 #   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh deals its runs out over them; default: the first one
 #   JOBS_PER_GPU  of these runs, how many share a device; default: 1 on a GPU (small steps leave it idle: try 4), and
@@ -45,6 +46,10 @@ small) # minutes on two CPU cores
 *) refuse "SETTING=$SETTING is unknown: paper or small" ;;
 esac
 
+if [ -e "$(_absolute "$MODEL")" ] || [ "${MODEL%.onnx}" != "$MODEL" ]; then
+  MODEL=$(_absolute "$MODEL")
+  PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS}"
+fi
 CHECKPOINT=$(_absolute "${CHECKPOINT:-}")
 OUTPUT=$(_absolute "${OUTPUT:-}")
 [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
@@ -61,7 +66,7 @@ tag_data() { [ -n "$tag" ] || tag=$("$PYTHON" scripts/data_tag.py "$DATA") || ex
 pretrain_if_missing() {
   [ -z "$CHECKPOINT" ] || return 0
   tag_data
-  local folder="exps/pretrain-$tag-$MODEL${1:-}"
+  local folder="exps/pretrain-$tag-${MODEL##*/}${1:-}"
   "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --output-dir "$folder" --resume "${@:2}" || exit $?
   CHECKPOINT="$PWD/$folder/checkpoint.pth"
 }
