@@ -16,11 +16,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from backbone.published import to_published
 from backbone.recognizer import forward_flops, to_device
-from data import build_datasets
+from data import build_datasets, is_record_file, placed
+from data.cache import cache_folder
 from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
+from data.pairs import load_pairs
 from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests, people
 from methods import METHODS, method_class
 from methods.base import PRESETS, Method
@@ -42,7 +46,6 @@ SCRIPT = Path(__file__).name
 # Defaults of a request by name, which is to delete; the others are of the papers' protocol.
 BY_NAME = {"method": "unseen", "data_ratio": 1.0, "epochs": 5, "min_updates": 300, "batch_size": 16}
 FEW_PHOTOS = 8  # with fewer photos of a person more of the person stays (docs/unseen.md)
-
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -110,6 +113,7 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<hash>-<setting>-seed<seed>")
     group.add_argument("--eval-every", **none, help="log test accuracies every so many epochs; 0: no")
+    options.add_pairs(group, "before and after each task, measure")
     group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth in that layout")
     add_resume_options(group)
     told = "start after the tasks that this task_<t>.pth has forgotten"
@@ -155,7 +159,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
         told = f"{args.checkpoint} has already forgotten {sum(map(len, checkpoint.forgotten))} classes"
         raise UsageError(f"{told}: give the pre-trained one with --checkpoint, this one with --resume-from")
     model = checkpoint.model
-    data = build_datasets(args, model.architecture.image_size, hardware.device)
+    data = build_datasets(args, model.architecture.image_size, hardware.device, on_demand=True)
     begun = Checkpoint(model) if args.resume_from is None else load_checkpoint(args.resume_from)
     earlier = begun.forgotten
     data = align_classes(checkpoint, data, args.checkpoint, [c for request in earlier for c in request])
@@ -167,13 +171,19 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     named, refuse = args.forget_classes is not None, args.forget_classes is not None and not args.allow_copies
     check_forgotten(data, tasks[len(earlier)], {*begun.info.get("forgotten_digests", ())}, refuse)
     # Of a person who is named, also copies in other files: the pixels tell.
-    sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if named else data
+    by_pixels = named and not is_record_file(args.data)
+    everything = by_pixels or getattr(args, "importance_data", "sampled") != "sampled"
+    seen = [indices for task in tasks for indices in (task.forget_indices, task.remain_indices)]
+    data[0].decode(torch.arange(len(data[0])) if everything else torch.cat(seen).unique())
+    data = placed(args, data, hardware.device)
+    sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if by_pixels else data
     check_copies(sets, tasks[len(earlier) :], refuse)
     if named:
         warn_of_few_photos(tasks[len(earlier) :], data[0])
     method = METHODS[args.method](args, hardware)
     method.check(model, tasks[len(earlier) :], data[0])
-    return ContinualRun(args, model, method, data, tasks, len(earlier))
+    pairs = load_pairs(args.pairs or [], model.architecture.image_size, args.cache_dir or cache_folder())
+    return ContinualRun(args, model, method, data, tasks, len(earlier), pairs)
 
 
 def warn_of_few_photos(tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
