@@ -19,7 +19,6 @@ from backbone.halves import replace_lower_half
 from backbone.lora import apply_adapters
 from backbone.recognizer import to_device
 from data import build_datasets, placed
-from data.cache import cache_folder
 from data.image_set import ImageSet
 from data.pairs import load_pairs
 from data.tasks import named_classes
@@ -144,7 +143,7 @@ def measure(
 
 def measure_pairs(args: argparse.Namespace, checkpoint: Checkpoint, hardware: Hardware, output: Path) -> None:
     """The benchmarks of --pairs, printed and in test.json."""
-    pairs = load_pairs(args.pairs, checkpoint.model.architecture.image_size, args.cache_dir or cache_folder())
+    pairs = load_pairs(args.pairs, checkpoint.model.architecture.image_size, args.cache_dir)
     measured = pair_benchmark(to_device(checkpoint.model, hardware), pairs, hardware)
     rates = {f"tar_at_far_{rate:g}": f"TAR@FAR={rate:g} %" for rate in BENCHMARK_RATES}
     heads = {"genuine_pairs": "Genuine", "impostor_pairs": "Impostor", "accuracy": "Acc %", "accuracy_std": "±"}

@@ -3,14 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from data import image_folder, synthetic_faces
 from data.cache import cache_folder
 from data.image_set import ImageSet, class_digests
-from data.tasks import split_validation
+from data.records import is_record_file
+from data.tasks import ForgettingTask, split_validation
 from util.runtime import distributed
 
 SYNTHETIC = "synthetic_faces"
@@ -23,17 +23,15 @@ def build_datasets(
     """The training and the test set that the data options name; on the device if the training set has room there.
 
     `args.data` is "synthetic_faces", an image folder (one of that name is reached as ./synthetic_faces) or a .rec. With
-    `on_demand`, whoever calls decodes the training images (`ImageSet.decode`) and then places both (`placed`).
+    `on_demand`, no training image is decoded, and both sets are in host memory: `placed` does the rest.
     """
     cache_dir = args.cache_dir or cache_folder()
     with distributed.main_process_first():
         if args.data == SYNTHETIC:
             counts = args.identities, args.train_per_identity, args.test_per_identity
             data = synthetic_faces.synthetic_faces(*counts, image_size, args.data_seed, device, cache_dir)
-        elif is_record_file(args.data):
-            data = image_folder.record_file(Path(args.data), image_size, cache_dir, args.val_fraction, on_demand)
         else:
-            data = image_folder.image_folder(args.data, image_size, cache_dir, on_demand)
+            data = image_folder.image_folder(args.data, image_size, cache_dir, args.val_fraction, on_demand)
     contents = class_digests(*data)
     train_set, test_set = (replace(split, contents=contents) for split in data)
     if args.val_fraction is not None and not is_record_file(args.data):
@@ -43,14 +41,14 @@ def build_datasets(
     return data if on_demand else placed(args, data, device)
 
 
-def placed(args: argparse.Namespace, data: Sequence[ImageSet], device: torch.device) -> tuple[ImageSet, ...]:
-    """`data` where --images says: on the device if its first set has room there."""
+def placed(
+    args: argparse.Namespace, data: Sequence[ImageSet], device: torch.device, tasks: Sequence[ForgettingTask] = ()
+) -> tuple[ImageSet, ...]:
+    """`data` where --images says, on the device if its first set has room there; the images of `tasks` are decoded."""
+    for task in tasks:
+        data[0].decode(torch.cat([task.forget_indices, task.remain_indices]))
     on_device = args.images == "device" or (args.images == "auto" and has_room(device, data[0].images.nbytes))
     return tuple(images.to(device) if on_device else images for images in data)
-
-
-def is_record_file(data: str) -> bool:
-    return data.endswith(".rec")
 
 
 def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device) -> ImageSet | None:

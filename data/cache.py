@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -39,55 +39,38 @@ def cached_images(key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray],
 
 
 def partly_cached(
-    key: str, shape: tuple[int, ...], fill: Callable[[Any, list[int]], None], cache_dir: Path
+    key: str, shape: tuple[int, ...], fill: Callable[[np.ndarray, list[int]], None], cache_dir: Path
 ) -> tuple[Tensor, Callable[[Tensor], None]]:
-    """The same tensor, of zeros, and a function that fills the rows at given positions, if they have not been before.
+    """The same tensor, of zeros, and a function that has the rows at given positions filled, once: by `fill(array, rows)`.
 
-    fill: `fill(target, rows)` does `target[row] = content` for each of `rows`.
-
-    Until all rows are there, the file is KEY.part, with holes; KEY.done tells which are. Where the folder cannot be written
-    to, all is filled at once, as `cached_images` does.
+    The file is KEY.part, with holes, and at its end a byte for each row that is filled; `cached_images` replaces it. Where
+    the folder cannot be written to, all is filled at once, into memory.
     """
-    path, part, done_path = (cache_dir / f"{key}.{suffix}" for suffix in ("raw", "part", "done"))
-    lock = path.with_name(f".{key}.lock")
+    path, part, size = cache_dir / f"{key}.raw", cache_dir / f"{key}.part", math.prod(shape)
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with file_lock(lock):
+        with file_lock(path.with_name(f".{key}.lock")):
             if _is_whole(path, shape):
                 return _mapped(path, shape), lambda rows: None
-            for file, size in ((part, math.prod(shape)), (done_path, shape[0])):
-                if not file.is_file() or file.stat().st_size != size:
-                    done_path.unlink(missing_ok=True)
-                    with open(file, "wb") as opened:
-                        opened.truncate(size)
-            # Both stay open: they are this process's own still where another one has built KEY.raw in the meantime.
-            images, target, done = _mapped(part, shape), _Rows(part, shape), np.memmap(done_path, np.uint8, "r+")
+            if not part.is_file() or part.stat().st_size != size + shape[0]:
+                part.write_bytes(b"")
+                os.truncate(part, size + shape[0])
+            # It stays this process's own, where another one builds KEY.raw in the meantime.
+            images, file = _mapped(part, shape), open(part, "r+b")  # noqa: SIM115
+            array, done = np.memmap(file, np.uint8, "r+", 0, shape), np.memmap(file, np.uint8, "r+", size)
     except OSError:
         return cached_images(key, shape, fill, cache_dir), lambda rows: None
 
     def fill_rows(rows: Tensor) -> None:
-        with file_lock(lock):
+        with file_lock(path.with_name(f".{key}.lock")):
             missing = rows.numpy()[done[rows.numpy()] == 0].tolist()
-            if missing:
-                fill(target, missing)
-                os.fsync(target.file.fileno())
-                done[missing] = 1
-                done.flush()
-            if done.all() and not path.exists():
-                os.replace(part, path)
-                done_path.unlink()
+            for row in missing:
+                _reserve(file, row * array[0].size, array[0].size)
+            fill(array, missing)
+            array.flush()
+            done[missing] = 1
 
     return images, fill_rows
-
-
-class _Rows:
-    """An array in a file, to write rows to. A full disk raises OSError here, and would kill who writes to a mapping."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self.file, self.shape = open(path, "r+b"), shape  # noqa: SIM115
-
-    def __setitem__(self, row: int, content: np.ndarray) -> None:
-        os.pwrite(self.file.fileno(), content.tobytes(), row * content.nbytes)
 
 
 def cache_folder() -> Path:
@@ -102,16 +85,19 @@ def _build(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
     temporary = path.with_name(f".{path.name}.tmp")  # left by a killed process, it is overwritten
     try:
         with open(temporary, "wb") as file:
-            if hasattr(os, "posix_fallocate"):  # if the disk filled up later, writing to the mapping would kill the process
-                os.posix_fallocate(file.fileno(), 0, math.prod(shape))
+            _reserve(file, 0, math.prod(shape))
         array = np.memmap(temporary, np.uint8, "r+", shape=shape)
         fill(array)
         array.flush()
         os.replace(temporary, path)
-        for suffix in (".part", ".done"):  # of `partly_cached`
-            path.with_suffix(suffix).unlink(missing_ok=True)
+        path.with_suffix(".part").unlink(missing_ok=True)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reserve(file: BinaryIO, start: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate"):  # if the disk filled up later, writing to the mapping would kill the process
+        os.posix_fallocate(file.fileno(), start, size)
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:

@@ -47,11 +47,6 @@ class ImageFiles:
             raise OSError("not a regular file")
         return open(path, "rb")
 
-    @property
-    def key(self) -> str:
-        """A name for what is known of these files, for the cache."""
-        return f"{self.root.name}-{hashlib.sha256(repr(self.states).encode()).hexdigest()[:32]}"
-
 
 def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
     """The images `{train,test}/<class>/<image>` of `root`, or `<class>/<image>` without a split.
@@ -130,7 +125,8 @@ def _state(path: str) -> tuple[str, int, int]:
 
 def file_digests(listed: ImageFiles, cache_dir: Path) -> tuple[str, ...]:
     """The SHA-256 of each file, from the cache where these files are known. RunError names those that cannot be read."""
-    kept = cache_dir / f"{listed.key}.sha256"
+    states = hashlib.sha256(repr(listed.states).encode()).hexdigest()[:32]
+    kept = cache_dir / f"{listed.root.name}-{states}.sha256"
     with suppress(OSError, ValueError):
         digests = tuple(kept.read_text().split())
         if {*map(len, digests)} == {64} and len(digests) == len(listed.files):

@@ -18,46 +18,36 @@ from PIL import ExifTags, Image, ImageOps
 from data.cache import cached_images, partly_cached
 from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, one_line, tell
 from data.image_set import ImageSet, decoded
-from data.records import list_records
+from data.records import is_record_file, list_records
 from util.runtime.errors import UsageError
 
 VERSION = 1  # of the decoding: to be raised with every change of its pixels, so that cached ones lapse
 
 
 def image_folder(
-    root: str | os.PathLike, image_size: int, cache_dir: Path, on_demand: bool = False
+    root: str | os.PathLike,
+    image_size: int,
+    cache_dir: Path,
+    val_fraction: float | None = None,
+    on_demand: bool = False,
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of `root`, as square RGB images of `image_size` pixels a side.
 
-    With `on_demand` no training image is decoded until `ImageSet.decode` asks for it.
-    Raises UsageError where `list_images` does, RunError for damaged images.
+    Of a .rec, `val_fraction` of each class's images are held out. With `on_demand` no training image is decoded until
+    `ImageSet.decode` asks for it.
+    Raises UsageError where `list_images` or `list_records` does, RunError for damaged images.
     """
-    listed = list_images(root)
-    train, test = _splits(listed, image_size, cache_dir, on_demand)
+    if is_record_file(root) and val_fraction is None:
+        raise UsageError(f"{root} has no test images: hold some of each class out, with --val-fraction 0.1")
+    listed = list_records(Path(root), val_fraction) if is_record_file(root) else list_images(root)
+    whole = _image_set(listed, image_size, cache_dir, on_demand)
+    train, test = whole.subset(slice(listed.train)), whole.subset(slice(listed.train, None))
+    test.decode(torch.arange(len(test)))
     first = dict(zip(reversed(train.digests), reversed(train.files), strict=True))  # of several, the first stays
     shared = [(file, first[digest]) for file, digest in zip(test.files, test.digests, strict=True) if digest in first]
     if shared:
         found = f"{len(shared)} of {len(test)} test images are training images as well ({' is '.join(shared[0])})"
         tell(f"warning: {listed.root}: {found}: accuracies on them say nothing about new images")
-    return train, test
-
-
-def record_file(
-    path: Path, image_size: int, cache_dir: Path, val_fraction: float | None, on_demand: bool = False
-) -> tuple[ImageSet, ImageSet]:
-    """The same of a .rec, which has no test images: `val_fraction` of each class's images are held out.
-
-    Raises UsageError without `val_fraction` and where `list_records` does, RunError for damaged images.
-    """
-    if val_fraction is None:
-        raise UsageError(f"{path} has no test images: hold a share of it out, with --val-fraction 0.1")
-    return _splits(list_records(path, val_fraction), image_size, cache_dir, on_demand)
-
-
-def _splits(listed: ImageFiles, image_size: int, cache_dir: Path, on_demand: bool) -> tuple[ImageSet, ImageSet]:
-    whole = _image_set(listed, image_size, cache_dir, on_demand)
-    train, test = whole.subset(slice(listed.train)), whole.subset(slice(listed.train, None))
-    test.decode(torch.arange(len(test)))
     return train, test
 
 

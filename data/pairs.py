@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.cache import cache_folder
 from data.image_files import ImageFiles
 from data.image_folder import decode_all
 from data.image_set import ImageSet
@@ -33,29 +34,30 @@ class FacePairs:
     folds: Tensor  # int64 (P,)
 
 
-def load_pairs(texts: Sequence[str], image_size: int, cache_dir: Path) -> dict[str, FacePairs]:
+def load_pairs(texts: Sequence[str], image_size: int, cache_dir: Path | None) -> dict[str, FacePairs]:
     """By name, the pairs of FILE.bin or of PAIRS.TXT:FOLDER, with images of `image_size` pixels a side.
 
-    `cache_dir` is where damaged images are listed. Raises UsageError for files that are not there, RunError for damaged
-    ones and for a .bin that asks for code.
+    `cache_dir` (default: the user's) is where damaged images are listed. Raises UsageError for files that are not there,
+    RunError for damaged ones and for a .bin that asks for code.
     """
     found = {}
     for text in texts:
-        path, folder = (Path(part) for part in text.rpartition(":")[::2]) if ":" in text else (Path(text), None)
-        if folder is None and path.suffix != ".bin":
+        is_bin, (file, colon, folder) = text.endswith(".bin"), text.rpartition(":")
+        if not is_bin and not colon:
             raise UsageError(f"--pairs {text}: neither FILE.bin nor, with the folder of its people, PAIRS.TXT:FOLDER")
-        name = (folder or path).resolve().stem
+        path = Path(text if is_bin else file)
+        name = Path(text if is_bin else folder).resolve().stem
         if name in found:
             raise UsageError(f"--pairs: two of the name {name}")
         with readable(path, "no readable pairs of faces"):
-            images, same, folds = _read_bin(path) if folder is None else _read_text(path, folder)
+            images, same, folds = _read_bin(path) if is_bin else _read_text(path, Path(folder))
             if len({*same}) < 2 or len({*folds}) < 2:
                 raise ValueError("pairs of one person and of two people are needed, in at least two folds")
         found[name] = FacePairs(*_decoded(path, images, image_size, cache_dir), torch.tensor(same), torch.tensor(folds))
     return found
 
 
-def _decoded(path: Path, images: list[bytes | Path], image_size: int, cache_dir: Path) -> tuple[ImageSet, Tensor]:
+def _decoded(path: Path, images: list[bytes | Path], image_size: int, cache_dir: Path | None) -> tuple[ImageSet, Tensor]:
     """The different ones of `images`, decoded, and which of them each pair shows."""
     positions: dict[bytes | Path, int] = {}
     pairs = torch.tensor([positions.setdefault(image, len(positions)) for image in images]).view(-1, 2)
@@ -66,7 +68,7 @@ def _decoded(path: Path, images: list[bytes | Path], image_size: int, cache_dir:
         return every[index] if isinstance(every[index], bytes) else every[index].read_bytes()
 
     pixels = torch.empty(len(every), 3, image_size, image_size, dtype=torch.uint8)
-    decode_all(ImageFiles(path, (), names, (), 0, [], read), cache_dir, pixels.numpy())
+    decode_all(ImageFiles(path, (), names, (), 0, [], read), cache_dir or cache_folder(), pixels.numpy())
     return ImageSet(path.name, pixels, torch.zeros(len(every)), ()), pairs
 
 
@@ -77,7 +79,8 @@ def _read_text(path: Path, folder: Path) -> tuple[list[Path], list[bool], list[i
         raise ValueError(f"{len(lines)} pairs, not {sets} × 2 × {count}")
     images = []
     for line in lines:
-        first, i, second, j = line if len(line) == 4 else (line[0], line[1], line[0], line[2])
+        first, i, *other, j = line
+        (second,) = other or [first]
         for name, number in ((first, i), (second, j)):
             jpg, png = (folder / name / f"{name}_{int(number):04}.{suffix}" for suffix in ("jpg", "png"))
             images.append(png if png.exists() else jpg)

@@ -6,6 +6,7 @@ insightface says which records are an identity's, are left out: every image has 
 """
 
 import mmap
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -20,6 +21,10 @@ from util.runtime.files import readable
 MAGIC = 0xCED7230A
 HEADER = 24  # bytes of a content before its further labels
 WHOLE, LAST = 0, 3  # parts of a record: it is cut where the content has the magic in it, which is left out there
+
+
+def is_record_file(data: str | os.PathLike) -> bool:
+    return os.fspath(data).endswith(".rec") and not os.path.isdir(data)
 
 
 def list_records(path: Path, val_fraction: float | None = None) -> ImageFiles:

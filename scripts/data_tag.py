@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import torch
 
-from data import SYNTHETIC, is_record_file
+from data import SYNTHETIC
 from data.cache import cache_folder
 from data.image_files import file_digests, list_images, one_line
 from data.image_set import ImageSet, class_digests
-from data.records import list_records
+from data.records import is_record_file, list_records
 from util.cli.main import run_main
 from util.runtime.errors import UsageError
 

@@ -87,7 +87,9 @@ def rec(colours, tmp_path) -> Path:
 def test_a_rec_is_trained_on_and_forgotten_from(rec, command, tmp_path):
     data = ["--data", rec, "--cache-dir", tmp_path / "cache"]
     refused(
-        command("train_pretrain.py", *data), 2, "train.rec has no test images: hold a share of it out, with --val-fraction"
+        command("train_pretrain.py", *data),
+        2,
+        "train.rec has no test images: hold some of each class out, with --val-fraction",
     )
     data += ["--val-fraction", 0.25]
     pretrain = [*SMALL, "--epochs", 8, "--batch-size", 24, "--lr", "2e-3", "--output-dir", tmp_path / "pre"]

@@ -140,6 +140,7 @@ def test_lfws_list(people, tmp_path):
         (LIST.replace("Bob\t1\t2", "Bob\t1\t4"), r"1 of 12 images cannot be decoded: .*Bob_0004.jpg \(.*No such file"),
         (LIST.replace("Bob\t1\t2", "Bob\tone\t2"), "no readable pairs of faces: ValueError"),
         (LIST.replace("Bob\t1\t2", "Bob"), "no readable pairs of faces: "),
+        (LIST.replace("Bob\t1\t2", "Bob\t1\tCy.O\t2\t3"), "no readable pairs of faces: "),
         ("", "no readable pairs of faces: "),
         ("1\t1\nAnn\t1\t2\nAnn\t1\tBob\t2\n", "at least two folds"),
     ],

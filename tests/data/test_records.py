@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.image_folder import decode_image, record_file
+from data.image_folder import decode_image, image_folder
 from data.records import list_records
 from tests.data.conftest import SIZE, noise
 from util.runtime.errors import RunError, UsageError
@@ -64,7 +64,7 @@ def insightface(many_labels):
 def test_images_and_labels(kind, tmp_path):
     contents = list(zip(LABELS, PICTURES, strict=True)) if kind == "plain" else insightface(kind == "labels")
     path = write(tmp_path / "train.rec", contents)
-    train, held = record_file(path, SIZE, tmp_path / "cache", 0.3)
+    train, held = image_folder(path, SIZE, tmp_path / "cache", 0.3)
     assert train.classes == held.classes == ("0", "10", "2")
     assert sorted(train.labels.tolist()) == [0, 0, 1, 1, 2, 2] and sorted(held.labels.tolist()) == [0, 1, 2]
     seen = set()
@@ -76,9 +76,9 @@ def test_images_and_labels(kind, tmp_path):
             assert name == images.classes[label] == str(LABELS[position])
             assert np.array_equal(pixels, decode_image(io.BytesIO(PICTURES[position]), SIZE))
     assert seen == set(range(9))
-    again, _ = record_file(path, SIZE, tmp_path / "cache", 0.3)
+    again, _ = image_folder(path, SIZE, tmp_path / "cache", 0.3)
     assert torch.equal(again.images, train.images) and again.digests == train.digests
-    other, _ = record_file(path, SIZE, tmp_path / "cache", 0.6)
+    other, _ = image_folder(path, SIZE, tmp_path / "cache", 0.6)
     assert len(other) == 3
 
 
@@ -154,7 +154,7 @@ def test_damage_is_told_in_one_line(damage, tmp_path):
 def test_a_damaged_image_is_named(tmp_path):
     path = write(tmp_path / "train.rec", list(zip(LABELS, [*PICTURES[:-1], b"no image"], strict=True)))
     with pytest.raises(RunError, match=r"1 of 9 images cannot be decoded: 10/8 \(not an image\)"):
-        record_file(path, SIZE, tmp_path / "cache", 0.3)
+        image_folder(path, SIZE, tmp_path / "cache", 0.3)
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -166,5 +166,7 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def test_without_held_out_images_there_is_no_test_set(tmp_path):
-    with pytest.raises(UsageError, match=r"train\.rec has no test images: hold a share of it out, with --val-fraction 0.1"):
-        record_file(tmp_path / "train.rec", SIZE, tmp_path, None)
+    with pytest.raises(
+        UsageError, match=r"train\.rec has no test images: hold some of each class out, with --val-fraction 0.1"
+    ):
+        image_folder(tmp_path / "train.rec", SIZE, tmp_path)
