@@ -104,7 +104,7 @@ def add_data(parser: Parser) -> None:
 
 
 def add_pairs(group: argparse._ActionsContainer, when: str) -> None:
-    told = "pairs of faces to verify: FILE.bin of insightface, or LFW's list and its folder of people, PAIRS.TXT:FOLDER"
+    told = "verification benchmarks: insightface's FILE.bin, or LFW's list and its folder of people, PAIRS.TXT:FOLDER"
     group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"{when} these {told}")
 
 
