@@ -108,7 +108,7 @@ def test_a_rec_is_trained_on_and_forgotten_from(rec, command, tmp_path):
     assert code == 0, err
 
 
-@pytest.mark.parametrize(("method", "more"), [("gs_lora", []), ("ewc", ["--importance-data", "all"])])
+@pytest.mark.parametrize(("method", "more"), [("unseen", []), ("ewc", ["--importance-data", "all"])])
 def test_decoding_on_demand_changes_no_result(method, more, trained, colours, command, tmp_path):
     found = []
     for name in ("fresh", "whole"):
