@@ -1,6 +1,7 @@
 """Evaluate a checkpoint, ours or a published one: accuracy without and with margin, per class and group, and verification.
 
 python test.py --checkpoint FILE --data DIR
+python test.py --checkpoint FILE --pairs lfw.bin pairs.txt:FOLDER                        the field's verification benchmarks
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
 python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
 python test.py --verify-record RUN/deletions/task_2.json                                 is the record of deletion true?
@@ -17,16 +18,18 @@ from torch import Tensor
 from backbone.blocks import replace_lower_half
 from backbone.lora import apply_adapters
 from backbone.recognizer import to_device
-from data import build_datasets
+from data import build_datasets, placed
 from data.image_set import ImageSet
+from data.pairs import load_pairs
 from data.tasks import named_classes
 from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.evaluation.evaluate import Predictions, embed_images, predictions_of
-from util.evaluation.verification import FALSE_ACCEPT_RATES, verify
+from util.evaluation.verification import BENCHMARK_RATES, FALSE_ACCEPT_RATES, pair_benchmark, verify
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, read_json, write_json, write_text
+from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import CONFIG, claim, folder_of
 from util.training.deletion_record import load_record, settings_of
@@ -62,9 +65,10 @@ def build_parser() -> options.Parser:
     options.add_data(parser)
     told = f"measure these classes as a group (default: those that the checkpoint has forgotten): {options.NAMES}"
     parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=told)
+    options.add_pairs(parser, "instead of the data, measure")
     count = {"type": options.number(int, 0), "default": 20000}
-    parser.add_argument("--pairs", **count, help="genuine and impostor pairs of images to verify, each; 0: none")
-    parser.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the pairs")
+    parser.add_argument("--random-pairs", **count, help="genuine and impostor pairs of test images to verify, each; 0: none")
+    parser.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the random pairs")
     options.add_hardware(parser)
     parser.add_argument("--output-dir", type=Path, help="default: exps/test-<run>-<checkpoint>-<its SHA-256>")
     return parser
@@ -112,7 +116,8 @@ def load_model(args: argparse.Namespace) -> Checkpoint:
 
 def load_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[ImageSet, dict]:
     """The test set, with the checkpoint's classes, and the groups of these. Images of forgotten classes may be gone."""
-    _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, device)
+    _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, device, on_demand=True)
+    (test_set,) = placed(args, [test_set], device)
     groups = class_groups(args, checkpoint, checkpoint.classes or test_set.classes)
     forgotten = [c for name, classes in groups.items() if name != "remaining" for c in classes]
     (aligned,) = align_classes(checkpoint, [test_set], args.checkpoint, forgotten)
@@ -129,12 +134,30 @@ def measure(
     for name, classes in groups.items():
         chosen = predictions.among(classes)
         found = {"classes": classes, "images": int(chosen.sum()), **predictions.accuracies(classes)}
-        pairs = verify(embeddings[chosen.to(embeddings.device)], predictions.labels[chosen], args.pairs, args.seed) or {}
+        images = embeddings[chosen.to(embeddings.device)], predictions.labels[chosen]
+        pairs = verify(*images, args.random_pairs, args.seed) or {}
         measured[name] = found | {"verification": pairs or None}
         row = {"Group": name, "Classes": len(classes), "Images": found["images"]}
         row |= {"Acc %": found["acc"], "Margin acc %": found["margin_acc"], "AUC %": pairs.get("auc")}
         rows.append(row | {f"TAR@{rate:g} %": pairs.get(f"tar_at_far_{rate:g}") for rate in FALSE_ACCEPT_RATES})
     return measured, pd.DataFrame(rows, dtype=object)
+
+
+def measure_pairs(args: argparse.Namespace, checkpoint: Checkpoint, hardware: Hardware, output: Path) -> None:
+    """The benchmarks of --pairs, printed and in test.json."""
+    pairs = load_pairs(args.pairs, checkpoint.model.architecture.image_size, args.cache_dir)
+    measured = pair_benchmark(to_device(checkpoint.model, hardware), pairs, hardware)
+    rates = {f"tar_at_far_{rate:g}": f"TAR@FAR={rate:g} %" for rate in BENCHMARK_RATES}
+    heads = {"genuine_pairs": "Genuine", "impostor_pairs": "Impostor", "accuracy": "Acc %", "accuracy_std": "±"}
+    heads |= {"auc": "AUC %"} | rates
+    table = pd.DataFrame(measured.values(), dtype=object)[[*heads]].rename(columns=heads)
+    table.insert(0, "Pairs", [*measured])
+    print(table.to_markdown(index=False, floatfmt=".2f", missingval="–", numalign="right"))
+    if table.isna().to_numpy().any():
+        print("–: too few impostor pairs for that FAR")
+    write_json(output / CONFIG, describe_command(args, SCRIPT))
+    write_json(output / "test.json", {"checkpoint": str(args.checkpoint), "pairs": measured})
+    print(f"\nall numbers: {output}")
 
 
 def main(argv: list[str] | None) -> None:
@@ -144,12 +167,15 @@ def main(argv: list[str] | None) -> None:
     hardware = options.hardware_of(args)
     checkpoint = load_model(args)
     more = [*args.adapters, *filter(None, [args.deposit])]
-    output = args.output_dir or folder_of("test", args.checkpoint, *more, whom=args.forget_classes or "")
+    what = " ".join(args.pairs or []) or args.forget_classes or ""
+    output = args.output_dir or folder_of("test", args.checkpoint, *more, whom=what)
     claim(output, SCRIPT)
     if (output / CONFIG).exists():
         saved = read_json(output / CONFIG).get("arguments", {})
         if other := options.first_difference(saved, args, {"output_dir", "cache_dir", "device", "images"}):
             raise UsageError(f"{output} holds results of other options: {other}; choose another --output-dir")
+    if args.pairs:
+        return measure_pairs(args, checkpoint, hardware, output)
     test_set, groups = load_images(args, checkpoint, hardware.device)
     model = to_device(checkpoint.model, hardware)
     embeddings = embed_images(model, test_set, hardware)

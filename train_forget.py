@@ -18,10 +18,12 @@ from pathlib import Path
 
 from backbone.published import to_published
 from backbone.recognizer import forward_flops, to_device
-from data import build_datasets
+from data import build_datasets, placed
 from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
-from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests, people
+from data.pairs import load_pairs
+from data.records import is_record_file
+from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests, people, warn_of_few_photos
 from methods import METHODS, method_class
 from methods.base import PRESETS, Method
 from util.cli import options
@@ -41,8 +43,6 @@ from util.training.resume import add_resume_options, goes_on, identity_of, neede
 SCRIPT = Path(__file__).name
 # Defaults of a request by name, which is to delete; the others are of the papers' protocol.
 BY_NAME = {"method": "unseen", "data_ratio": 1.0, "epochs": 5, "min_updates": 300, "batch_size": 16}
-FEW_PHOTOS = 8  # with fewer photos of a person more of the person stays (docs/unseen.md)
-
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else argv
@@ -109,6 +109,7 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<hash>-<setting>-seed<seed>")
     group.add_argument("--eval-every", **none, help="log test accuracies every so many epochs; 0: no")
+    options.add_pairs(group, "before and after each task, measure")
     group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth in that layout")
     add_resume_options(group)
     told = "start after the tasks that this task_<t>.pth has forgotten"
@@ -154,7 +155,11 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
         told = f"{args.checkpoint} has already forgotten {sum(map(len, checkpoint.forgotten))} classes"
         raise UsageError(f"{told}: give the pre-trained one with --checkpoint, this one with --resume-from")
     model = checkpoint.model
-    data = build_datasets(args, model.architecture.image_size, hardware.device)
+    named = args.forget_classes is not None
+    # Of a person who is named, also copies in other files: the pixels tell.
+    by_pixels = named and not is_record_file(args.data)
+    everything = by_pixels or getattr(args, "importance_data", "sampled") == "all"
+    data = build_datasets(args, model.architecture.image_size, hardware.device, on_demand=not everything)
     begun = Checkpoint(model) if args.resume_from is None else load_checkpoint(args.resume_from)
     earlier = begun.forgotten
     data = align_classes(checkpoint, data, args.checkpoint, [c for request in earlier for c in request])
@@ -163,26 +168,17 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
     tasks = make_tasks(args, data[0], earlier)
-    named, refuse = args.forget_classes is not None, args.forget_classes is not None and not args.allow_copies
+    refuse = named and not args.allow_copies
     check_forgotten(data, tasks[len(earlier)], {*begun.info.get("forgotten_digests", ())}, refuse)
-    # Of a person who is named, also copies in other files: the pixels tell.
-    sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if named else data
+    data = placed(args, data, hardware.device, tasks)
+    sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if by_pixels else data
     check_copies(sets, tasks[len(earlier) :], refuse)
     if named:
-        warn_of_few_photos(tasks[len(earlier) :], data[0])
+        warn_of_few_photos(tasks[len(earlier) :], data[0].labels.cpu(), data[0].classes)
     method = METHODS[args.method](args, hardware)
     method.check(model, tasks[len(earlier) :], data[0])
-    return ContinualRun(args, model, method, data, tasks, len(earlier))
-
-
-def warn_of_few_photos(tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
-    """Say of whom a method sees too few photos to forget them well."""
-    labels = train_set.labels.cpu()
-    counts = {c: int((labels[task.forget_indices] == c).sum()) for task in tasks for c in task.forget}
-    few = [f"{train_set.classes[c]} ({count})" for c, count in counts.items() if count < FEW_PHOTOS]
-    if few:
-        told = f"fewer than {FEW_PHOTOS} training photos of {people(range(len(few)), few)}"
-        print(f"warning: {told}: the model may still know them afterwards", file=sys.stderr)
+    pairs = load_pairs(args.pairs or [], model.architecture.image_size, args.cache_dir)
+    return ContinualRun(args, model, method, data, tasks, len(earlier), pairs)
 
 
 def check_held_out(args: argparse.Namespace, info: dict) -> None:

@@ -1,6 +1,7 @@
 """What a model is trained and tested on."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -8,17 +9,21 @@ import torch
 from data import image_folder, synthetic_faces
 from data.cache import cache_folder
 from data.image_set import ImageSet, class_digests
-from data.tasks import split_validation
+from data.records import is_record_file
+from data.tasks import ForgettingTask, split_validation
 from util.runtime import distributed
 
 SYNTHETIC = "synthetic_faces"
 UNSEEN_DRAWN = 300, 4, 0  # identities, images of each, none for a test split
 
 
-def build_datasets(args: argparse.Namespace, image_size: int, device: torch.device) -> tuple[ImageSet, ImageSet]:
+def build_datasets(
+    args: argparse.Namespace, image_size: int, device: torch.device, on_demand: bool = False
+) -> tuple[ImageSet, ImageSet]:
     """The training and the test set that the data options name; on the device if the training set has room there.
 
-    `args.data` is "synthetic_faces", or an image folder (one of that name is reached as ./synthetic_faces).
+    `args.data` is "synthetic_faces", an image folder (one of that name is reached as ./synthetic_faces) or a .rec. With
+    `on_demand`, no training image is decoded, and both sets are in host memory: `placed` does the rest.
     """
     cache_dir = args.cache_dir or cache_folder()
     with distributed.main_process_first():
@@ -26,14 +31,24 @@ def build_datasets(args: argparse.Namespace, image_size: int, device: torch.devi
             counts = args.identities, args.train_per_identity, args.test_per_identity
             data = synthetic_faces.synthetic_faces(*counts, image_size, args.data_seed, device, cache_dir)
         else:
-            data = image_folder.image_folder(args.data, image_size, cache_dir)
+            data = image_folder.image_folder(args.data, image_size, cache_dir, args.val_fraction, on_demand)
     contents = class_digests(*data)
     train_set, test_set = (replace(split, contents=contents) for split in data)
-    if args.val_fraction is not None:
+    if args.val_fraction is not None and not is_record_file(args.data):
         split = split_validation(train_set.labels, len(train_set.classes), args.val_fraction)
         train_set, test_set = map(train_set.subset, split)
-    on_device = args.images == "device" or (args.images == "auto" and has_room(device, train_set.images.nbytes))
-    return (train_set.to(device), test_set.to(device)) if on_device else (train_set, test_set)
+    data = train_set, test_set
+    return data if on_demand else placed(args, data, device)
+
+
+def placed(
+    args: argparse.Namespace, data: Sequence[ImageSet], device: torch.device, tasks: Sequence[ForgettingTask] = ()
+) -> tuple[ImageSet, ...]:
+    """`data` where --images says, on the device if its first set has room there; the images of `tasks` are decoded."""
+    for task in tasks:
+        data[0].decode(torch.cat([task.forget_indices, task.remain_indices]))
+    on_device = args.images == "device" or (args.images == "auto" and has_room(device, data[0].images.nbytes))
+    return tuple(images.to(device) if on_device else images for images in data)
 
 
 def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device) -> ImageSet | None:

@@ -1,21 +1,23 @@
 """The image files of a data folder: listed, and hashed; none is decoded here. What is unusual: docs/data.md."""
 
 import hashlib
+import io
 import os
 import stat
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import sha256, write_text
+from util.runtime.files import write_text
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000", "ICO")  # none that PIL leaves to a program
 EXTENSIONS = tuple(extension for extension, name in Image.registered_extensions().items() if name in FORMATS)
@@ -34,6 +36,16 @@ class ImageFiles:
     labels: tuple[int, ...]  # indices into `classes`
     train: int  # how many are training images
     states: list[tuple[str, int, int]]  # whole path, size and time of change: what is known of a file holds while they stay
+    read: Callable[[int], bytes] | None = None  # the encoded image at a position, where it is no file of its own
+
+    def open(self, index: int) -> BinaryIO:
+        """The encoded image at position `index`. Raises OSError where it is no regular file: opening a pipe would wait."""
+        if self.read is not None:
+            return io.BytesIO(self.read(index))
+        path = self.states[index][0]
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise OSError("not a regular file")
+        return open(path, "rb")
 
 
 def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
@@ -121,8 +133,8 @@ def file_digests(listed: ImageFiles, cache_dir: Path) -> tuple[str, ...]:
             return digests
     found = [""] * len(listed.files)
 
-    def digest(index: int, path: str) -> None:
-        found[index] = sha256(Path(path))
+    def digest(index: int, file: BinaryIO) -> None:
+        found[index] = digest_of(file)
 
     for_all(digest, listed, "hashing", cache_dir)
     with suppress(OSError):  # the cache of the images says that it cannot be written
@@ -130,25 +142,36 @@ def file_digests(listed: ImageFiles, cache_dir: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def for_all(work: Callable[[int, str], None], listed: ImageFiles, doing: str, cache_dir: Path) -> None:
-    """`work(index, path)` for every file; RunError names those where it raised, and a file in the cache folder lists all.
+def digest_of(file: BinaryIO) -> str:
+    return hashlib.sha256(file.read()).hexdigest()
+
+
+def for_all(
+    work: Callable[[int, BinaryIO], None],
+    listed: ImageFiles,
+    doing: str,
+    cache_dir: Path,
+    indices: Sequence[int] | None = None,
+) -> None:
+    """`work(index, file)` for every image (for those at `indices`); RunError names those where it raised.
+
+    A file in the cache folder lists all of them.
 
     In threads, because PIL and hashing do without Python's lock and a process would have to import torch again.
     """
 
     def complaint(index: int) -> str | None:
-        path = listed.states[index][0]
         try:
-            if not stat.S_ISREG(os.stat(path).st_mode):
-                raise OSError("not a regular file")  # opening a pipe would wait
-            work(index, path)
+            with listed.open(index) as file:
+                work(index, file)
         except Exception as error:  # a damaged file can make PIL raise anything
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
             return one_line(f"{listed.files[index]} ({reason or type(error).__name__})")
 
-    count, name = len(listed.files), listed.root.name
+    indices = range(len(listed.files)) if indices is None else indices
+    count, name = len(indices), listed.root.name
     with ThreadPool(min(os.cpu_count() or 1, 8)) as pool:
-        done = pool.imap(complaint, range(count), IMAGES_PER_JOB)
+        done = pool.imap(complaint, indices, IMAGES_PER_JOB)
         bar = tqdm(done, f"{doing} {name}", count, unit=" images", disable=None)  # None: only on a terminal
         damaged = [line for line in bar if line]
     if damaged:

@@ -6,28 +6,43 @@ Images are resized on the shorter side (bicubic) and centre-cropped; what become
 import hashlib
 import os
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from data.cache import cached_images
+from data.cache import cached_images, partly_cached
 from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, one_line, tell
-from data.image_set import ImageSet
+from data.image_set import ImageSet, decoded
+from data.records import is_record_file, list_records
+from util.runtime.errors import UsageError
 
 VERSION = 1  # of the decoding: to be raised with every change of its pixels, so that cached ones lapse
 
 
-def image_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> tuple[ImageSet, ImageSet]:
+def image_folder(
+    root: str | os.PathLike,
+    image_size: int,
+    cache_dir: Path,
+    val_fraction: float | None = None,
+    on_demand: bool = False,
+) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of `root`, as square RGB images of `image_size` pixels a side.
 
-    Raises UsageError where `list_images` does, RunError for damaged images.
+    Of a .rec, `val_fraction` of each class's images are held out. With `on_demand` no training image is decoded until
+    `ImageSet.decode` asks for it.
+    Raises UsageError where `list_images` or `list_records` does, RunError for damaged images.
     """
-    listed = list_images(root)
-    whole = _image_set(listed, image_size, cache_dir)
+    if is_record_file(root) and val_fraction is None:
+        raise UsageError(f"{root} has no test images: hold some of each class out, with --val-fraction 0.1")
+    listed = list_records(Path(root), val_fraction) if is_record_file(root) else list_images(root)
+    whole = _image_set(listed, image_size, cache_dir, on_demand)
     train, test = whole.subset(slice(listed.train)), whole.subset(slice(listed.train, None))
+    test.decode(torch.arange(len(test)))
     first = dict(zip(reversed(train.digests), reversed(train.files), strict=True))  # of several, the first stays
     shared = [(file, first[digest]) for file, digest in zip(test.files, test.digests, strict=True) if digest in first]
     if shared:
@@ -41,28 +56,38 @@ def flat_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> Im
     return _image_set(list_images(root, split=False), image_size, cache_dir)
 
 
-def _image_set(listed: ImageFiles, image_size: int, cache_dir: Path) -> ImageSet:
+def _image_set(listed: ImageFiles, image_size: int, cache_dir: Path, on_demand: bool = False) -> ImageSet:
     """All listed images, from the cache where these files are known."""
     digest = hashlib.sha256(repr((VERSION, image_size, listed.states)).encode()).hexdigest()[:32]
     shape = (len(listed.files), 3, image_size, image_size)
+    key = f"{listed.root.name}-{image_size}-{digest}"
 
-    def decode_all(array: np.ndarray) -> None:
-        def decode(index: int, path: str) -> None:
-            array[index] = decode_image(path, image_size)
+    def fill(array: np.ndarray, rows: Sequence[int] | None = None) -> None:
+        decode_all(listed, cache_dir, array, rows)
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            for_all(decode, listed, "decoding", cache_dir)
-
-    images = cached_images(f"{listed.root.name}-{image_size}-{digest}", shape, decode_all, cache_dir)
-    digests = file_digests(listed, cache_dir)
-    return ImageSet(one_line(listed.root.name), images, torch.tensor(listed.labels), listed.classes, listed.files, digests)
+    if on_demand:
+        images, decode = partly_cached(key, shape, fill, cache_dir)
+    else:
+        images, decode = cached_images(key, shape, fill, cache_dir), decoded
+    about = torch.tensor(listed.labels), listed.classes, listed.files, file_digests(listed, cache_dir)
+    return ImageSet(one_line(listed.root.name), images, *about, decode=decode)
 
 
-def decode_image(path: str, image_size: int) -> np.ndarray:
+def decode_all(listed: ImageFiles, cache_dir: Path, array: np.ndarray, rows: Sequence[int] | None = None) -> None:
+    """Decode the listed images (those at `rows`) into `array`, uint8 (N, 3, S, S). Raises RunError for damaged ones."""
+
+    def decode(index: int, file: BinaryIO) -> None:
+        array[index] = decode_image(file, array.shape[-1])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for_all(decode, listed, "decoding", cache_dir, rows)
+
+
+def decode_image(file: BinaryIO, image_size: int) -> np.ndarray:
     """uint8 (3, image_size, image_size), RGB. Raises whatever PIL raises on a damaged file."""
-    with Image.open(path, formats=FORMATS) as image:
+    with Image.open(file, formats=FORMATS) as image:
         # A JPEG far too large is decoded at a fraction of its size, which may end within a pixel.
         drafted = image.draft(None, (2 * image_size, 2 * image_size))
         image.load()  # size and mode are final only now

@@ -3,11 +3,15 @@
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+
+def decoded(indices: Tensor) -> None:
+    """`ImageSet.decode` where everything is decoded."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,8 @@ class ImageSet:
     digests: tuple[str, ...] = ()  # of each image, the SHA-256 of its file
     # Of the whole data set, both splits, the SHA-256 of each class, by name.
     contents: dict[str, str] = field(default_factory=dict, compare=False)
+    # Of a set that is decoded on demand: decodes the images at these positions, int64 (N,). Until then they are black.
+    decode: Callable[[Tensor], None] = field(default=decoded, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -34,8 +40,11 @@ class ImageSet:
         """The images at `indices` (N,), copied, or of a slice, not copied; the classes stay."""
         positions = range(len(self))[indices] if isinstance(indices, slice) else indices.tolist()
         files, digests = (tuple(values[i] for i in positions) if values else () for values in (self.files, self.digests))
+        if isinstance(indices, Tensor):
+            self.decode(indices)
+        decode = (lambda rows: self.decode(rows + positions.start)) if isinstance(indices, slice) else decoded
         tensors = {"images": self.images[indices], "labels": self.labels[indices]}
-        return replace(self, **tensors, files=files, digests=digests)
+        return replace(self, **tensors, files=files, digests=digests, decode=decode)
 
     def to(self, device: torch.device | str) -> "ImageSet":
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -53,7 +62,8 @@ class ImageSet:
 
 def with_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
     """The same images with their labels in another list of classes, which has all of theirs."""
-    ids = torch.tensor([classes.index(name) for name in images.classes], device=images.labels.device)
+    places = {name: c for c, name in enumerate(classes)}
+    ids = torch.tensor([places[name] for name in images.classes], device=images.labels.device)
     return replace(images, labels=ids[images.labels], classes=tuple(classes))
 
 

@@ -4,6 +4,7 @@ import csv
 import difflib
 import io
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from util.runtime.errors import UsageError
+
+FEW_PHOTOS = 8  # with fewer photos of a person more of the person stays (docs/unseen.md)
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,15 @@ def forgetting_tasks(
         tasks.append(ForgettingTask(number, tuple(forget), tuple(remain), tuple(sorted(old)), missing, *images))
         old.update(forget)
     return tasks
+
+
+def warn_of_few_photos(tasks: Sequence[ForgettingTask], labels: Tensor, classes: Sequence[str]) -> None:
+    """Say of whom a method sees too few photos to forget them well."""
+    counts = {c: int((labels[task.forget_indices] == c).sum()) for task in tasks for c in task.forget}
+    few = [f"{classes[c]} ({count})" for c, count in counts.items() if count < FEW_PHOTOS]
+    if few:
+        told = f"fewer than {FEW_PHOTOS} training photos of {people(range(len(few)), few)}"
+        print(f"warning: {told}: the model may still know them afterwards", file=sys.stderr)
 
 
 def whole_set(labels: Tensor, num_classes: int, without: Sequence[int] = ()) -> ForgettingTask:

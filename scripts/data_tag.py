@@ -15,6 +15,7 @@ from data import SYNTHETIC
 from data.cache import cache_folder
 from data.image_files import file_digests, list_images, one_line
 from data.image_set import ImageSet, class_digests
+from data.records import is_record_file, list_records
 from util.cli.main import run_main
 from util.runtime.errors import UsageError
 
@@ -25,7 +26,7 @@ def main(argv: list[str] | None) -> None:
         raise UsageError("one data folder is needed: data_tag.py DATA")
     tag = words[0]
     if tag != SYNTHETIC:
-        listed = list_images(tag)
+        listed = list_records(Path(tag)) if is_record_file(tag) else list_images(tag)
         labels, digests = torch.tensor(listed.labels), file_digests(listed, cache_folder())
         images = ImageSet(one_line(listed.root.name), torch.empty(0), labels, listed.classes, listed.files, digests)
         tag = replace(images, contents=class_digests(images)).tag

@@ -188,7 +188,8 @@ def test_options_that_would_do_nothing_are_refused(script, words, message, comma
 
 
 def test_a_record_is_checked_without_options_of_the_evaluation(command, tmp_path):
-    refused(command("test.py", "--verify-record", tmp_path, "--pairs", 5), 2, "--pairs does nothing with --verify-record")
+    words = ("--verify-record", tmp_path, "--random-pairs", 5)
+    refused(command("test.py", *words), 2, "--random-pairs does nothing with --verify-record")
 
 
 def test_options_that_a_method_does_not_use_are_told(trained, colours, command, tmp_path):

@@ -68,7 +68,7 @@ def test_each_model_has_a_folder_of_its_own_by_default(named, trained, colours, 
     last = [named / run / "checkpoints" / f"task_{task}.pth" for run, task in (("first", 1), ("second", 3))]
     adapters = named / "first" / "adapters" / "task_1.safetensors"
     for words in (*([path] for path in last), [trained], [trained, "--adapters", adapters]):
-        code, _, err = command("test.py", "--data", colours, "--pairs", 0, "--checkpoint", *words)
+        code, _, err = command("test.py", "--data", colours, "--random-pairs", 0, "--checkpoint", *words)
         assert code == 0, err
     own = f"test-pretrained-checkpoint-{sha256(trained)[:8]}"
     expected = {f"test-{path.parts[-3]}-{path.stem}-{sha256(path)[:8]}" for path in last} | {own}
@@ -82,7 +82,7 @@ def test_results_go_to_a_folder_of_test_py_alone(trained, colours, command, tmp_
     config = json.loads((tmp_path / "t" / "config.json").read_text())
     assert config["script"] == "test.py" and config["arguments"]["checkpoint"] == str(trained)
     before = (tmp_path / "t" / "test.json").read_bytes()
-    refused(command(*options, "--pairs", 0), 2, "holds results of other options: --pairs 20000, now 0")
+    refused(command(*options, "--random-pairs", 0), 2, "holds results of other options: --random-pairs 20000, now 0")
     assert command(*options)[0] == 0
     assert (tmp_path / "t" / "test.json").read_bytes() == before
     refused(command(*options[:-1], trained.parent), 2, str(trained.parent))

@@ -57,7 +57,7 @@ def test_odd_commands_run_or_say_why_not(script, trained, colours, command, tmp_
     own = {
         "train_forget.py": ["--checkpoint", trained, "--num-tasks", 1, "--epochs", 1, "--batch-size", 12],
         "train_pretrain.py": [*SMALL, "--epochs", 1, "--batch-size", 40],
-        "test.py": ["--checkpoint", trained, "--pairs", 10],
+        "test.py": ["--checkpoint", trained, "--random-pairs", 10],
     }[script]
     base = [*map(str, [*own, "--data", colours, "--device", "cpu", "--output-dir", output])]
     assert command(script, *base)[0] == 0

@@ -206,4 +206,4 @@ def test_a_file_system_without_locks(trained, colours, command, tmp_path, monkey
     told = f"warning: {tmp_path / 'run'} cannot be locked (No locks available): nothing keeps a second run out"
     assert told in err.splitlines()
     assert "held in memory" not in err
-    assert list((tmp_path / "cache").glob("*.raw"))
+    assert list((tmp_path / "cache").glob("*.part"))

@@ -46,7 +46,7 @@ def test_random_folders_of_the_users_keep_all_that_they_hold(trained, colours, r
     scripts = [
         ("train_pretrain.py", ["--data", colours, *SMALL, "--epochs", 1, "--batch-size", 60]),
         ("train_forget.py", forget),
-        ("test.py", ["--checkpoint", trained, "--data", colours, "--pairs", 0]),
+        ("test.py", ["--checkpoint", trained, "--data", colours, "--random-pairs", 0]),
         ("scripts/compare.py", ["--methods", "gs_lora"]),
         ("scripts/table.py", ["--results", run_folder / "results.json"]),
         ("scripts/release.py", ["--checkpoint", run_folder / "checkpoints" / "task_1.pth", "--no-onnx"]),

@@ -47,9 +47,9 @@ def decoded(monkeypatch):
     """How often each file has been decoded."""
     counts, decode = Counter(), data.image_folder.decode_image
 
-    def count(path, image_size):
-        counts[os.path.relpath(path, Path(path).parents[2])] += 1
-        return decode(path, image_size)
+    def count(file, image_size):
+        counts[os.path.relpath(file.name, Path(file.name).parents[2])] += 1
+        return decode(file, image_size)
 
     monkeypatch.setattr(data.image_folder, "decode_image", count)
     return counts

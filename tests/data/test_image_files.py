@@ -20,13 +20,13 @@ from util.runtime.errors import RunError, UsageError
 @pytest.fixture
 def hashed(monkeypatch):
     """The files that have been hashed."""
-    opened, sha256 = [], data.image_files.sha256
+    opened, digest_of = [], data.image_files.digest_of
 
-    def count(path):
-        opened.append(path)
-        return sha256(path)
+    def count(file):
+        opened.append(file.name)
+        return digest_of(file)
 
-    monkeypatch.setattr(data.image_files, "sha256", count)
+    monkeypatch.setattr(data.image_files, "digest_of", count)
     return opened
 
 
@@ -115,9 +115,15 @@ def test_a_file_that_can_no_longer_be_read_is_named(tmp_path, root, load, monkey
     load(root)
     (kept,) = (tmp_path / "cache").glob("*.sha256")
     kept.unlink()
-    sha256 = data.image_files.sha256
-    monkeypatch.setattr(data.image_files, "sha256", lambda path: sha256(path / "x" if path.match("a/1.png") else path))
-    with pytest.raises(RunError, match=r"2 of 6 images cannot be decoded: train/a/1\.png \(\[Errno 20\] Not a directory"):
+    digest_of = data.image_files.digest_of
+
+    def refuse(file):
+        if file.name.endswith("a/1.png"):
+            raise PermissionError(13, "Permission denied")
+        return digest_of(file)
+
+    monkeypatch.setattr(data.image_files, "digest_of", refuse)
+    with pytest.raises(RunError, match=r"2 of 6 images cannot be decoded: train/a/1\.png \(\[Errno 13\] Permission denied"):
         load(root)
     assert not [*(tmp_path / "cache").glob("*.sha256")]
 

@@ -8,7 +8,8 @@ from util.runtime.errors import UsageError
 
 Arguments = argparse.Namespace
 OF_SYNTHETIC = "--identities --train-per-identity --test-per-identity --data-seed"
-OF_EVALUATION = "--adapters --deposit --forget-classes --pairs --seed --output-dir"
+OF_EVALUATION = "--adapters --deposit --forget-classes --pairs --random-pairs --seed --output-dir"
+OF_CLASSES = f"--data {OF_SYNTHETIC} --val-fraction --forget-classes --random-pairs --seed"
 OF_REFERENCES = "--num-references --num-originals --jobs-per-gpu"
 # Which options, when they do nothing, in words and as a condition on the arguments.
 TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
@@ -19,7 +20,8 @@ TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
     ("--init --pretrained", "with --weights, which says where to start", lambda a: getattr(a, "weights", None) is not None),
     ("--published-adapters", "without --weights", lambda a: getattr(a, "weights", "none here") is None),
     ("--allow-copies", "without --forget-classes", lambda a: a.forget_classes is None),
-    ("--seed", "with --pairs 0", lambda a: getattr(a, "pairs", None) == 0),
+    ("--seed", "with --random-pairs 0", lambda a: getattr(a, "random_pairs", None) == 0),
+    (OF_CLASSES, "with --pairs, which are measured alone", lambda a: hasattr(a, "random_pairs") and bool(a.pairs)),
     (OF_EVALUATION, "with --verify-record", lambda a: getattr(a, "verify_record", None) is not None),
     ("--allowed-signers", "without --verify-record", lambda a: a.verify_record is None),
     ("--originals", "without --references", lambda a: a.references is None),

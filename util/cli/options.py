@@ -92,7 +92,8 @@ NAMES = "names, separated by commas; #13 is class id 13; @FILE has one a line"
 
 def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=f"folder with train/ and test/, or {SYNTHETIC}")
+    told = f"folder with train/ and test/, insightface's FILE.rec, or {SYNTHETIC}"
+    group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=told)
     group.add_argument("--cache-dir", type=Path, help="where decoded images are kept (default: the user's cache folder)")
     group.add_argument("--identities", type=number(int, 2), default=100, help=f"{SYNTHETIC}: number of classes")
     group.add_argument("--train-per-identity", type=number(int, 1), default=24, help=f"{SYNTHETIC}: training images a class")
@@ -100,6 +101,11 @@ def add_data(parser: Parser) -> None:
     group.add_argument("--data-seed", type=number(int, 0), default=0, help=f"{SYNTHETIC}: seed of identities and images")
     told = "hold this share of each class's training images out, and measure on it instead of the test set"
     group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=told)
+
+
+def add_pairs(group: argparse._ActionsContainer, when: str) -> None:
+    told = "verification benchmarks: insightface's FILE.bin, or LFW's list and its folder of people, PAIRS.TXT:FOLDER"
+    group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"{when} these {told}")
 
 
 def add_published(group: argparse._ActionsContainer, head: bool = True) -> None:

@@ -1,12 +1,22 @@
 """Face verification: do two images show the same person? Judged by the cosine of their embeddings."""
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from sklearn.metrics import auc, roc_curve
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from backbone.recognizer import Recognizer
+from data.pairs import FacePairs
+from util.evaluation.evaluate import map_images
+from util.runtime.errors import RunError
+from util.runtime.hardware import Hardware
+
 FALSE_ACCEPT_RATES = (1e-2, 1e-3)
+BENCHMARK_RATES = (1e-3, 1e-4)
+THRESHOLDS = np.arange(0, 4, 0.01)  # of squared distances of unit embeddings, as in arcface_torch
 
 
 def draw_pairs(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -45,11 +55,37 @@ def verify(embeddings: Tensor, labels: Tensor, count: int, seed: int) -> dict | 
     unit = normalize(embeddings.float().cpu())
     pairs = torch.cat([genuine, impostor])
     scores = (unit[pairs[:, 0]] * unit[pairs[:, 1]]).sum(dim=1).numpy()
-    same = np.repeat([1, 0], [len(genuine), len(impostor)])
+    return _rates(scores, np.repeat([True, False], [len(genuine), len(impostor)]), FALSE_ACCEPT_RATES)
+
+
+def _rates(scores: np.ndarray, same: np.ndarray, rates: Sequence[float]) -> dict:
+    """Of the scores (P,) of pairs that show one person or not (P,): the area under the ROC curve, and points on it."""
     far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
-    rates = {
-        f"tar_at_far_{rate:g}": 100 * float(tar[far <= rate].max()) if len(impostor) * rate >= 1 else None
-        for rate in FALSE_ACCEPT_RATES
-    }
-    counts = {"genuine_pairs": len(genuine), "impostor_pairs": len(impostor)}
-    return {"auc": 100 * float(auc(far, tar)), **rates, **counts}
+    impostors = int((~same).sum())
+    tars = {f"tar_at_far_{r:g}": 100 * float(tar[far <= r].max()) if impostors * r >= 1 else None for r in rates}
+    return {"auc": 100 * float(auc(far, tar)), **tars, "genuine_pairs": int(same.sum()), "impostor_pairs": impostors}
+
+
+def pair_benchmark(model: Recognizer, pairs: Mapping[str, FacePairs], hardware: Hardware) -> dict[str, dict]:
+    """Of each benchmark, by name: accuracy over folds (mean and standard deviation), AUC, TAR at BENCHMARK_RATES, in %.
+
+    As arcface_torch measures: an image's embedding is the sum of its own and its mirror image's, of unit length; a fold's
+    threshold is the first of THRESHOLDS that is right most often on the other folds. TAR is that of all pairs together;
+    None where there are too few impostor pairs for the rate. Raises RunError where embeddings are not finite.
+    """
+    return {name: _benchmark(model, name, one, hardware) for name, one in pairs.items()}
+
+
+def _benchmark(model: Recognizer, name: str, pairs: FacePairs, hardware: Hardware) -> dict:
+    def of(images: Tensor) -> Tensor:
+        return model.embed(images).float() + model.embed(images.flip(-1)).float()
+
+    embeddings = map_images(model, of, pairs.images, hardware).cpu()
+    if not embeddings.isfinite().all():
+        raise RunError(f"embeddings of the images of {name} are not finite")
+    left, right = normalize(embeddings.double())[pairs.pairs].unbind(dim=1)
+    distances, same, folds = (left - right).square().sum(dim=1).numpy(), pairs.same.numpy(), pairs.folds.numpy()
+    hits = (distances[:, None] < THRESHOLDS) == same[:, None]
+    accuracies = [hits[folds == f, hits[folds != f].mean(axis=0).argmax()].mean() for f in np.unique(folds)]
+    spread = {"accuracy": 100 * float(np.mean(accuracies)), "accuracy_std": 100 * float(np.std(accuracies))}
+    return spread | _rates(-distances, same, BENCHMARK_RATES)

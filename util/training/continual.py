@@ -2,7 +2,8 @@
 
 import argparse
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,9 +13,11 @@ from backbone.published import to_published
 from backbone.recognizer import Recognizer
 from data.copies import DIGITS
 from data.image_set import ImageSet
+from data.pairs import FacePairs
 from data.tasks import ForgettingTask
 from methods.base import Method, TaskOutput
 from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
+from util.evaluation.verification import pair_benchmark
 from util.report.results import load_results, new_results, task_entry
 from util.report.tables import Comparison, percent
 from util.runtime.errors import RunError
@@ -30,7 +33,10 @@ from util.training.resume import LastState
 
 @dataclass
 class ContinualRun:
-    """A model on its way through tasks, with a training and a test set. The first `earlier` tasks are done."""
+    """A model on its way through tasks, with a training and a test set. The first `earlier` tasks are done.
+
+    `pairs`: verification benchmarks to measure before and after each task, by name.
+    """
 
     args: argparse.Namespace
     model: Recognizer
@@ -38,6 +44,7 @@ class ContinualRun:
     data: tuple[ImageSet, ImageSet]
     tasks: list[ForgettingTask]
     earlier: int = 0
+    pairs: Mapping[str, FacePairs] = field(default_factory=dict)
 
     def run(self, folder: RunFolder, resume: bool, config: dict) -> dict:
         """Carry out the tasks that are left, leave everything in `folder`, and return the content of results.json.
@@ -50,6 +57,7 @@ class ContinualRun:
         self.last = LastState(folder.last, self.args.save_every, resume)
         self.recorder = Recorder(self.args, self.method.hardware, self.data, resume)
         self.predictions_before = predict(self.model, self.test_set, self.method.hardware)
+        self.pairs_before = pair_benchmark(self.model, self.pairs, self.method.hardware)
         self.method.begin_run(self.model, self.tasks[self.earlier :], self.train_set)
         done = 0
         if self.last.resume and self.folder.results.exists():
@@ -99,18 +107,22 @@ class ContinualRun:
 
         before = accuracies_before(self.predictions_before, task)
         after = accuracies_after(predict(self.model, self.test_set, hardware), task, before)
+        pairs = {"before": self.pairs_before, "after": pair_benchmark(self.model, self.pairs, hardware)}
         costs = {
             "train_seconds": round(trained - start, 3),
             "eval_seconds": round(time.perf_counter() - trained, 3),
             "images_per_second": round(speed, 1),
             "peak_memory_mb": round(hardware.peak_memory_mb(), 1),
         }
-        self._keep(task, output, task_entry(task, before, after, output.groups, costs))
+        entry = task_entry(task, before, after, output.groups, costs) | ({"pairs": pairs} if self.pairs else {})
+        self._keep(task, output, entry)
         log_scalars(writer, "tasks", after, task.number)
-        old = "" if after["acc_old"] is None else f", Acc_o {percent(after['acc_old'])}"
+        more = "" if after["acc_old"] is None else f", Acc_o {percent(after['acc_old'])}"
+        for name, found in pairs["after"].items():
+            more += f", {name} {percent(pairs['before'][name]['accuracy'])} → {percent(found['accuracy'])}"
         print(
             f"{label}: H {percent(after['h_mean'])}, Acc_r {percent(before['acc_remain'])} → "
-            f"{percent(after['acc_remain'])}, Acc_f {percent(before['acc_forget'])} → {percent(after['acc_forget'])}{old}"
+            f"{percent(after['acc_remain'])}, Acc_f {percent(before['acc_forget'])} → {percent(after['acc_forget'])}{more}"
             f" · {costs['train_seconds']:.0f} s, {costs['images_per_second']:.0f} images/s",
             flush=True,
         )
