@@ -1,11 +1,11 @@
 """Apart: do photos stand out among those of strangers? Training drives a photo away from everybody else's row."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from util.audit.base import Figure, Measurement
-from util.audit.statistics import Statistic, auc_statistic
+from util.audit.statistics import auc_statistic
 from util.audit.subject import Scene, Subject
 
 
@@ -23,17 +23,11 @@ class Apart(Figure):
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        rows = F.normalize(subject.rows(scene)[0][list(scene.remain)])
-        trained, new = self.titles
-        return Measurement(
-            {
-                trained: self._auc(subject.train, rows, scene.train_set.labels, scene),
-                new: self._auc(subject.test, rows, scene.test_set.labels, scene),
-            }
-        )
-
-    def _auc(self, embeddings: Tensor, rows: Tensor, labels: Tensor, scene: Scene) -> Statistic:
-        own, strangers = (torch.isin(labels, torch.tensor(group)) for group in (scene.forget, scene.strangers))
-        far = -(F.normalize(embeddings) @ rows.T).amax(dim=1).numpy()
-        who = torch.searchsorted(torch.tensor(scene.forget), labels[own])
-        return auc_statistic(far[own], far[strangers], who.numpy()[:, None])
+        rows, statistics = F.normalize(subject.rows(scene)[0][list(scene.remain)]), {}
+        sets = (subject.train, scene.train_set), (subject.test, scene.test_set)
+        for key, (embeddings, images) in zip(self.titles, sets, strict=True):
+            own, strangers = (torch.isin(images.labels, torch.tensor(group)) for group in (scene.forget, scene.strangers))
+            far = -(F.normalize(embeddings) @ rows.T).amax(dim=1).numpy()
+            who = np.searchsorted(scene.forget, images.labels[own].numpy())
+            statistics[key] = auc_statistic(far[own], far[strangers], who[:, None])
+        return Measurement(statistics)

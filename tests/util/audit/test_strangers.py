@@ -25,6 +25,8 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(beside, "ROUNDS", 1)
         patch.setattr(beside, "GROUPS", GROUPS)
+        patch.setattr("util.audit.enrolment.DRAWS", 2)
+        patch.setattr("util.audit.readout.DRAWS", 2)
         yield
 
 
