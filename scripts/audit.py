@@ -4,7 +4,7 @@ python scripts/audit.py RUN…                        run folders, or the folder
 python scripts/audit.py RUN --requests all --unseen DIR      every request, with people that no model has seen
 python scripts/audit.py --before FILE --after FILE --forget-classes "ann, bob" --data DIR      any two checkpoints
 Leaves audit.json, audit.md and audit.html in RUN/audit (or --output-dir), and scalars in the run's TensorBoard events.
-References that the cache does not have are trained first.
+References that the cache does not have are trained first; with --strangers nothing is.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from methods import METHODS
 from scripts.jobs import add_job_options
 from scripts.references import train_references
 from scripts.trail import Trail
-from util.audit import FIGURES
+from util.audit import BESIDE_STRANGERS, FIGURES
 from util.audit.audit import LEAST_REFERENCES
 from util.cli import options
 from util.cli.main import run_main
@@ -64,6 +64,8 @@ def build_parser() -> options.Parser:
     group.add_argument("--num-originals", type=count, default=3, help="models that saw all, with the pre-trained one")
     group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given ones: none is trained")
     group.add_argument("--originals", type=Path, nargs="+", default=[], metavar="FILE", help="beside given references")
+    strangers = "the people of --unseen in the same model instead: nothing is trained; with --references, both"
+    group.add_argument("--strangers", action="store_true", help=strangers)
     group.add_argument("--recipe", type=Path, metavar="FILE", help="config.json of the pre-training, where it is unknown")
     add_job_options(group)
     options.add_hardware(parser)
@@ -78,6 +80,8 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
+    if args.strangers and not {*args.figures} & {*BESIDE_STRANGERS}:
+        raise UsageError(f"--strangers needs one of --figures {' '.join(BESIDE_STRANGERS)}")
     files = (args.after, args.forget_classes)
     if (files != (None, None)) if args.runs else (None in (args.before, *files)):
         raise UsageError("name the folders of runs, or --before, --after and --forget-classes")
@@ -132,7 +136,7 @@ def main(argv: list[str] | None) -> None:
     trails = [trail_of(run, argv) for run in runs] or [Trail(args)]
     for trail in trails:
         trail.claim()
-    if args.references is None:
+    if args.references is None and not args.strangers:
         jobs = [job for trail in trails for case in trail.cases for group in trail.reference_jobs(case) for job in group]
         train_references(jobs, args)
     tables, width = [], max(len(trail.label) for trail in trails)
@@ -140,7 +144,7 @@ def main(argv: list[str] | None) -> None:
         audits, whom = [], None
         for trail in group:
             audits.append((trail.label, trail.results, trail.write()))
-            if len(trail.cases) == 1:
+            if len(audits[0][2]["requests"]) == 1:
                 lines, before, whom = overview(audits[-1:], width), whom, trail.cases[0].forget
                 print(*lines if whom != before else lines[-1:], sep="\n", flush=True)
         if len(audits[0][2]["requests"]) > 1:

@@ -33,7 +33,7 @@ absolute_paths() { # RUN or none, words
     case "$word" in
     --) [ -n "$end" ] || { end=passed && continue; } ;;
     --*=*) word=${word%%=*}=$(_value "${word%%=*}" "${word#*=}") ;;
-    --quick) option=RUN ;; # takes no value
+    --quick | --strangers) option=RUN ;; # take no value
     -*) option=$word ;;
     *) word=$(_value "$option" "$word") ;;
     esac

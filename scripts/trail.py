@@ -3,7 +3,7 @@
 import argparse
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, product
 from math import isfinite
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, recipe_of, reference_job
-from util.audit import FIGURES
+from util.audit import BESIDE_STRANGERS, FIGURES
 from util.audit.audit import Audit, audit, check_originals, check_references, check_unseen
 from util.audit.pictures import pictures
+from util.audit.strangers import audit_beside_strangers, choose_strangers
 from util.audit.subject import Scene
 from util.cli import options
 from util.cli.config import code_and_packages, describe_command
@@ -91,12 +92,15 @@ class Trail:
         self.data, self.unseen = load_data(where, after.classes, gone, self.hardware.device)
         self.classes = self.data[0].classes
         self.cases = self.cases or [self._case_of_files()]
-        unasked = args.references is not None and args.recipe is None
+        unasked = (args.references is not None or args.strangers) and args.recipe is None
         self.recipe = None if unasked else recipe_of(self.before, args.before, args.recipe)
         for case in self.cases:  # what is wrong is found before references are trained
             self.load(case.after)
             people = tuple(sorted(case.forget)), tuple(self._remain(case))
-            Scene(*self.data, *people, self.unseen, None, (), self.hardware).check()
+            scene = Scene(*self.data, *people, self.unseen, None, (), self.hardware)
+            scene.check()
+            if args.strangers:
+                choose_strangers(scene)
             known = [self.before.model, *(self.load(path).model for path in args.originals)]
             check_originals(known, case.forget, self.classes)
             if args.references is not None:
@@ -151,31 +155,26 @@ class Trail:
             raise UsageError(f"{path} was trained on images of {size} pixels, {self.args.before} on images of {expected}")
         return checkpoint
 
-    def audit(self, case: Case) -> tuple[Audit, list[dict], list[dict]]:
-        """The audit of one case, and what its references and originals are."""
-        if self.args.references is None:
+    def audit(self, case: Case, strangers: bool) -> tuple[Audit, list[dict], list[dict]]:
+        """The audit of one case, beside references or strangers, and what its references and originals are."""
+        args, files = self.args, [[], []]
+        if not strangers and args.references is None:
             files = [[job.folder.results for job in group] for group in self.reference_jobs(case)]
-        else:
-            files = [self.args.references, self.args.originals]
+        elif not strangers:
+            files = [args.references, args.originals]
         never, known = ({path: self.load(path) for path in group} for group in files)
-        label = f"{self.label}, request {case.task}"
+        models, people = (self.before.model, self.load(case.after).model), (self.data, case.forget, self.unseen)
         with tqdm(bar_format="{desc}, {elapsed}", leave=False, disable=None) as bar:  # None: only on a terminal
-            found = audit(
-                self.before.model,
-                self.load(case.after).model,
-                [checkpoint.model for checkpoint in never.values()],
-                self.data,
-                case.forget,
-                self.unseen,
-                hardware=self.hardware,
-                originals=[checkpoint.model for checkpoint in known.values()],
-                remain=self._remain(case),
-                figures=self.args.figures,
-                seed=self.args.seed,
-                cache=(self.args.cache_dir or cache_folder()) / "audits",
-                progress=lambda what: bar.set_description_str(f"{label}: {what}"),
-            )
-        known = {self.args.before: self.before, **known}
+            settings = {"hardware": self.hardware, "remain": self._remain(case), "seed": args.seed}
+            settings["progress"] = lambda what: bar.set_description_str(f"{self.label}, request {case.task}: {what}")
+            if strangers:
+                settings["figures"] = [name for name in BESIDE_STRANGERS if name in args.figures]
+                found = audit_beside_strangers(*models, *people, **settings)
+            else:
+                settings |= {"figures": args.figures, "cache": (args.cache_dir or cache_folder()) / "audits"}
+                settings["originals"] = [checkpoint.model for checkpoint in known.values()]
+                found = audit(*models, [checkpoint.model for checkpoint in never.values()], *people, **settings)
+        known = {args.before: self.before, **known}
         return found, *([describe(*entry, self.data[0]) for entry in group.items()] for group in (never, known))
 
     def claim(self) -> None:
@@ -186,8 +185,9 @@ class Trail:
     def write(self) -> dict:
         """Audit every case and leave the files. Returns the content of audit.json."""
         requests, drawn, others = [], [], {"references": {}, "originals": {}}
-        for case in self.cases:
-            found, never, known = self.audit(case)
+        kinds = [False] * (not self.args.strangers or self.args.references is not None) + [True] * self.args.strangers
+        for case, strangers in product(self.cases, kinds):
+            found, never, known = self.audit(case, strangers)
             for group, entries in zip(others.values(), (never, known), strict=True):
                 group |= {entry["sha256"]: entry for entry in entries}
             about = {"task": case.task, "after_task": case.after_task}
@@ -196,12 +196,12 @@ class Trail:
                 about |= {"record_file": str(record.resolve()), "record_sha256": sha256(record)}
             about["references"] = [entry["sha256"] for entry in never]
             requests.append(about | found.as_dict())
-            drawn.append(None if self.args.quick else pictures(found))
+            drawn.append(None if self.args.quick or strangers else pictures(found))
         content = {
             "schema": SCHEMA,
             "date": utc_now(),
             **code_and_packages(),
-            "first_look": self._missing(min(len(request["references"]) for request in requests)),
+            "first_look": self._missing([len(r["references"]) for r in requests if not r["strangers"]]),
             "data": self.data[0].name,
             "method": self.label if self.run else None,
             "recipe": self.recipe,
@@ -217,10 +217,11 @@ class Trail:
             self._log(requests)
         return content
 
-    def _missing(self, references: int) -> list[str]:
-        """What makes the audit a first look."""
-        without = [name for name in FIGURES if name not in self.args.figures]
-        few = [f"{references} models that never saw them instead of {ENOUGH_REFERENCES}"] * (references < ENOUGH_REFERENCES)
+    def _missing(self, references: list[int]) -> list[str]:
+        """What makes the audit a first look, with so many references of each request beside any."""
+        without = [name for name in (FIGURES if references else BESIDE_STRANGERS) if name not in self.args.figures]
+        least = min(references, default=ENOUGH_REFERENCES)
+        few = [f"{least} models that never saw them instead of {ENOUGH_REFERENCES}"] * (least < ENOUGH_REFERENCES)
         return few + ([f"without {', '.join(without)}"] if without else [])
 
     def _log(self, requests: list[dict]) -> None:
@@ -228,7 +229,8 @@ class Trail:
             for request in requests:
                 for what in ("value", "rho"):
                     values = {key: entry[what] for key, entry in request["figures"].items()}
-                    log_scalars(writer, f"audit/request_{request['task']}/{what}", values, request["after_task"])
+                    where = "audit_beside_strangers" if request["strangers"] else "audit"
+                    log_scalars(writer, f"{where}/request_{request['task']}/{what}", values, request["after_task"])
 
 
 def describe(path: Path, checkpoint: Checkpoint, train_set: ImageSet) -> dict:

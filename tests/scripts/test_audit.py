@@ -65,6 +65,19 @@ def strangers(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def crowd(tmp_path_factory) -> Path:
+    """24 people in no training set, two of them with three photos, made once a session."""
+    folder = tmp_path_factory.getbasetemp() / "crowd"
+    if not folder.exists():
+        images = coloured_images(34, 4, 32, seed=3)
+        write_folder(folder / "split", images.subset(images.labels > 9), images.subset(slice(0)))
+        (folder / "split" / "train").rename(folder / "faces")
+        for name in ("c12", "c20"):
+            next((folder / "faces" / name).iterdir()).unlink()
+    return folder / "faces"
+
+
+@pytest.fixture
 def whole(run, strangers, here, command, tmp_path_factory) -> Path:  # noqa: F811
     """The audit of the first request with every figure, made once a session."""
     if not (run / "audit").exists():
@@ -390,6 +403,47 @@ def test_references_that_lack_more_people_serve_each_of_their_requests(files, tm
         told.append(request["figures"]["verification_tar_01pct"]["reason"])
         assert request["figures"]["verification_auc"]["value"] is not None
     assert told[0] == told[1]
+
+
+def test_beside_strangers_nothing_is_trained(run, crowd, here, command, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("util.audit.strangers.GROUPS", 30)
+    words = ("scripts/audit.py", run, "--strangers", "--requests", 1, 2, "--output-dir", tmp_path / "audit")
+    code, out, err = command(*words, "--unseen", crowd)
+    assert code == 0, err
+    assert not here
+    content = audit_of(tmp_path / "audit")
+    assert (content["references"], len(content["originals"]), content["first_look"]) == ([], 1, [])
+    about = {"people": 22, "photos": [2, 2], "left_out": 2}
+    for request, forget in zip(content["requests"], (FIRST, SECOND), strict=True):
+        assert (request["strangers"], request["references"], request["forget"]) == (about, [], forget)
+        assert request["verdict"] in ("like strangers", "still known", "unlike strangers", "not enough evidence")
+        judged = {key for key, entry in request["figures"].items() if entry["verdict"]}
+        assert judged >= {"acc_forget", "enrolment_1", "verification_auc", "membership_images", "photos_apart", "apart"}
+        assert request["figures"]["enrolment_5"]["reason"] == "needs strangers with 7 photos"
+        assert all(len(request["figures"][key]["references"]) == 30 for key in judged)
+    told = "beside 22 strangers, no retrained references (2 + 2 photos of everybody; 2 people with fewer left out)"
+    for text in (out, *((tmp_path / "audit" / f"audit.{kind}").read_text() for kind in ("md", "html"))):
+        assert text.count(told) >= 2
+    assert "groups of strangers, each by the others: " in out
+
+
+def test_strangers_and_references_give_both(files, crowd, tmp_path):
+    code, out, err = files("--strangers", "--unseen", crowd)
+    assert code == 0, err
+    content = audit_of(tmp_path / "audit")
+    never, strangers = content["requests"]
+    assert (len(content["references"]), len(never["references"]), never["strangers"]) == (3, 3, None)
+    assert (strangers["references"], strangers["strangers"]["people"]) == ([], 22)
+    assert [line.split()[0] for line in out.splitlines() if line[:2] in ("Ne", "St")] == ["Never", "Strangers"]
+
+
+def test_without_enough_strangers_it_says_what_to_do(files, strangers, tmp_path):
+    refused(files("--strangers"), 2, "--strangers needs people in no training set: --unseen DIR")
+    refused(
+        files("--strangers", "--unseen", strangers), 2, "--unseen has 6 people with 4 photos or more: --strangers needs 20"
+    )
+    refused(files("--strangers", "--figures", "cka"), 2, "--strangers needs one of --figures readout enrolment")
+    assert not (tmp_path / "audit").exists()
 
 
 def test_a_name_given_twice_counts_once(files, tmp_path):

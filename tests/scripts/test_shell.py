@@ -123,6 +123,7 @@ def test_paths_for_the_audit_are_relative_to_the_callers_folder(script, tmp_path
             "{}/RUN --forget-classes s01 --figures enrolment --output-dir {}/new",
         ),
         ("--quick RUN --unseen /strangers", "--quick {}/RUN --unseen /strangers"),
+        ("--strangers RUN --unseen /strangers", "--strangers {}/RUN --unseen /strangers"),
         (
             "--before a.pth --after=b.pth --forget-classes @names.txt",
             "--before {}/a.pth --after={}/b.pth --forget-classes @{}/names.txt",

@@ -36,6 +36,7 @@ class Audit:
     "power", "significant", "verdict"}, in percent but for z, rho and power; what could not be measured is None, with a
     "reason". "known" is the originals' mean, "resolution" what one image is worth.
     utility: of the unlearned model, "before" of the pre-trained one, "references" of each reference.
+    strangers: of an audit beside strangers, {"people", "photos" that each enrols and tests with, "left_out"}.
     """
 
     scene: Scene
@@ -43,15 +44,17 @@ class Audit:
     figures: dict[str, dict]
     utility: dict
     curves: dict[str, dict]
+    strangers: dict | None = None
 
     @property
     def verdict(self) -> str:
-        return judge(self.figures)["verdict"]
+        return judge(self.figures, self.strangers)["verdict"]
 
     def as_dict(self) -> dict:
         """One of the `requests` of audit.json."""
         names = [self.scene.train_set.classes[c] for c in self.scene.forget]
-        about = {"forget": names, "images": len(self.scene.forget_test), **judge(self.figures)}
+        about = {"forget": names, "images": len(self.scene.forget_test), **judge(self.figures, self.strangers)}
+        about |= {"strangers": self.strangers}
         return about | {"utility": self.utility, "figures": self.figures, "curves": self.curves}
 
 
@@ -90,8 +93,8 @@ def audit(
         check_unseen(unseen, data[0])
     data, present = with_images(*data)
     subject = Subject(with_rows(after, present), *data, unseen, hardware)
-    known = [_shared(model, weights_sha256(model), present, *data, unseen, hardware, True) for model in (before, *originals)]
-    never = [_shared(model, weights_sha256(model), present, *data, unseen, hardware, False) for model in references]
+    known = [shared(model, weights_sha256(model), present, *data, unseen, hardware, True) for model in (before, *originals)]
+    never = [shared(model, weights_sha256(model), present, *data, unseen, hardware, False) for model in references]
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
     scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
     store = Store(cache, scene)
@@ -106,11 +109,11 @@ def audit(
         entries |= _judge(FIGURES[name], subject, scene, [of[o] for o in never], [of[o] for o in known], curves)
     useful = utility(subject, scene) | {"before": utility(known[0], scene)}
     useful["references"] = [recognition(reference, scene) for reference in never]  # whose templates are their own
-    return Audit(scene, subject, entries, _rounded(useful), curves)
+    return Audit(scene, subject, entries, rounded(useful), curves)
 
 
 @lru_cache(maxsize=16)
-def _shared(model: Recognizer, _weights_sha256: str, present: tuple[int, ...], *rest: Any) -> Subject:
+def shared(model: Recognizer, _weights_sha256: str, present: tuple[int, ...], *rest: Any) -> Subject:
     """The next audit in this process, of another model beside the same ones, finds them embedded."""
     return Subject(with_rows(model, present), *rest)
 
@@ -192,8 +195,7 @@ def _judge(
         others = [measured["curves"][name] for measured in never]
         curves[name] = {"after": curve, "before": known[0]["curves"][name], "references": others}
     for key, statistic in measurement.statistics.items():
-        nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))
-        entry = {"family": figure.family} | nothing | {"references": [], "originals": []}
+        entry = unmeasured(figure)
         reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
         if isinstance(statistic, str) or reasons:
             entries[key] = entry | {"reason": statistic if isinstance(statistic, str) else reasons[0]}
@@ -208,13 +210,18 @@ def _judge(
             entry |= vars(compare(entry["value"], entry["references"], scale, entry["resolution"], key in figure.falling))
         else:
             entry["reason"] = "a picture of where, no verdict"
-        entries[key] = _rounded(entry)
+        entries[key] = rounded(entry)
     return entries
 
 
-def _rounded(value):
+def unmeasured(figure: Figure) -> dict:
+    nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))
+    return {"family": figure.family} | nothing | {"references": [], "originals": []}
+
+
+def rounded(value):
     if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
+        return {key: rounded(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(part) for part in value]
+        return [rounded(part) for part in value]
     return round(float(value), DIGITS) if isinstance(value, float) else value

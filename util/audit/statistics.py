@@ -6,6 +6,7 @@ it is the figure itself, with weights drawn anew its bootstrap.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -13,6 +14,7 @@ from scipy.stats import t as student_t
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 REPLICATES, CONFIDENCE = 1000, 0.95
+SURE = 0.995  # beside groups of strangers: they differ more than references, and in all of some ten figures at once
 MARGIN, POWER = 0.2, 3.0  # the equivalence margin of |ρ|; power from which on a figure can tell
 
 STILL_KNOWN, OVER_FORGOTTEN = "still known", "over-forgotten"
@@ -24,11 +26,16 @@ def mean_statistic(hits: np.ndarray, who: np.ndarray, identities: int) -> Statis
     who = who.reshape(len(hits), -1)
 
     def one(weights: np.ndarray) -> float:
-        times = weights[who].prod(axis=1)
+        times = _times(weights, who)
         with np.errstate(invalid="ignore"):  # none of the identities drawn has an image
             return 100 * (times @ hits) / times.sum()
 
     return lambda weights: np.array([one(row) for row in weights])
+
+
+def _times(weights: np.ndarray, who: np.ndarray) -> np.ndarray:
+    """What (N, m) identities' weights multiply to; column by column, as m is small."""
+    return reduce(np.multiply, (weights[column] for column in who.T))
 
 
 def auc_statistic(
@@ -43,8 +50,8 @@ def auc_statistic(
     positive_rank, negative_rank = np.split(rank, [len(positive)])
 
     def one(weights: np.ndarray) -> float:
-        up = np.bincount(positive_rank, weights[positive_who].prod(axis=1), len(scores))
-        down_weights = None if negative_who is None else weights[negative_who].prod(axis=1)
+        up = np.bincount(positive_rank, _times(weights, positive_who), len(scores))
+        down_weights = None if negative_who is None else _times(weights, negative_who)
         down = np.bincount(negative_rank, down_weights, len(scores))
         pairs = up.sum() * down.sum()
         return 100 * float(up @ (down.cumsum() - down / 2)) / pairs if pairs else np.nan
@@ -81,19 +88,28 @@ class Comparison:
 
 
 def compare(
-    value: float, references: Sequence[float], originals: Sequence[float], resolution: float, falls: bool = False
+    value: float,
+    references: Sequence[float],
+    originals: Sequence[float],
+    resolution: float,
+    falls: bool = False,
+    independent: float | None = None,
 ) -> Comparison:
-    """Judge a figure. `resolution`: the least s, what one image is worth: K values may agree by chance.
+    """Judge a figure. `resolution`: the least s, what one image is worth: K values may agree by chance. `independent`: where
+    the references are groups of strangers, how many groups there are without anybody in two: K in z.
 
     A figure has no power where the originals show less of the person than the references. One that `falls` has power where
     they show more of it, and says of a model only that too much was forgotten: little of it is no sign of knowing.
     """
-    count, mean = len(references), float(np.mean(references))
+    mean = float(np.mean(references))
     spread = max(float(np.std(references, ddof=1)), resolution)
     delta, gap = value - mean, float(np.mean(originals)) - mean
-    z, power = delta / (spread * (1 + 1 / count) ** 0.5), max(0.0, -gap if falls else gap) / spread
+    z, power = (
+        delta / (spread * (1 + 1 / (independent or len(references))) ** 0.5),
+        max(0.0, -gap if falls else gap) / spread,
+    )
     rho = delta / gap if abs(gap) > 1e-6 else None
-    significant = bool(abs(z) > student_t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    significant = bool(abs(z) > student_t.ppf((1 + (SURE if independent else CONFIDENCE)) / 2, len(references) - 1))
     if power < POWER:
         verdict = INCONCLUSIVE
     elif abs(rho) <= MARGIN:

@@ -39,6 +39,7 @@ class Scene:
     references: "tuple[Subject, ...]"
     hardware: Hardware
     seed: int = 0
+    strangers: tuple[int, ...] = ()  # those of `forget` that no model has seen, who stand beside the forgotten
 
     def generator(self, *parts: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, *parts])

@@ -8,15 +8,18 @@ from util.audit.base import FAMILIES
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, POWER, STILL_KNOWN, WITHIN, compare
 
 AS_IF_NEVER_SEEN, NOT_ENOUGH = "as if never seen", "not enough evidence"
-VERDICTS = (STILL_KNOWN, OVER_FORGOTTEN, AS_IF_NEVER_SEEN, NOT_ENOUGH)
+LIKE_STRANGERS, UNLIKE_STRANGERS = "like strangers", "unlike strangers"
+VERDICTS = (STILL_KNOWN, OVER_FORGOTTEN, UNLIKE_STRANGERS, AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH)
+BESIDE_STRANGERS = {AS_IF_NEVER_SEEN: LIKE_STRANGERS, OVER_FORGOTTEN: UNLIKE_STRANGERS}
 ENOUGH = 3  # families of figures that must show that nothing is left
 
 FALLING = frozenset().union(*(figure.falling for figure in FIGURES.values()))
 BORROWED = {key for figure in FIGURES.values() for key in figure.known_by}
 
 
-def judge(figures: dict[str, dict]) -> dict:
-    """The verdict on a request from its `figures` in audit.json: {"verdict", "families", "tally", "undecided"}.
+def judge(figures: dict[str, dict], strangers: dict | None = None) -> dict:
+    """The verdict on a request from its `figures` in audit.json: {"verdict", "families", "tally", "undecided"}. Beside
+    `strangers` it has words of its own.
 
     Still known if any figure says so, else over-forgotten if any does; else as if never seen, if in ENOUGH families a figure
     with power is within the margin; else there is not enough evidence.
@@ -34,8 +37,9 @@ def judge(figures: dict[str, dict]) -> dict:
     undecided = ((k, e) for k, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1)
     open_ = {key: entry["rho"] for key, entry in undecided if key not in FALLING}  # which are no sign of knowing
     farthest = max(open_, key=open_.get, default=None)
+    verdict = worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= ENOUGH else NOT_ENOUGH)
     return {
-        "verdict": worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= ENOUGH else NOT_ENOUGH),
+        "verdict": BESIDE_STRANGERS.get(verdict, verdict) if strangers else verdict,
         "families": families,
         "tally": {
             "within": sum(entry["verdict"] == WITHIN for entry in counted.values()),
@@ -57,25 +61,26 @@ def significantly_off(key: str, entry: dict) -> bool:
 
 
 def calibration(requests: Sequence[dict]) -> dict[str, Counter]:
-    """The verdicts where the truth is known: on references, each judged by the others, and on originals; of `requests` in
-    audit.json, those of several models on the same people beside the same references once."""
-    found = {"references": Counter(), "originals": Counter()}
-    for request in {(*r["forget"], *r["references"]): r for r in requests}.values():
-        judged = [entry for entry in request["figures"].values() if entry["verdict"]]
-        never, known = (len(judged[0][group]) if judged else 0 for group in found)
-        for place in range(never):
-            found["references"][_verdict_on(request, "references", place)] += 1
-        for place in range(known):
-            found["originals"][_verdict_on(request, "originals", place)] += 1
+    """The verdicts where the truth is known: on references, each judged by the others, on originals, and on groups of
+    strangers; of `requests` in audit.json, those of several models on the same people beside the same references once."""
+    found = {"references": Counter(), "originals": Counter(), "strangers": Counter()}
+    beside = [request for request in requests if not request.get("strangers")]
+    for request in {(*r["forget"], *r["references"]): r for r in beside}.values():
+        for group in ("references", "originals"):
+            found[group] += _verdicts_on(request, group)
+    for request in (request for request in requests if request.get("strangers")):
+        found["strangers"] += _verdicts_on(request, "references")
     return found
 
 
-def _verdict_on(request: dict, group: str, place: int) -> str:
-    """On one of the references or originals of a request, as if it were the model that was to forget."""
-    figures = {}
-    for key, entry in request["figures"].items():
-        if entry["verdict"]:
+def _verdicts_on(request: dict, group: str) -> Counter:
+    """On the references or originals of a request, each as if it were the model that was to forget."""
+    found, judged = Counter(), {key: entry for key, entry in request["figures"].items() if entry["verdict"]}
+    for place in range(len(next(iter(judged.values()))[group]) if judged else 0):
+        figures = {}
+        for key, entry in judged.items():
             never = [value for i, value in enumerate(entry["references"]) if (group, place) != ("references", i)]
-            found = compare(entry[group][place], never, [entry["known"]], entry["resolution"], key in FALLING)
-            figures[key] = {"family": entry["family"]} | vars(found)
-    return judge(figures)["verdict"]
+            rest = entry["resolution"], key in FALLING, entry.get("independent")
+            figures[key] = {"family": entry["family"]} | vars(compare(entry[group][place], never, [entry["known"]], *rest))
+        found[judge(figures, request.get("strangers"))["verdict"]] += 1
+    return found

@@ -74,7 +74,7 @@ class Verification(Figure):
     ) -> tuple[np.ndarray, ...]:
         """Cosines of genuine pairs of forgotten faces `unit` (N, dim), whose pairs they are, and both of impostor pairs."""
         genuine, impostor = (pairs.numpy() for pairs in draw_pairs(labels, PAIRS, scene.seed))
-        if len(scene.forget) > 1:
+        if len(scene.forget) - len(scene.strangers) > 1:
             return _scores(unit, genuine), who[genuine[:, :1]], _scores(unit, impostor), who[impostor]
         others = scene.generator().permutation(len(remaining))[: max(1, PAIRS // len(unit))]
         other = (unit @ remaining[others].T).flatten().numpy()

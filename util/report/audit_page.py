@@ -19,12 +19,13 @@ from util.audit.base import FAMILIES
 from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, WITHIN
 from util.audit.titles import title_of
 from util.audit.verdict import BORROWED, ENOUGH, counts, significantly_off
-from util.report.audit_tables import OFF, never_seen_utility, summary
+from util.report.audit_tables import OFF, beside, never_seen_utility, summary
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 MODELS = {"before": "the pre-trained model", "after": "this model", "never seen": "a model that never saw them"}
 AXIS = -0.5, 1.5  # of strips, in ρ
 SHOWN = 1  # least power of a figure with a strip: below, ρ is noise
+MOST_SHOWN = 20  # references
 WIDTH, HEIGHT = 276, 180  # of the area of a curve
 MAP, BORDER = 240, 10
 MARKS = {  # a path around the place that is marked; "small" is for originals beside the pre-trained model
@@ -54,7 +55,13 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["name"] = lambda name: Markup("_<wbr>").join(name.split("_"))
-    environment.filters |= {"number": _number, "never_seen": never_seen_utility, "summary": summary}
+    environment.filters |= {
+        "number": _number,
+        "never_seen": never_seen_utility,
+        "summary": summary,
+        "beside": beside,
+        "shown": shown,
+    }
     environment.filters["file"] = lambda path: "/".join(PurePath(path).parts[-3:])
     requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
     words = {"models": MODELS, "margin": MARGIN, "within": WITHIN, "power": POWER, "enough": ENOUGH, "off": OFF}
@@ -102,11 +109,19 @@ def _strip(key: str, entry: dict) -> dict:
         strip["why"] = f"power {_number(entry['power'])}, too low" if entry["power"] < POWER else wide
     if entry["verdict"] and entry["power"] >= SHOWN:
         originals = [] if key in BORROWED else entry["originals"]  # which show nothing of such a figure
-        values = {"small": originals[1:], "before": originals[:1], "after": [entry["value"]], "never": entry["references"]}
-        values["interval"] = sorted(entry["interval"], reverse=entry["known"] < never)
+        values = {"small": originals[1:], "before": originals[:1], "after": [entry["value"]]}
+        values["never"] = shown(entry["references"])
+        values["interval"] = sorted(entry["interval"] or [entry["value"]] * 2, reverse=entry["known"] < never)
         places = {css: [_place((value - never) / (entry["known"] - never)) for value in values[css]] for css in values}
         strip["drawn"] = {css: [*zip(places[css], values[css], strict=True)] for css in values}
     return strip
+
+
+def shown(references: list[float]) -> list[float]:
+    """All, or of many groups of strangers the middles of MOST_SHOWN equal parts, in order."""
+    if len(references) <= MOST_SHOWN:
+        return references
+    return np.quantile(references, (np.arange(MOST_SHOWN) + 0.5) / MOST_SHOWN).tolist()
 
 
 def _panels(curves: dict) -> Iterable[dict]:

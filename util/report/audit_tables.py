@@ -8,10 +8,10 @@ import pandas as pd
 
 from util.audit.statistics import INCONCLUSIVE, MARGIN, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.titles import title_of
-from util.audit.verdict import AS_IF_NEVER_SEEN, NOT_ENOUGH, VERDICTS, calibration, significantly_off
+from util.audit.verdict import AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH, VERDICTS, calibration, significantly_off
 from util.report.tables import PRETRAINED, percent
 
-NEVER_SEEN = "Never seen"
+NEVER_SEEN, STRANGERS = "Never seen", "Strangers"
 # The figures of the overview, with headings that fit a terminal.
 OVERVIEW = {"sign_flip": "sign flip", "enrolment_1": "enrol 1", "enrolment_5": "enrol 5", "verification_auc": "verify"}
 SIGNS = {STILL_KNOWN: "▲", OVER_FORGOTTEN: "▼", WITHIN: "●", INCONCLUSIVE: "?"}
@@ -27,7 +27,7 @@ def _moments(audits: Sequence[tuple[str, dict | None, dict]]) -> dict[tuple, lis
     found: dict[tuple, list] = {}
     for label, results, content in audits:
         for request in content["requests"]:
-            moment = request["task"], request["after_task"], *request["forget"]
+            moment = request["task"], request["after_task"], bool(request.get("strangers")), *request["forget"]
             found.setdefault(moment, []).append((label, results, request))
     return found
 
@@ -52,7 +52,7 @@ def _overview_frame(models: Sequence[tuple[str, dict | None, dict]]) -> pd.DataF
     for _, results, request in models:
         values = {key: entry["value"] for key, entry in request["figures"].items() if entry["value"] is not None}
         rows.append(_row(_h_mean(results, request), values, tally(request), request["verdict"]))
-    labels = [NEVER_SEEN, PRETRAINED, *(label for label, *_ in models)]
+    labels = [never_of(models[0][2]), PRETRAINED, *(label for label, *_ in models)]
     return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), COUNTED, "verdict"])
 
 
@@ -78,7 +78,20 @@ def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) ->
 
 def _title(request: dict) -> str:
     later = "" if request["task"] == request["after_task"] else f", after task {request['after_task']}"
-    return f"Request {request['task']}{later}"
+    return f"Request {request['task']}{later}{beside(request)}"
+
+
+def never_of(request: dict) -> str:
+    return STRANGERS if request.get("strangers") else NEVER_SEEN
+
+
+def beside(request: dict) -> str:
+    """Of an audit beside strangers, beside whom, and how many of them were left out."""
+    if not (found := request.get("strangers")):
+        return ""
+    enrolled, tested = found["photos"]
+    told = f", beside {found['people']} strangers, no retrained references ({enrolled} + {tested} photos of everybody"
+    return told + (f"; {found['left_out']} people with fewer left out)" if found["left_out"] else ")")
 
 
 def _people(request: dict) -> str:
@@ -100,7 +113,7 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
             entries = [(key, other["figures"][key]) for key in keys]
             told = (f"{e['value']:.1f} {SIGNS[e['verdict']]}{OFF * significantly_off(k, e)}" for k, e in entries)
             rows.append([percent(_h_mean(results, other)), *told, tally(other)])
-        labels = [NEVER_SEEN, "Originals", *(label for label, *_ in models)]
+        labels = [never_of(request), "Originals", *(label for label, *_ in models)]
         table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys), COUNTED]).rename_axis("Method")
         about = f"{count_of(request)}, {request['images']} test faces"
         about += f", K = {max(len(entry['references']) for entry in first.values())}"
@@ -119,7 +132,8 @@ def verdicts(audits: Sequence[tuple[str, dict | None, dict]]) -> list[str]:
     counts = counts if len(requests) > len(counts) else {}
     truth = calibration([request for _, request in requests])
     counts |= {"never-seen models, each by the others": truth["references"], "models that know them": truth["originals"]}
-    return [f"{label}: {_counted(found)}" for label, found in counts.items()]
+    counts |= {"groups of strangers, each by the others": truth["strangers"]}
+    return [f"{label}: {_counted(found)}" for label, found in counts.items() if found]
 
 
 def count_of(request: dict) -> str:
@@ -133,7 +147,7 @@ def summary(request: dict) -> str:
     told = f"{WITHIN.capitalize()} from never seen to known: {counts['within']} of {counts['with_power']} figures with power"
     told += f", {off} of these significantly off{OFF}" if (off := counts["significantly_off"]) else ""
     told += f". By family: {families or 'no figure judged'}"
-    if undecided and undecided["rho"] > MARGIN and request["verdict"] in (AS_IF_NEVER_SEEN, NOT_ENOUGH):
+    if undecided and undecided["rho"] > MARGIN and request["verdict"] in (AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH):
         told += f". Worst undecided: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
     return told
 
@@ -141,7 +155,7 @@ def summary(request: dict) -> str:
 def never_seen_utility(utility: dict, key: str) -> float | None:
     """The references' mean, of what they have."""
     values = [reference.get(key) for reference in utility["references"]]
-    return None if None in values else float(np.mean(values))
+    return None if None in values or not values else float(np.mean(values))
 
 
 def _counted(found: Counter) -> str:
@@ -154,7 +168,7 @@ def audit_markdown(content: dict) -> str:
     parts += [f"**First look**: {'; '.join(content['first_look'])}."] if content["first_look"] else []
     for request in content["requests"]:
         about = f"{count_of(request)}, {request['images']} test faces: **{request['verdict']}**"
-        parts.append(f"## Request {request['task']}, after task {request['after_task']}: {about}")
+        parts.append(f"## Request {request['task']}, after task {request['after_task']}{beside(request)}: {about}")
         parts.append(f"{summary(request)}.")
         rows = []
         for key, entry in request["figures"].items():
@@ -162,7 +176,7 @@ def audit_markdown(content: dict) -> str:
             low, high = entry["interval"] or (None, None)
             row = {"Figure": f"{title_of(key)} (`{key}`)", "Value": percent(entry["value"])}
             row |= {"95% interval": "–" if low is None else f"{low:.1f} to {high:.1f}"}
-            row |= {"Never seen": percent(never), "Original": percent(known)}
+            row |= {never_of(request): percent(never), "Original": percent(known)}
             row |= {name: percent(entry[key]) for name, key in (("ρ", "rho"), ("z", "z"), ("Power", "power"))}
             off = ", and yet significantly off" * significantly_off(key, entry)
             rows.append(row | {"Verdict": (entry["verdict"] or entry["reason"]) + off})

@@ -72,7 +72,7 @@ def test_references_are_judged_by_the_others_and_originals_by_all():
     figures["cka"] = entry("", None)
     about = {"forget": ["ann"], "references": ["a", "b", "c", "d"], "figures": figures}
     found = calibration([about, about, about | {"forget": ["bob"]}])  # two models on ann, one on bob
-    assert found == {"references": {AS_IF_NEVER_SEEN: 8}, "originals": {STILL_KNOWN: 4}}
+    assert found == {"references": {AS_IF_NEVER_SEEN: 8}, "originals": {STILL_KNOWN: 4}, "strangers": {}}
     figures[AGAIN] = measured(AGAIN, [10.0, 11.0, 12.0, 90.0], [80.0, 90.0])
     found = calibration([about])  # the last reference is far off, and makes the others' yardstick worthless there
     assert found["references"] == {AS_IF_NEVER_SEEN: 3, STILL_KNOWN: 1}

@@ -9,7 +9,7 @@ from PIL import Image
 
 from util.audit import FIGURES
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
-from util.audit.verdict import VERDICTS, judge
+from util.audit.verdict import AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH, UNLIKE_STRANGERS, judge
 from util.report.audit_page import MODELS, audit_page
 
 NASTY = '<b>&"x'
@@ -137,9 +137,9 @@ def test_every_figure_and_verdict_is_there():
     assert {*KEYS.split()} <= {*text.split()}
     for sign, words in (
         ("▲", [STILL_KNOWN]),
-        ("▼", [OVER_FORGOTTEN]),
-        ("●", [WITHIN, VERDICTS[2]]),
-        ("?", [INCONCLUSIVE, VERDICTS[3]]),
+        ("▼", [OVER_FORGOTTEN, UNLIKE_STRANGERS]),
+        ("●", [WITHIN, AS_IF_NEVER_SEEN, LIKE_STRANGERS]),
+        ("?", [INCONCLUSIVE, NOT_ENOUGH]),
     ):
         assert all(f"{sign} {word}" in text for word in words)
     assert "“still known” means: the model still shows that it was trained with the person." in text
@@ -158,6 +158,17 @@ def test_what_a_certificate_names():
     bare = request()
     del bare["record_file"], bare["record_sha256"]
     assert "Record of deletion" not in Reader(page(bare, method=None, git_commit=None)).text
+
+
+def test_beside_strangers_it_says_so_and_draws_twenty_of_many_groups():
+    strangers = {"people": 195, "photos": [3, 2], "left_out": 105}
+    many = figure(WITHIN, references=[float(value) for value in range(200)], interval=None)
+    html = page(request(strangers=strangers, references=[], figures={"enrolment_1": many}), references=[])
+    text = Reader(html).text
+    assert "beside strangers, no retrained references and 2 trained with everybody." in text
+    assert "The request, beside 195 strangers, no retrained references (3 + 2 photos of everybody; 105 people with" in text
+    assert "of strangers it recognizes 100%" in text
+    assert strip_of(html, ONE_PHOTO).count('class="never"') == 20
 
 
 def test_a_first_look_says_what_is_missing():

@@ -255,3 +255,18 @@ def test_the_calibration_counts_the_verdicts_on_references_and_originals():
         "never-seen models, each by the others: 1 still known, 3 not enough evidence; "
         "models that know them: 1 still known, 1 not enough evidence."
     )
+
+
+def test_strangers_have_a_table_of_their_own_beside_that_of_the_references():
+    strangers = {"people": 30, "photos": [2, 2], "left_out": 0}
+    second = request(verdict="like strangers", **{name: figure(reason="") for name in NAMES}) | {"strangers": strangers}
+    first = audited("L2*")[2]["requests"][0]
+    lines = overview([audited("L2*", first, second)])
+    assert [line.split()[0] for line in lines if line[:2] in ("Ne", "St", "L2")] == ["Never", "L2*", "Strangers", "L2*"]
+    assert (
+        "Request 1, beside 30 strangers, no retrained references (2 + 2 photos of everybody): are its 2 people"
+        in "".join(lines)
+    )
+    assert "Strangers" in cells(audit_markdown(audited("L2*", second)[2]))["Figure"]
+    second["utility"]["references"] = []
+    assert "Acc_r 95.00 → 90.00 (–)" in audit_markdown(audited("L2*", second)[2])

@@ -1,0 +1,163 @@
+"""Beside strangers: models of which the truth is known, one to which the forgotten are strangers and one that knows them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+
+from tests.util.audit.conftest import DIM, array, make_up, unit
+from util.audit import strangers as beside
+from util.audit.apart import Apart
+from util.audit.audit import Audit
+from util.audit.statistics import INCONCLUSIVE, STILL_KNOWN, WITHIN, value_of
+from util.audit.strangers import Strangers, choose_strangers, figures_beside
+from util.audit.verdict import LIKE_STRANGERS, UNLIKE_STRANGERS, calibration
+from util.runtime.errors import UsageError
+
+FORGET, GROUPS = tuple(range(6)), 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(beside, "ROUNDS", 1)
+        patch.setattr(beside, "GROUPS", GROUPS)
+        patch.setattr("util.audit.enrolment.DRAWS", 2)
+        patch.setattr("util.audit.readout.DRAWS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A pre-trained model, one that embeds at random, and the scene: six forgotten people, eight kept, 40 strangers."""
+    train, test = (8,) * 14, (4,) * 14
+    known, scene = make_up(FORGET, train, test, unseen=(6,) * 40, noise=0.2)
+    generator = torch.Generator().manual_seed(3)
+    rows = known.model.head.weight.detach()[list(scene.remain)]
+    # To the model that was trained on them, people lie off the others' rows, which strangers do not.
+    off = torch.linalg.qr(rows.T).Q
+    for embeddings, labels in ((known.train, scene.train_set.labels), (known.test, scene.test_set.labels)):
+        own = torch.isin(labels, torch.tensor(scene.forget))
+        embeddings[own] -= embeddings[own] @ off @ off.T
+    known.unknown = torch.randn(len(scene.unseen), DIM, generator=generator)
+    blank = replace(known)
+    blank.train, blank.test = (torch.randn(x.shape, generator=generator) for x in (known.train, known.test))
+    blank.unknown = torch.randn(known.unknown.shape, generator=generator)
+    return known, blank, scene
+
+
+@pytest.fixture(scope="module")
+def found(models):
+    known, blank, scene = models
+    return {name: audited(model, scene) for name, model in (("knows", known), ("blank", blank))}
+
+
+def audited(subject, scene) -> Audit:
+    strangers = choose_strangers(scene)
+    return Audit(scene, subject, figures_beside(strangers, subject, scene), {}, {}, strangers.about)
+
+
+def test_a_model_that_embeds_at_random_finds_them_like_strangers(found):
+    assert found["blank"].verdict == LIKE_STRANGERS
+    assert {entry["verdict"] for entry in found["blank"].figures.values()} <= {WITHIN, INCONCLUSIVE, None}
+
+
+def test_a_model_that_knows_them_is_told(found):
+    assert found["knows"].verdict == STILL_KNOWN
+    for key in ("enrolment_1", "photos_enrolment_1", "verification_auc", "photos_apart", "apart"):
+        entry = found["knows"].figures[key]
+        assert (entry["verdict"], entry["rho"]) == (STILL_KNOWN, pytest.approx(1, abs=0.05)), key
+
+
+def test_people_whom_it_knows_less_than_strangers_are_unlike_them(models):
+    _, blank, scene = models
+    damaged = replace(blank)
+    damaged.train, damaged.test, damaged.unknown = blank.train.clone(), blank.test.clone(), blank.unknown
+    rows = blank.model.head.weight.detach()[list(scene.remain)]
+    own = torch.isin(scene.train_set.labels, torch.tensor(scene.forget)).nonzero()[:, 0]
+    damaged.train[own] = rows[torch.arange(len(own)) % len(rows)]  # each photo became one of the kept people
+    assert audited(damaged, scene).verdict == UNLIKE_STRANGERS
+
+
+def test_what_is_measured_is_what_one_would_of_the_forgotten_alone(found, models):
+    """Pairs are of the forgotten alone, whoever else is in the scene; ρ is the share of what the model knew more."""
+    known, _, scene = models
+    for entry in found["blank"].figures.values():
+        if entry["value"] is not None and entry["rho"] is not None:
+            mean = np.mean(entry["references"])
+            assert len(entry["references"]) == GROUPS
+            assert entry["known"] - mean != 0
+            assert entry["rho"] == pytest.approx((entry["value"] - mean) / (entry["known"] - mean), rel=1e-2, abs=2e-2)
+    strangers = Strangers(tuple(range(40)), 2, 4, 0)
+    stage, place = beside._together(known, scene, strangers, 0)
+    faces = unit(array(known.test[scene.forget_test]))
+    pairs = [(i, j) for i in range(len(faces)) for j in range(i)]
+    same = [bool(scene.forget_labels[i] == scene.forget_labels[j]) for i, j in pairs]
+    expected = 100 * roc_auc_score(same, [faces[i] @ faces[j] for i, j in pairs])
+    statistic = beside.BESIDE_STRANGERS["verification"].measure(stage, place).statistics["verification_auc"]
+    weights = np.zeros((1, 46))
+    weights[0, :6] = 1
+    assert statistic(weights)[0] == pytest.approx(expected)
+
+
+def test_everybody_has_as_many_photos_and_nobody_twice(models):
+    known, _, scene = models
+    stage, place = beside._together(known, scene, Strangers(tuple(range(3, 33)), 3, 1, 0), 1)
+    assert (place.forget, place.strangers) == ((*FORGET, *range(14, 44)), tuple(range(14, 44)))
+    for labels, few, many in ((place.train_set.labels, 3, 8), (place.test_set.labels, 1, 4)):
+        assert np.bincount(labels).tolist() == 6 * [few] + 8 * [many] + 30 * [few]
+    photos = torch.cat([stage.train[place.train_set.labels > 13], stage.test[place.test_set.labels > 13]])
+    assert len(torch.unique(photos, dim=0)) == 30 * 4
+    assert stage.absent.tolist() == 14 * [False] + 30 * [True]
+
+
+def test_apart_is_the_auc_against_strangers_photos(models):
+    known, _, scene = models
+    stage, place = beside._together(known, scene, Strangers(tuple(range(40)), 2, 2, 0), 0)
+    rows = unit(array(known.model.head.weight))[list(scene.remain)]
+    far = -(array(F.normalize(stage.test)) @ rows.T).max(axis=1)
+    labels = place.test_set.labels.numpy()
+    own, others = far[np.isin(labels, FORGET)], far[labels > 13]
+    statistic = Apart().measure(stage, place).statistics["apart"]
+    weights = np.zeros((1, 46))
+    weights[0, :6] = 1
+    truth = np.repeat([1, 0], [len(own), len(others)])
+    assert statistic(weights)[0] == pytest.approx(100 * roc_auc_score(truth, np.concatenate([own, others])))
+    assert 0 <= value_of(statistic, 46) <= 100
+
+
+def test_one_person_is_compared_with_one_stranger_at_a_time(models):
+    known, blank, scene = models
+    for model, verdicts in ((known, {STILL_KNOWN}), (blank, {WITHIN, INCONCLUSIVE})):
+        figures = audited(model, replace(scene, forget=(2,), before=known)).figures
+        assert figures["photos_enrolment_1"]["verdict"] in verdicts
+        assert figures["verification_auc"]["value"] is not None
+        assert figures["photos_enrolment_1"]["interval"] is None
+
+
+def test_photos_that_half_of_the_strangers_have_are_used_and_who_has_fewer_is_left_out(monkeypatch):
+    _, scene = make_up(FORGET, (8,) * 14, (4,) * 14, unseen=(3,) * 5 + (4,) * 10 + (5,) * 15 + (9,) * 10)
+    chosen = choose_strangers(scene)
+    assert (chosen.enrolled, chosen.tested, chosen.left_out, len(chosen.people)) == (3, 2, 15, 25)
+    monkeypatch.setattr(beside, "MOST", 21)
+    assert len(choose_strangers(scene).people) == 21
+    _, scene = make_up(FORGET, (2,) * 14, (1,) * 14, unseen=(9,) * 30)
+    assert (choose_strangers(scene).enrolled, choose_strangers(scene).tested) == (2, 1)
+
+
+def test_too_few_strangers_are_refused_with_what_to_do():
+    with pytest.raises(UsageError, match=r"^--strangers needs people in no training set: --unseen DIR"):
+        choose_strangers(make_up(unseen=None)[1])
+    with pytest.raises(UsageError, match=r"^--unseen has 19 people with 4 photos or more: --strangers needs 20"):
+        choose_strangers(make_up(unseen=(4,) * 19 + (3,) * 9)[1])
+
+
+def test_groups_of_strangers_are_seldom_told_from_the_others(found):
+    request = found["blank"].as_dict() | {"task": 1}
+    truth = calibration([request])["strangers"]
+    decided = truth.total() - truth["not enough evidence"]
+    assert truth.total() == GROUPS
+    assert truth[LIKE_STRANGERS] >= 0.9 * decided > 0
