@@ -48,8 +48,9 @@ FINE_TUNING_LR = 1e-4
 # The options that a pre-trained model depends on, beside the data, the classes left out and the seed.
 RECIPE = ("model", "image_size", "depth", "head", "drop_rate", "weights", "pretrained", "epochs", "warmup_epochs")
 RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad", "sched", "decay_on", "init", "mirror")
-# Of a model that others have trained.
-RECIPE_OF_WEIGHTS = ("published_adapters", "rows", "class_map", "embedding", "mean", "std", "bgr", "crop_pct")
+# Of a model that others have trained; they are told where they are not these.
+RECIPE_OF_WEIGHTS = {"published_adapters": None, "rows": "random", "class_map": None, "embedding": "features"}
+RECIPE_OF_WEIGHTS |= {"mean": None, "std": None, "bgr": False, "crop_pct": 1.0}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -103,6 +104,12 @@ def build_parser() -> options.Parser:
     return parser
 
 
+def recipe_in(arguments: dict) -> dict:
+    """What a pre-trained model depends on, of the arguments of its run or of a recipe that more was written into."""
+    others = {key: arguments.get(key, default) for key, default in RECIPE_OF_WEIGHTS.items()}
+    return {key: arguments[key] for key in RECIPE} | {k: v for k, v in others.items() if v != RECIPE_OF_WEIGHTS[k]}
+
+
 def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
     """Fill in --epochs, --warmup-epochs and --lr where they were not given; where others have trained the model, less."""
     started = args.rows != "random"
@@ -122,6 +129,8 @@ def choose_start(args: argparse.Namespace) -> Source:
     started = args.weights is not None or args.pretrained or source.state is not None
     args.rows = args.rows or ("enrolment" if started else "random")
     args.head = args.head or ("softmax" if args.rows == "classifier" else "cosface")
+    if args.epochs == 0 and args.rows == "random":
+        raise UsageError("--epochs 0 leaves a model of random weights: give --weights, or a --model that has its own")
     if args.init == "published" and not source.model.startswith("face_vit_"):
         raise UsageError("--init published is for the Face Transformers, face_vit_*")
     if args.rows not in ROWS and not Path(args.rows).is_file():
@@ -256,7 +265,7 @@ def pretrain(
     accuracies = predict(model, test_set, hardware).accuracies(task.remain)
     arguments = options.plain_arguments(args)
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
-    recipe = {key: arguments[key] for key in (*RECIPE, *RECIPE_OF_WEIGHTS) if key in RECIPE or arguments[key]}
+    recipe = recipe_in(arguments)
     info |= {"recipe": recipe, "without_classes": list(task.old)}
     info |= {"class_digests": train_set.contents, "val_fraction": args.val_fraction}
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))

@@ -20,7 +20,7 @@ from backbone.sources import find_source
 from data.cache import cache_folder
 from data.image_set import ImageSet
 from scripts.jobs import Job, deal_out, places
-from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, describe_model
+from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, describe_model, recipe_in
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import file_lock, misfits, read_json, readable, sha256
@@ -48,12 +48,14 @@ def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
             f"{where} no recipe of pre-training, and references are trained by the same: give the config.json of its run "
             f"with --recipe, or references with --references"
         )
-    recipe = {key: recipe[key] for key in (*RECIPE, *RECIPE_OF_WEIGHTS) if key in RECIPE or recipe.get(key)}
+    recipe = recipe_in(recipe)
     with readable(config or path, "no recipe of pre-training"), torch.device("meta"):
-        asked = {"mean": None, "std": None, "bgr": False, "crop_pct": 1.0, "embedding": "features"} | recipe
+        asked = RECIPE_OF_WEIGHTS | recipe
         asked["weights"] = recipe["weights"] and Path(recipe["weights"])
         model = build_recognizer(describe_model(argparse.Namespace(**asked), find_source(recipe["model"]), a.num_classes))
-        range(recipe["warmup_epochs"], recipe["epochs"], max(1, recipe["epochs"]))  # raises where they are no such numbers
+        if recipe["epochs"] == 0:
+            raise UsageError(f"{path} was enrolled, not trained here, so no reference can be: audit it with --strangers")
+        range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers
         if problems := misfits(checkpoint.model.state_dict(), model.state_dict()):
             raise UsageError(f"{path} was not trained by the recipe in {config or path}: {problems}")
         if recipe["weights"] and not Path(recipe["weights"]).is_file():
@@ -69,8 +71,7 @@ def reference_job(args: argparse.Namespace, recipe: dict, train_set: ImageSet, w
     left = (~torch.isin(train_set.labels.cpu(), torch.tensor([*without], dtype=torch.long))).sum().item()
     # As many images are shown as to the pre-trained model.
     longer = recipe["epochs"] * len(train_set) / max(1, left)
-    warmup = round(longer * recipe["warmup_epochs"] / max(1, recipe["epochs"]))
-    recipe = recipe | {"epochs": round(longer), "warmup_epochs": warmup}
+    recipe = recipe | {"epochs": round(longer), "warmup_epochs": round(longer * recipe["warmup_epochs"] / recipe["epochs"])}
     names = sorted(train_set.classes[c] for c in without)
     known = recipe | {"weights": recipe["weights"] and sha256(Path(recipe["weights"]))}  # wherever they lie
     key = hashlib.sha256(json.dumps([data_sha256(train_set), known, names, seed]).encode()).hexdigest()[:16]

@@ -54,10 +54,10 @@ def test_impossible_requests(options, message, trained, colours, command, tmp_pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--epochs", 0], "--epochs: 0 is out of range"),
+        (["--epochs", 0], "--epochs 0 leaves a model of random weights"),
         (["--epochs", 5, "--warmup-epochs", 6], "--warmup-epochs 6 is out of range"),
         (["--model", "no_such_vit"], "unknown model 'no_such_vit'"),
-        (["--model", "resnet18", "--image-size", 32], "cannot build resnet18"),
+        (["--model", "resnet18", "--image-size", 32, "--depth", 3], "cannot build resnet18"),
         (["--image-size", 30], "cannot build face_vit_tiny for 30×30 images"),
         (["--depth", 0], "--depth: 0 is out of range"),
         (["--drop-rate", 1], "--drop-rate: 1 is out of range"),

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from methods import lirf
-
 LOWER = ("backbone.cls_token", "backbone.pos_embed", "backbone.patch_embed.", "backbone.blocks.0.")
 
 
@@ -159,5 +157,6 @@ def test_the_frozen_half_drops_nothing_out(begin):
     assert blocks[0].mlp.drop1.training and deposit[0].mlp.drop1.training
     assert not blocks[1].training and not blocks[1].mlp.drop1.training
     tokens = torch.randn(3, 17, begun.model.backbone.embed_dim, dtype=torch.float64)
-    first, second = (lirf.upper_half(begun.model.backbone, tokens, 1) for _ in range(2))
+    images = torch.zeros(3, 3, 16, 16, dtype=torch.float64)
+    first, second = (begun.method.halves.upper(begun.model.backbone, images, tokens) for _ in range(2))
     assert torch.equal(first, second)

@@ -332,7 +332,7 @@ def test_an_unknown_recipe_is_asked_for(asked, trained, early, here, tmp_path):
         ({"head": "softmax"}, 2, "head.bias is missing"),
         ({"model": "face"}, 2, "unknown model 'face'"),
         ({"epochs": None}, 1, "no recipe of pre-training"),
-        ({"epochs": 0}, 1, "no recipe of pre-training"),
+        ({"epochs": 0}, 2, "audit it with --strangers"),
         ({"weights": str(tmp_path / "gone.pth")}, 2, f"no file {tmp_path / 'gone.pth'}, whose weights"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | {"arguments": config["arguments"] | changes}))
