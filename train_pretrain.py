@@ -44,7 +44,6 @@ from util.training.rows import ROWS, enrol, load_rows, rows_from
 SCRIPT = Path(__file__).name
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
 IMAGES_SHOWN, MIN_EPOCHS = 120_000, 10
-FINE_TUNING_LR = 1e-4
 # The options that a pre-trained model depends on, beside the data, the classes left out and the seed.
 RECIPE = ("model", "image_size", "depth", "head", "drop_rate", "weights", "pretrained", "epochs", "warmup_epochs")
 RECIPE += ("batch_size", "lr", "min_lr", "weight_decay", "opt", "clip_grad", "sched", "decay_on", "init", "mirror")
@@ -93,7 +92,7 @@ def build_parser() -> options.Parser:
     group.add_argument("--bgr", action="store_true", help="the model takes blue first")
     told = "of an image's shorter side, what is seen"
     group.add_argument("--crop-pct", type=options.number(float, 0.01, 1), default=1.0, help=told)
-    options.add_optimization(parser, fewest_epochs=0, lr=None, warmup_epochs=None)
+    options.add_optimization(parser, fewest_epochs=0, lr=1e-3, warmup_epochs=None)
     parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<hash>-<model>-seed<seed>")
@@ -111,14 +110,11 @@ def recipe_in(arguments: dict) -> dict:
 
 
 def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
-    """Fill in --epochs, --warmup-epochs and --lr where they were not given; where others have trained the model, less."""
-    started = args.rows != "random"
+    """Fill in --epochs and --warmup-epochs where they were not given; few where others have trained the model."""
     if args.epochs is None:
-        args.epochs = MIN_EPOCHS if started else max(MIN_EPOCHS, round(IMAGES_SHOWN / train_images))
+        args.epochs = MIN_EPOCHS if args.rows != "random" else max(MIN_EPOCHS, round(IMAGES_SHOWN / train_images))
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs // 10
-    if args.lr is None:
-        args.lr = FINE_TUNING_LR if started else 1e-3
     options.check_warmup(args)
 
 
@@ -208,7 +204,8 @@ def main(argv: list[str] | None) -> None:
     choose_epochs(args, len(task.remain_indices))
     model = build_model(args, source, len(train_set.classes))
     set_rows(args, source, model, train_set.classes)
-    hardware = hardware.resolve_compile(3 * args.epochs * len(task.remain_indices) * forward_flops(model))
+    work = 3 * args.epochs * len(task.remain_indices) * forward_flops(model)
+    hardware = hardware.resolve_compile(work * (not model.convolutional))  # of others, compiling takes minutes
     to_device(model, hardware)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:

@@ -61,6 +61,12 @@ class Recognizer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.embed(images))
 
+    @property
+    def convolutional(self) -> bool:
+        """Whether there are convolutions that patches are not cut by."""
+        convolutions = (module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+        return any(module.stride != module.kernel_size for module in convolutions)
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
@@ -87,8 +93,8 @@ def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
         replace_dropout(model)
     if hardware.cls_only_last_block:
         replace_last_block(model)
-    if any(isinstance(module, nn.Conv2d) and module.stride != module.kernel_size for module in model.backbone.modules()):
-        model.to(memory_format=torch.channels_last)  # convolutions of bfloat16 gain most; patches are products
+    if model.convolutional:
+        model.to(memory_format=torch.channels_last)  # in bfloat16 they are twice as fast and more
     return model.to(hardware.device)
 
 

@@ -26,11 +26,14 @@ from backbone import insightface
 from backbone.heads import Softmax
 from backbone.onnx_graph import write_onnx_weights
 from backbone.recognizer import Recognizer, build_backbone, with_rows
+from data.pairs import load_pairs
 from data.tasks import people
 from util.cli import options
 from util.cli.main import run_main
+from util.evaluation.verification import pair_benchmark
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import atomic_write, save_tensors, write_json
+from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, torch_load, torch_save
 
 TOLERANCE = 1e-4  # of a coordinate of an embedding of unit length
@@ -114,6 +117,7 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the model after a task, ours")
     parser.add_argument("--output-dir", type=Path, required=True, help="an empty folder, or one to be made")
     parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="write model.onnx")
+    options.add_pairs(parser, "of the released model, measure")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UsageError(f"{args.output_dir} is not empty: what is there would leave the house as well")
@@ -144,6 +148,9 @@ def main(argv: list[str] | None) -> None:
         if not error <= TOLERANCE:
             raise RunError(f"{args.output_dir / name} embeds otherwise than {args.checkpoint}: off by {error:.1g}")
         print(f"{name}: embeds as the checkpoint does, to {error:.1g}")
+    pairs = load_pairs(args.pairs or [], a.image_size)
+    for name, found in pair_benchmark(recognizer, pairs, Hardware(torch.device("cpu"))).items():
+        print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
     gone = [c for task in checkpoint.forgotten for c in task]
     whom = people(gone, checkpoint.classes) if checkpoint.classes else f"{len(gone)} classes"
     print(f"{args.output_dir}: {a.num_classes} classes, without {whom}; the run's folder stays behind")

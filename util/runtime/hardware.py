@@ -8,7 +8,7 @@ import functools
 import logging
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -47,18 +47,16 @@ class Hardware:
             raise UsageError("--cuda-graphs on does nothing here: it needs CUDA and a compiled backbone (--compile on)")
         return replace(self, compile=compiles, cuda_graphs=graphs)
 
-    def compile_backbone(self, model: torch.nn.Module) -> None:
-        """Compile the backbone, in place and at its first call; and its blocks, for whoever calls them one by one."""
+    def compile_modules(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Compile each of them, in place and at its first call: a backbone, and its blocks for whoever calls them alone."""
         if not self.compile:
             return
         # All blocks share one function, compiled anew for each kind of block and shape of batch: 8 times is torch's limit.
         torch._dynamo.config.recompile_limit = 64
         mode = "reduce-overhead" if self.cuda_graphs else None
-        for module in model.modules():
-            if hasattr(module, "blocks"):
-                for part in (module, *module.blocks):
-                    # Static: a shape's code does not depend on those before it: a resumed run computes what the first did.
-                    part.compile(mode=mode, dynamic=False)
+        for module in modules:
+            # Static: a shape's code does not depend on those before it: a resumed run computes what the first did.
+            module.compile(mode=mode, dynamic=False)
 
     def eager(self) -> contextlib.AbstractContextManager:
         """Inside, what is compiled runs eagerly: for shapes that come once, and under `torch.func`."""

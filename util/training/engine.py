@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from backbone.blocks import block_names
 from backbone.recognizer import Recognizer
 from data.batches import Batch, batches
 from data.image_set import ImageSet
@@ -41,7 +42,8 @@ class Trainer:
         self.position = Position()
         self.optimizer = make_optimizer(model, schedule, self.hardware)
         self.scheduler = make_scheduler(self.optimizer, schedule, steps_of_epochs(method, task, schedule.epochs))
-        self.hardware.compile_backbone(model)
+        for part in filter(None, (model.backbone, getattr(model, "deposit", None))):
+            self.hardware.compile_modules([part, *map(part.get_submodule, block_names(part))])
         self.loss = parallel(Loss(model, method))
 
     @property
