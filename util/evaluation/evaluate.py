@@ -17,6 +17,9 @@ from util.evaluation.metrics import MARGINS, h_mean, top1
 from util.runtime.hardware import Hardware
 
 
+LOGITS = 1 << 26  # at once
+
+
 @dataclass(frozen=True)
 class Predictions:
     """What a model says of N images: true and predicted class (N,), and whether that is right, bool (N,)."""
@@ -73,9 +76,12 @@ def predict(model: Recognizer, image_set: ImageSet, hardware: Hardware, indices:
 @torch.inference_mode()
 def predictions_of(model: Recognizer, embeddings: Tensor, labels: Tensor) -> Predictions:
     labels = labels.to(embeddings.device)
-    logits = model.head(embeddings)
-    predicted = logits.argmax(dim=1)
-    margin_predicted = model.head.add_margin(logits, labels).argmax(dim=1)
+    chunks = []
+    count = max(1, LOGITS // len(model.head.weight))  # images × people would not fit for a hundred thousand of each
+    for part, own in zip(embeddings.split(count), labels.split(count), strict=True):
+        logits = model.head(part)
+        chunks.append(torch.stack([logits.argmax(dim=1), model.head.add_margin(logits, own).argmax(dim=1)]))
+    predicted, margin_predicted = torch.cat(chunks, dim=1)
     return Predictions(labels.cpu(), predicted.cpu(), (predicted == labels).cpu(), (margin_predicted == labels).cpu())
 
 

@@ -120,8 +120,7 @@ def test_tokens_are_the_class_tokens_after_each_block(fast):
     for hook in hooks:
         hook.remove()
     tokens = Subject(model, images, images, None, hardware).tokens(images, positions)
-    assert tokens.shape == (3, 80, 32)
-    torch.testing.assert_close(tokens, torch.stack(left))
+    torch.testing.assert_close(torch.stack(tokens), torch.stack(left))
     with torch.no_grad():
         torch.testing.assert_close(model.backbone.norm(tokens[-1]), embeddings)
 
@@ -131,7 +130,7 @@ def test_without_a_class_token_the_tokens_mean_stands_for_it():
     images = coloured_images(per_class=2)
     subject = Subject(model, images, images, None, CPU)
     tokens = subject.tokens(images, torch.arange(12))
-    assert tokens.shape == (2, 12, 32)
+    assert [part.shape for part in tokens] == [(12, 32), (12, 32)]
     with torch.no_grad():
         x = model.backbone._pos_embed(model.backbone.patch_embed(model.normalize(images.images)))
         x = model.backbone.blocks[0](x)

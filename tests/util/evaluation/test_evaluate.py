@@ -52,6 +52,14 @@ def test_embeddings_are_those_of_evaluation_mode_in_any_chunking(model, images, 
         torch.testing.assert_close(once, model.embed(images.images))
 
 
+def test_predictions_are_the_same_in_any_chunking(model, images, cpu, monkeypatch):
+    whole = predict(model, images, cpu)
+    monkeypatch.setattr("util.evaluation.evaluate.LOGITS", 7 * len(images.classes))
+    parts = predict(model, images, cpu)
+    assert torch.equal(whole.predicted, parts.predicted)
+    assert torch.equal(whole.margin_correct, parts.margin_correct)
+
+
 def test_a_task_reports_all_of_its_groups(model, images, cpu):
     predictions = predict(model, images, cpu)
     first, second = drawn_tasks(images.labels, 6, num_tasks=2, per_task=2, seed=1, data_ratio=1.0)
