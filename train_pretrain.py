@@ -121,7 +121,10 @@ def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
 def choose_start(args: argparse.Namespace) -> Source:
     """The model, and what --weights, --rows and --head are where they were not given."""
     source = find_source(args.model)
-    args.weights = args.weights or source.weights
+    if args.weights is None:
+        args.weights = source.weights
+    elif args.weights != source.weights:
+        source.state = None
     started = args.weights is not None or args.pretrained or source.state is not None
     args.rows = args.rows or ("enrolment" if started else "random")
     args.head = args.head or ("softmax" if args.rows == "classifier" else "cosface")
