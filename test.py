@@ -2,6 +2,7 @@
 
 python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint FILE --pairs lfw.bin pairs.txt:FOLDER                        the field's verification benchmarks
+python test.py --checkpoint RUN/checkpoints/task_4.pth --data DIR --whole-classifier DIR    and the classes beyond DIR's
 python test.py --checkpoint PRETRAINED --adapters task_1.safetensors task_2.safetensors    the model after task 2
 python test.py --checkpoint RUN/checkpoints/task_2.pth --deposit RUN/deposits/task_2.safetensors    LIRF: what is recovered
 python test.py --verify-record RUN/deletions/task_2.json                                 is the record of deletion true?
@@ -9,6 +10,7 @@ Leaves config.json, test.json, per_class.csv in --output-dir.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -19,21 +21,24 @@ from backbone.blocks import replace_lower_half
 from backbone.lora import apply_adapters
 from backbone.recognizer import to_device
 from data import build_datasets, placed
+from data.cache import cache_folder
+from data.image_folder import flat_folder
 from data.image_set import ImageSet
 from data.pairs import load_pairs
 from data.tasks import named_classes
 from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
-from util.evaluation.evaluate import Predictions, embed_images, predictions_of
+from util.evaluation.evaluate import Predictions, embed_images, predict, predictions_of
 from util.evaluation.verification import BENCHMARK_RATES, FALSE_ACCEPT_RATES, pair_benchmark, verify
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import load_tensors, read_json, write_json, write_text
+from util.runtime.files import load_tensors, read_json, readable, write_json, write_text
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import CONFIG, claim, folder_of
 from util.training.deletion_record import load_record, settings_of
 from util.training.record_check import signatures, verify_record
+from util.training.rows import class_ids, whole_classifier
 
 SCRIPT = Path(__file__).name
 
@@ -65,6 +70,8 @@ def build_parser() -> options.Parser:
     options.add_data(parser)
     told = f"measure these classes as a group (default: those that the checkpoint has forgotten): {options.NAMES}"
     parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=told)
+    told = "give all of the model's own classifier back, and measure the classes of DIR/<class>/<image> that --data lacks"
+    parser.add_argument("--whole-classifier", type=Path, metavar="DIR", help=told)
     options.add_pairs(parser, "instead of the data, measure")
     count = {"type": options.number(int, 0), "default": 20000}
     parser.add_argument("--random-pairs", **count, help="genuine and impostor pairs of test images to verify, each; 0: none")
@@ -78,7 +85,8 @@ def confirm(args: argparse.Namespace) -> None:
     """Print every check of --verify-record. Raises RunError if one fails."""
     record = load_record(args.verify_record)
     hardware = options.hardware_of(args)
-    data = build_datasets(args, record["images"]["size"], hardware.device)
+    pixels = record["images"]
+    data = build_datasets(args, pixels["size"], hardware.device, crop_pct=pixels.get("crop_pct", 1.0))
     said = {True: "confirmed", False: "NOT SO", None: "not checked"}
     checks = verify_record(args.verify_record, record, data, hardware, args.checkpoint)
     checks += signatures(args.verify_record, args.allowed_signers)
@@ -116,7 +124,8 @@ def load_model(args: argparse.Namespace) -> Checkpoint:
 
 def load_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.device) -> tuple[ImageSet, dict]:
     """The test set, with the checkpoint's classes, and the groups of these. Images of forgotten classes may be gone."""
-    _, test_set = build_datasets(args, checkpoint.model.architecture.image_size, device, on_demand=True)
+    a = checkpoint.model.architecture
+    _, test_set = build_datasets(args, a.image_size, device, on_demand=True, crop_pct=a.crop_pct)
     (test_set,) = placed(args, [test_set], device)
     groups = class_groups(args, checkpoint, checkpoint.classes or test_set.classes)
     forgotten = [c for name, classes in groups.items() if name != "remaining" for c in classes]
@@ -143,9 +152,43 @@ def measure(
     return measured, pd.DataFrame(rows, dtype=object)
 
 
+def pretrained(args: argparse.Namespace, checkpoint: Checkpoint) -> Checkpoint:
+    """The model that the run of `checkpoint` began with."""
+    path = args.checkpoint
+    if "recipe" not in checkpoint.info:
+        config = path.absolute().parent.parent / CONFIG
+        with readable(config, "not the config.json of a run"):
+            path = Path(read_json(config)["arguments"]["checkpoint"])
+    return load_checkpoint(path)
+
+
+def measure_others(args: argparse.Namespace, checkpoint: Checkpoint, hardware: Hardware) -> dict:
+    """With the whole classifier: accuracy (%) on the classes of its folder that the checkpoint has not, before and after."""
+    a, before = checkpoint.model.architecture, pretrained(args, checkpoint)
+    recipe = before.info.get("recipe", {})
+    models = {when: whole_classifier(recipe, each.model) for when, each in (("before", before), ("after", checkpoint))}
+    images = flat_folder(args.whole_classifier, a.image_size, args.cache_dir or cache_folder(), a.crop_pct)
+    rows, class_map = models["after"].architecture.num_classes, recipe.get("class_map")
+    ids = class_ids(images.classes, rows, class_map and Path(class_map))
+    others = [row for name, row in zip(images.classes, ids, strict=True) if name not in checkpoint.classes]
+    if not others:
+        raise UsageError(f"--whole-classifier {args.whole_classifier}: all of its classes are the checkpoint's")
+    images = replace(images, labels=torch.tensor(ids)[images.labels])
+    found = {"rows": rows, "classes": len(others)}
+    for when, model in models.items():
+        predictions = predict(to_device(model, hardware), images, hardware)
+        found |= {"images": int(predictions.among(others).sum()), when: predictions.accuracies(others)["acc"]}
+    print(
+        f"\n{len(others)} other classes, {found['images']} images, with all {rows} rows of the classifier: "
+        f"accuracy {found['before']:.2f}% before, {found['after']:.2f}% after"
+    )
+    return found
+
+
 def measure_pairs(args: argparse.Namespace, checkpoint: Checkpoint, hardware: Hardware, output: Path) -> None:
     """The benchmarks of --pairs, printed and in test.json."""
-    pairs = load_pairs(args.pairs, checkpoint.model.architecture.image_size, args.cache_dir)
+    a = checkpoint.model.architecture
+    pairs = load_pairs(args.pairs, a.image_size, args.cache_dir, a.crop_pct)
     measured = pair_benchmark(to_device(checkpoint.model, hardware), pairs, hardware)
     rates = {f"tar_at_far_{rate:g}": f"TAR@FAR={rate:g} %" for rate in BENCHMARK_RATES}
     heads = {"genuine_pairs": "Genuine", "impostor_pairs": "Impostor", "accuracy": "Acc %", "accuracy_std": "±"}
@@ -167,7 +210,7 @@ def main(argv: list[str] | None) -> None:
     hardware = options.hardware_of(args)
     checkpoint = load_model(args)
     more = [*args.adapters, *filter(None, [args.deposit])]
-    what = " ".join(args.pairs or []) or args.forget_classes or ""
+    what = " ".join(args.pairs or []) or (args.forget_classes or "") + str(args.whole_classifier or "")
     output = args.output_dir or folder_of("test", args.checkpoint, *more, whom=what)
     claim(output, SCRIPT)
     if (output / CONFIG).exists():
@@ -193,7 +236,10 @@ def main(argv: list[str] | None) -> None:
         for c, name in enumerate(test_set.classes)
     )
     write_json(output / CONFIG, describe_command(args, SCRIPT))
-    write_json(output / "test.json", {"checkpoint": str(args.checkpoint), "dataset": test_set.name, "groups": measured})
+    found = {"checkpoint": str(args.checkpoint), "dataset": test_set.name, "groups": measured}
+    if args.whole_classifier:
+        found["whole_classifier"] = measure_others(args, checkpoint, hardware)
+    write_json(output / "test.json", found)
     write_text(output / "per_class.csv", per_class.round(4).to_csv(index=False))
     print(f"\nper class, and all numbers: {output}")
 

@@ -160,7 +160,8 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     # Of a person who is named, also copies in other files: the pixels tell.
     by_pixels = named and not is_record_file(args.data)
     everything = by_pixels or getattr(args, "importance_data", "sampled") == "all"
-    data = build_datasets(args, model.architecture.image_size, hardware.device, on_demand=not everything)
+    a = model.architecture
+    data = build_datasets(args, a.image_size, hardware.device, not everything, a.crop_pct)
     begun = Checkpoint(model) if args.resume_from is None else load_checkpoint(args.resume_from)
     earlier = begun.forgotten
     data = align_classes(checkpoint, data, args.checkpoint, [c for request in earlier for c in request])
@@ -178,7 +179,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
         warn_of_few_photos(tasks[len(earlier) :], data[0].labels.cpu(), data[0].classes)
     method = METHODS[args.method](args, hardware)
     method.check(model, tasks[len(earlier) :], data[0])
-    pairs = load_pairs(args.pairs or [], model.architecture.image_size, args.cache_dir)
+    pairs = load_pairs(args.pairs or [], a.image_size, args.cache_dir, a.crop_pct)
     return ContinualRun(args, model, method, data, tasks, len(earlier), pairs)
 
 

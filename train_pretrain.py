@@ -39,7 +39,7 @@ from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
 from util.training.optim import Schedule, derived_seed, make_optimizer
 from util.training.resume import LastState, add_resume_options, goes_on, identity_of, needed_bytes
-from util.training.rows import ROWS, enrol, load_rows, rows_from
+from util.training.rows import ROWS, enrol, load_rows, set_rows
 
 SCRIPT = Path(__file__).name
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
@@ -177,25 +177,13 @@ def build_model(args: argparse.Namespace, source: Source, num_classes: int) -> R
     return model
 
 
-def set_rows(args: argparse.Namespace, source: Source, model: Recognizer, classes: tuple[str, ...]) -> None:
-    """Take the head's rows from where --rows says, if that is a file or the model's classifier."""
-    if args.rows in ("random", "enrolment"):
-        return
-    file = args.weights if args.rows == "classifier" else Path(args.rows)
-    if file is not None:
-        state = load_rows(file)
-    else:
-        state = source.state or timm.create_model(args.model, pretrained=True).state_dict()
-    rows_from(model, state, classes, args.class_map, str(file or args.model))
-
-
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.hardware_of(args)
     source = choose_start(args)
     if args.epochs is not None:
         choose_epochs(args, 1)  # finds what is wrong before the data are read
-    data = build_datasets(args, describe_model(args, source, 2).image_size, hardware.device)
+    data = build_datasets(args, describe_model(args, source, 2).image_size, hardware.device, crop_pct=args.crop_pct)
     absent = [] if args.absent_classes is None else listed_names(args.absent_classes)
     data = tuple(with_classes(split, sorted({*split.classes, *absent})) for split in data)
     train_set = data[0]

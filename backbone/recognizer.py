@@ -35,6 +35,10 @@ class Architecture:
     pixels: dict = field(default_factory=dict)
     graph: Tensor | None = None  # of an ONNX model (`backbone/onnx_graph.py`)
 
+    @property
+    def crop_pct(self) -> float:
+        return self.pixels.get("crop_pct", 1.0)
+
 
 class Recognizer(nn.Module):
     """backbone(images) → embeddings (B, dim); head(embeddings) → label-free logits (B, classes)."""

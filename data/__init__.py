@@ -18,12 +18,13 @@ UNSEEN_DRAWN = 300, 4, 0  # identities, images of each, none for a test split
 
 
 def build_datasets(
-    args: argparse.Namespace, image_size: int, device: torch.device, on_demand: bool = False
+    args: argparse.Namespace, image_size: int, device: torch.device, on_demand: bool = False, crop_pct: float = 1.0
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test set that the data options name; on the device if the training set has room there.
 
     `args.data` is "synthetic_faces", an image folder (one of that name is reached as ./synthetic_faces) or a .rec. With
-    `on_demand`, no training image is decoded, and both sets are in host memory: `placed` does the rest.
+    `on_demand`, no training image is decoded, and both sets are in host memory: `placed` does the rest. `crop_pct`, the
+    share of the shorter side that is seen, does nothing to drawn faces.
     """
     cache_dir = args.cache_dir or cache_folder()
     with distributed.main_process_first():
@@ -31,7 +32,7 @@ def build_datasets(
             counts = args.identities, args.train_per_identity, args.test_per_identity
             data = synthetic_faces.synthetic_faces(*counts, image_size, args.data_seed, device, cache_dir)
         else:
-            data = image_folder.image_folder(args.data, image_size, cache_dir, args.val_fraction, on_demand)
+            data = image_folder.image_folder(args.data, image_size, cache_dir, args.val_fraction, on_demand, crop_pct)
     contents = class_digests(*data)
     train_set, test_set = (replace(split, contents=contents) for split in data)
     if args.val_fraction is not None and not is_record_file(args.data):
@@ -51,11 +52,11 @@ def placed(
     return tuple(images.to(device) if on_device else images for images in data)
 
 
-def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device) -> ImageSet | None:
+def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device, crop_pct: float = 1.0) -> ImageSet | None:
     """People in no training set: of the folder `args.unseen`, or further ones drawn; None where there are none."""
     cache_dir = args.cache_dir or cache_folder()
     if args.unseen is not None:
-        return image_folder.flat_folder(args.unseen, image_size, cache_dir)
+        return image_folder.flat_folder(args.unseen, image_size, cache_dir, crop_pct)
     if args.data != SYNTHETIC:
         return None
     more = {"first": args.identities, "seed": args.data_seed, "device": device, "cache_dir": cache_dir}

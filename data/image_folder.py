@@ -4,6 +4,7 @@ Images are resized on the shorter side (bicubic) and centre-cropped; what become
 """
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -30,17 +31,18 @@ def image_folder(
     cache_dir: Path,
     val_fraction: float | None = None,
     on_demand: bool = False,
+    crop_pct: float = 1.0,
 ) -> tuple[ImageSet, ImageSet]:
     """The training and the test images of `root`, as square RGB images of `image_size` pixels a side.
 
     Of a .rec, `val_fraction` of each class's images are held out. With `on_demand` no training image is decoded until
-    `ImageSet.decode` asks for it.
+    `ImageSet.decode` asks for it. `crop_pct`, of timm's, is the share of the shorter side that is seen.
     Raises UsageError where `list_images` or `list_records` does, RunError for damaged images.
     """
     if is_record_file(root) and val_fraction is None:
         raise UsageError(f"{root} has no test images: hold some of each class out, with --val-fraction 0.1")
     listed = list_records(Path(root), val_fraction) if is_record_file(root) else list_images(root)
-    whole = _image_set(listed, image_size, cache_dir, on_demand)
+    whole = _image_set(listed, image_size, cache_dir, on_demand, crop_pct)
     train, test = whole.subset(slice(listed.train)), whole.subset(slice(listed.train, None))
     test.decode(torch.arange(len(test)))
     first = dict(zip(reversed(train.digests), reversed(train.files), strict=True))  # of several, the first stays
@@ -51,19 +53,22 @@ def image_folder(
     return train, test
 
 
-def flat_folder(root: str | os.PathLike, image_size: int, cache_dir: Path) -> ImageSet:
+def flat_folder(root: str | os.PathLike, image_size: int, cache_dir: Path, crop_pct: float = 1.0) -> ImageSet:
     """The images of `root`, `<class>/<image>`, without a split; everything else as `image_folder`."""
-    return _image_set(list_images(root, split=False), image_size, cache_dir)
+    return _image_set(list_images(root, split=False), image_size, cache_dir, crop_pct=crop_pct)
 
 
-def _image_set(listed: ImageFiles, image_size: int, cache_dir: Path, on_demand: bool = False) -> ImageSet:
+def _image_set(
+    listed: ImageFiles, image_size: int, cache_dir: Path, on_demand: bool = False, crop_pct: float = 1.0
+) -> ImageSet:
     """All listed images, from the cache where these files are known."""
-    digest = hashlib.sha256(repr((VERSION, image_size, listed.states)).encode()).hexdigest()[:32]
+    known = (VERSION, image_size, *([crop_pct] if crop_pct < 1 else []), listed.states)
+    digest = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
     shape = (len(listed.files), 3, image_size, image_size)
     key = f"{listed.root.name}-{image_size}-{digest}"
 
     def fill(array: np.ndarray, rows: Sequence[int] | None = None) -> None:
-        decode_all(listed, cache_dir, array, rows)
+        decode_all(listed, cache_dir, array, rows, crop_pct)
 
     if on_demand:
         images, decode = partly_cached(key, shape, fill, cache_dir)
@@ -73,11 +78,13 @@ def _image_set(listed: ImageFiles, image_size: int, cache_dir: Path, on_demand: 
     return ImageSet(one_line(listed.root.name), images, *about, decode=decode)
 
 
-def decode_all(listed: ImageFiles, cache_dir: Path, array: np.ndarray, rows: Sequence[int] | None = None) -> None:
+def decode_all(
+    listed: ImageFiles, cache_dir: Path, array: np.ndarray, rows: Sequence[int] | None = None, crop_pct: float = 1.0
+) -> None:
     """Decode the listed images (those at `rows`) into `array`, uint8 (N, 3, S, S). Raises RunError for damaged ones."""
 
     def decode(index: int, file: BinaryIO) -> None:
-        array[index] = decode_image(file, array.shape[-1])
+        array[index] = decode_image(file, array.shape[-1], crop_pct)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,14 +92,19 @@ def decode_all(listed: ImageFiles, cache_dir: Path, array: np.ndarray, rows: Seq
         for_all(decode, listed, "decoding", cache_dir, rows)
 
 
-def decode_image(file: BinaryIO, image_size: int) -> np.ndarray:
-    """uint8 (3, image_size, image_size), RGB. Raises whatever PIL raises on a damaged file."""
+def decode_image(file: BinaryIO, image_size: int, crop_pct: float = 1.0) -> np.ndarray:
+    """uint8 (3, image_size, image_size), RGB. Raises whatever PIL raises on a damaged file.
+
+    timm's evaluation resizes the shorter side to ⌊image_size / crop_pct⌋ and cuts the centre out: here in one resize.
+    """
+    shorter = math.floor(image_size / crop_pct)
     with Image.open(file, formats=FORMATS) as image:
         # A JPEG far too large is decoded at a fraction of its size, which may end within a pixel.
-        drafted = image.draft(None, (2 * image_size, 2 * image_size))
+        drafted = image.draft(None, (2 * shorter, 2 * shorter))
         image.load()  # size and mode are final only now
         width, height = drafted[1][2:] if drafted else image.size
-        side, left, top = min(width, height), max(width - height, 0) / 2, max(height - width, 0) / 2
+        side = min(width, height) * image_size / shorter
+        left, top = (width - side) / 2, (height - side) / 2
         box = (left, top, left + side, top + side)
         square = _as_rgb(image).resize((image_size, image_size), Image.Resampling.BICUBIC, box)
         with suppress(Exception):  # EXIF that cannot be read, or is not there, spoils no pixel

@@ -34,7 +34,7 @@ class FacePairs:
     folds: Tensor  # int64 (P,)
 
 
-def load_pairs(texts: Sequence[str], image_size: int, cache_dir: Path | None) -> dict[str, FacePairs]:
+def load_pairs(texts: Sequence[str], image_size: int, cache_dir: Path | None, crop_pct: float = 1.0) -> dict[str, FacePairs]:
     """By name, the pairs of FILE.bin or of PAIRS.TXT:FOLDER, with images of `image_size` pixels a side.
 
     `cache_dir` (default: the user's) is where damaged images are listed. Raises UsageError for files that are not there,
@@ -53,11 +53,14 @@ def load_pairs(texts: Sequence[str], image_size: int, cache_dir: Path | None) ->
             images, same, folds = _read_bin(path) if is_bin else _read_text(path, Path(folder))
             if len({*same}) < 2 or len({*folds}) < 2:
                 raise ValueError("pairs of one person and of two people are needed, in at least two folds")
-        found[name] = FacePairs(*_decoded(path, images, image_size, cache_dir), torch.tensor(same), torch.tensor(folds))
+        decoded = _decoded(path, images, image_size, cache_dir, crop_pct)
+        found[name] = FacePairs(*decoded, torch.tensor(same), torch.tensor(folds))
     return found
 
 
-def _decoded(path: Path, images: list[bytes | Path], image_size: int, cache_dir: Path | None) -> tuple[ImageSet, Tensor]:
+def _decoded(
+    path: Path, images: list[bytes | Path], image_size: int, cache_dir: Path | None, crop_pct: float
+) -> tuple[ImageSet, Tensor]:
     """The different ones of `images`, decoded, and which of them each pair shows."""
     positions: dict[bytes | Path, int] = {}
     pairs = torch.tensor([positions.setdefault(image, len(positions)) for image in images]).view(-1, 2)
@@ -68,7 +71,8 @@ def _decoded(path: Path, images: list[bytes | Path], image_size: int, cache_dir:
         return every[index] if isinstance(every[index], bytes) else every[index].read_bytes()
 
     pixels = torch.empty(len(every), 3, image_size, image_size, dtype=torch.uint8)
-    decode_all(ImageFiles(path, (), names, (), 0, [], read), cache_dir or cache_folder(), pixels.numpy())
+    listed = ImageFiles(path, (), names, (), 0, [], read)
+    decode_all(listed, cache_dir or cache_folder(), pixels.numpy(), crop_pct=crop_pct)
     return ImageSet(path.name, pixels, torch.zeros(len(every)), ()), pairs
 
 

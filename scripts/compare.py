@@ -22,7 +22,7 @@ from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.report.results import load_results
-from util.report.tables import PRETRAINED, Comparison
+from util.report.tables import PRETRAINED, PUBLISHED_OPTION, Comparison
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json, write_json
 from util.runtime.hardware import choose_hardware
@@ -83,7 +83,7 @@ def main(argv: list[str] | None) -> None:
     add_job_options(parser)
     parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
     parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
-    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
+    parser.add_argument("--published", **PUBLISHED_OPTION)
     args = parser.parse_args(argv[:end])
     claim(args.output_dir, SCRIPT)
     jobs = make_jobs(args, argv[end + 1 :])
@@ -102,7 +102,7 @@ def main(argv: list[str] | None) -> None:
     comparison = Comparison(runs, failures=failures, published=args.published)
     comparison.write(args.output_dir)
     if args.published or len(comparison.labels) < len(runs):
-        print("", *comparison.narrow("margin_" if args.published else ""), sep="\n")
+        print("", *comparison.narrow(comparison.papers_margin), sep="\n")
     print(f"\nthe whole table and the figure: {args.output_dir}")
     if failures:
         raise RunError(f"{len(failures)} of {len(jobs)} runs failed: see above")

@@ -9,7 +9,8 @@
 #   bash scripts/run_cl_forget.sh -- --num-tasks 1                  single-step forgetting
 #
 #   bash scripts/run_cl_forget.sh --overwrite                       run again what is finished
-#   bash scripts/run_cl_forget.sh --published                       the papers' rows beside ours (CASIA-100 alone)
+#   bash scripts/run_cl_forget.sh --published                       the papers' rows beside ours (CASIA-100, ImageNet-100)
+#   SETTING=imagenet DATA=imagenet100 WEIGHTS=vit.safetensors bash scripts/run_cl_forget.sh --published     their table 4
 #
 # What is finished is not run again, what was interrupted is continued. Variables, beside those explained in settings.sh
 # (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS JOBS_PER_GPU):
@@ -38,6 +39,7 @@ options=("${arguments[@]}")
 source scripts/settings.sh
 pretrain_if_missing
 
+options=("${options[@]/%--published/--published${PUBLISHED:+=$PUBLISHED}}")
 for name in ${!OPTIONS_@}; do
   options+=(--options "${name#OPTIONS_}" " ${!name}")
 done

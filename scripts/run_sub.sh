@@ -13,5 +13,5 @@ if [ -z "$OUTPUT" ]; then
   OUTPUT="exps/pretrain-$tag-$MODEL"
   [ "$SEED" = 1337 ] || OUTPUT+="-seed$SEED"
 fi
-"$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --seed "$SEED" \
+"$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" "${START[@]}" $PRETRAIN --seed "$SEED" \
   --output-dir "$OUTPUT" $(resume_or_overwrite "$@") "$@"

@@ -1,4 +1,4 @@
-# Sourced by run_*.sh and test_sub.sh: the variables they share, the two settings, and pre-training where it is needed.
+# Sourced by run_*.sh and test_sub.sh: the variables they share, the settings, and pre-training where it is needed.
 #
 #   DATA        folder with train/ and test/, or synthetic_faces. Default: CASIA-100 if it lies at
 #               data/faces_webface_112x112_sub100_train_test and there is a GPU, else synthetic_faces (drawn, no download)
@@ -7,7 +7,10 @@
 #               (one that was trained with other options is refused: run_sub.sh --overwrite replaces it)
 #   OUTPUT      folder for the results. Default: one in exps, named for the script and the data
 #   SEED        class order, samples, batches; default 1337, the published one (pre-training always uses 1337)
-#   SETTING     paper or small. Default: paper with a GPU and a data folder, else small
+#   SETTING     paper, small, or imagenet: the papers' ImageNet-100, for a folder of 100 of ImageNet's classes, named by their
+#               numbers (n01440764). Default: paper with a GPU and a data folder, else small
+#   WEIGHTS     a file of the model's weights to start from; imagenet: with its classifier. Default: none; imagenet: timm's
+#               published ones (needs a network)
 #   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any other; or one that others have trained,
 #               an ONNX file or a folder with config.json (docs/your-model.md), which is fine-tuned
 #   EPOCHS      epochs of a forgetting task; PRETRAIN_EPOCHS those of pre-training
@@ -29,6 +32,7 @@ if [ -z "${SETTING:-}" ]; then
   if _has_gpu && [ "$DATA" != synthetic_faces ]; then SETTING=paper; else SETTING=small; fi
 fi
 
+START=() PUBLISHED=""
 case "$SETTING" in
 paper) # arXiv 2403.11530 and 2501.09705, as their published code runs them
   MODEL=${MODEL:-face_vit_p8s8_d6}
@@ -43,13 +47,34 @@ small) # minutes on two CPU cores
   FORGET="--epochs ${EPOCHS:-5} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
   SINGLE_STEP="--alpha 1e-2 --bound 110 --beta 0.15" # of GS-LoRA
   ;;
-*) refuse "SETTING=$SETTING is unknown: paper or small" ;;
+imagenet) # table 4 of arXiv 2501.09705: the model's own classifier, cut to the folder's classes
+  MODEL=${MODEL:-vit_base_patch16_224}
+  START=(--pretrained)
+  PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-0} --rows classifier --crop-pct 0.9"
+  FORGET="--as-published --data-ratio 0.05 ${EPOCHS:+--epochs $EPOCHS}"
+  SINGLE_STEP="--alpha 1e-2 --sparsity-warmup-epochs 20 --bound 110 --beta 0.15" # of GS-LoRA
+  PUBLISHED=imagenet_100
+  # Where the published script for ImageNet-100 differs from the one for CASIA-100; what the caller says counts after it.
+  OPTIONS_gs_lora="--beta 0.2 0.25 0.25 0.25 ${OPTIONS_gs_lora:-}"
+  OPTIONS_gs_lora_pp="--beta 0.2 0.25 0.25 0.25 --lambda-forget 0.05 --ema-decay 0.9 --ema-start 30 ${OPTIONS_gs_lora_pp:-}"
+  OPTIONS_l2="--lambda 0.05 ${OPTIONS_l2:-}"
+  OPTIONS_ewc="--lambda 3 ${OPTIONS_ewc:-}"
+  OPTIONS_mas="--lambda 0.002 ${OPTIONS_mas:-}"
+  OPTIONS_der="--lr 1e-4 ${OPTIONS_der:-}"
+  OPTIONS_der_pp="--lr 1e-4 --lambda 0.01 --lambda-replay 0.5 ${OPTIONS_der_pp:-}"
+  OPTIONS_fdr="--lambda 40 --min-lr 1e-8 ${OPTIONS_fdr:-}"
+  OPTIONS_retrain="--init timm ${OPTIONS_retrain:-}"
+  OPTIONS_scrub="--gamma 20 ${OPTIONS_scrub:-}"
+  OPTIONS_scrub_s="--gamma 10 --rho 0.05 ${OPTIONS_scrub_s:-}"
+  ;;
+*) refuse "SETTING=$SETTING is unknown: paper, small or imagenet" ;;
 esac
 
 if [ -e "$(_absolute "$MODEL")" ] || [ "${MODEL%.onnx}" != "$MODEL" ]; then
-  MODEL=$(_absolute "$MODEL")
-  PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS}"
+  MODEL=$(_absolute "$MODEL") START=()
+  [ "$SETTING" = imagenet ] || PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS}"
 fi
+[ -z "${WEIGHTS:-}" ] || START=(--weights "$(_absolute "$WEIGHTS")")
 CHECKPOINT=$(_absolute "${CHECKPOINT:-}")
 OUTPUT=$(_absolute "${OUTPUT:-}")
 [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
@@ -67,7 +92,8 @@ pretrain_if_missing() {
   [ -z "$CHECKPOINT" ] || return 0
   tag_data
   local folder="exps/pretrain-$tag-${MODEL##*/}${1:-}"
-  "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" $PRETRAIN --output-dir "$folder" --resume "${@:2}" || exit $?
+  "$PYTHON" train_pretrain.py --data "$DATA" --model "$MODEL" "${START[@]}" $PRETRAIN --output-dir "$folder" --resume "${@:2}" ||
+    exit $?
   CHECKPOINT="$PWD/$folder/checkpoint.pth"
 }
 

@@ -17,7 +17,7 @@ from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.report.results import load_results
-from util.report.tables import Comparison
+from util.report.tables import PUBLISHED_OPTION, Comparison
 from util.runtime.errors import UsageError
 from util.runtime.files import write_json
 from util.storage.folders import CONFIG, claim
@@ -30,7 +30,7 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="results.json of each run")
     parser.add_argument("--labels", nargs="+", help="a name for each run; equal names are averaged; none: the methods")
     parser.add_argument("--sweep", metavar="TITLE", help="what the labels are values of: the figure is over them")
-    parser.add_argument("--published", action="store_true", help="add the papers' rows (CASIA-100 alone), with margin")
+    parser.add_argument("--published", **PUBLISHED_OPTION)
     parser.add_argument("--output-dir", type=Path, required=True, help="where the table and the figure go")
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.results):
@@ -46,7 +46,7 @@ def main(argv: list[str] | None) -> None:
     write_json(args.output_dir / CONFIG, describe_command(args, SCRIPT))
     comparison = Comparison(runs, args.labels, published=args.published, sweep=args.sweep)
     comparison.write(args.output_dir)
-    print(*comparison.narrow("margin_" if args.published else ""), sep="\n")
+    print(*comparison.narrow(comparison.papers_margin), sep="\n")
     print(f"\nthe whole table and the figure: {args.output_dir}")
 
 

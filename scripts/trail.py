@@ -62,8 +62,9 @@ def load_data(
     """
     args = argparse.Namespace(**dict(where))
     checkpoint = load_once(args.before, args.head, args.published_adapters)
-    size = checkpoint.model.architecture.image_size
-    data, unseen = build_datasets(args, size, device), build_unseen(args, size, device)
+    a = checkpoint.model.architecture
+    data = build_datasets(args, a.image_size, device, crop_pct=a.crop_pct)
+    unseen = build_unseen(args, a.image_size, device, a.crop_pct)
     data = align_classes(replace(checkpoint, classes=checkpoint.classes or classes), data, args.before, gone)
     if unseen is not None:
         check_unseen(unseen, data[0])

@@ -1,6 +1,7 @@
 """Models that others have trained: in, forgotten from, and out again as they came, through the command lines."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.models import save_for_hf
 
+from data.image_folder import decode_image
 from tests.onnx_models import SIZE, small_onnx
 from util.storage.checkpoint import load_checkpoint
 
@@ -137,6 +139,39 @@ def test_a_models_own_classifier_gives_the_rows_and_comes_back_without_the_forgo
     kept = [c for c in range(10) if c != 3]
     expected = computed(load_checkpoint(after).model.eval(), images)[:, kept]
     torch.testing.assert_close(computed(back, normalized), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_the_whole_classifier_is_given_back_for_classes_beyond_those_of_the_run(
+    made, wrap, release, colours, command, tmp_path
+):
+    state = timm.create_model("resnet10t", num_classes=12).state_dict()
+    state["fc.bias"][[0, 11]] = state["fc.weight"].abs().max() * 10  # rows x and y are the ones that win
+    torch.save(state, tmp_path / "wide.pth")
+    rows = ("--rows", "classifier", "--class-map", made / "classes.txt", "--crop-pct", 0.5)
+    pretrained = wrap("--model", "resnet10t", "--weights", tmp_path / "wide.pth", "--image-size", 32, *rows)
+    after, _ = release(pretrained, "--method", "scrub")
+    files = sorted((colours / "test").glob("c[0-5]/*.png"))
+    for number, file in enumerate(files):
+        place = tmp_path / "whole" / ("y", "x")[number % 2] / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, place)
+    (tmp_path / "whole/c1").mkdir()
+    shutil.copy(files[0], tmp_path / "whole/c1")  # one of the run's: not counted
+    options = ("--data", colours, "--precision", "fp32", "--whole-classifier", tmp_path / "whole")
+    code, out, err = command("test.py", "--checkpoint", after, *options, "--output-dir", tmp_path / "tested")
+    assert code == 0, err
+    assert "2 other classes, 24 images, with all 12 rows of the classifier" in out
+    found = json.loads((tmp_path / "tested/test.json").read_text())["whole_classifier"]
+    images = torch.stack([torch.from_numpy(decode_image(file, 32, 0.5)) for file in files])
+    labels = torch.tensor([11, 0] * 12)
+    for when, checkpoint in (("before", pretrained), ("after", after)):
+        logits = embeddings(checkpoint, images) @ state["fc.weight"].T + state["fc.bias"]
+        assert found[when] == pytest.approx(100 * (logits.argmax(dim=1) == labels).float().mean().item(), abs=1e-3)
+        assert found[when] > 0
+    options = (*options[:-1], colours / "test", "--output-dir", tmp_path / "none")
+    code, _, err = command("test.py", "--checkpoint", after, *options)
+    assert code == 2 and "all of its classes are the checkpoint's" in err
 
 
 def test_insightfaces_state_dict_comes_back_as_one(made, wrap, release, colours):

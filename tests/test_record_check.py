@@ -145,7 +145,9 @@ def test_a_signature_is_checked_where_there_is_one_or_has_to_be(named, command, 
     refused(command("test.py", "--checkpoint", "x", "--allowed-signers", key), 2, "does nothing without --verify-record")
 
 
-@pytest.mark.parametrize(("path", "value"), [("images/size", "x"), ("images/size", 10**6), ("arguments/data", None)])
+@pytest.mark.parametrize(
+    ("path", "value"), [("images/size", "x"), ("images/size", 10**6), ("images/crop_pct", 0.0), ("arguments/data", None)]
+)
 def test_records_of_impossible_data(path, value, named, command, tmp_path):  # noqa: F811
     record = json.loads((named / "first" / "deletions" / "task_1.json").read_text())
     change(record, path, value)

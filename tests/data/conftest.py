@@ -39,7 +39,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def load(tmp_path):
-    return lambda root, image_size=SIZE: image_folder(root, image_size, tmp_path / "cache")
+    return lambda root, image_size=SIZE, **how: image_folder(root, image_size, tmp_path / "cache", **how)
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def decoded(monkeypatch):
     """How often each file has been decoded."""
     counts, decode = Counter(), data.image_folder.decode_image
 
-    def count(file, image_size):
+    def count(file, image_size, crop_pct):
         counts[os.path.relpath(file.name, Path(file.name).parents[2])] += 1
-        return decode(file, image_size)
+        return decode(file, image_size, crop_pct)
 
     monkeypatch.setattr(data.image_folder, "decode_image", count)
     return counts

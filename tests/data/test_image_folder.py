@@ -1,11 +1,14 @@
+import hashlib
 import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 
 import data.image_folder
+from data.image_files import list_images
 from data.image_folder import image_folder
 from tests.data.conftest import SIZE, noise, save
 
@@ -46,6 +49,27 @@ def test_resized_on_the_shorter_side_and_cropped_in_the_centre(tmp_path, load):
     train, _ = load(tmp_path / "set")
     for image in train.images:
         assert image[:, 1:-1, 1:-1].flatten(1).unique(dim=1).flatten().tolist() == [0, 255, 0]
+
+
+@pytest.mark.parametrize("crop_pct", [0.8, 0.875])
+def test_a_central_crop_is_timms_evaluation(tmp_path, load, crop_pct):
+    smooth = noise(1, (6, 12)).resize((192, 96), Image.Resampling.BICUBIC)
+    for file in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png"):
+        save(smooth, tmp_path / "set" / file)
+    theirs = create_transform(56, crop_pct=crop_pct, interpolation="bicubic", mean=(0, 0, 0), std=(1, 1, 1))(smooth)
+    ours = load(tmp_path / "set", 56, crop_pct=crop_pct)[0].images[0] / 255
+    torch.testing.assert_close(ours[:, 2:-2, 2:-2], theirs[:, 2:-2, 2:-2], rtol=0, atol=4 / 255)
+
+
+def test_a_crop_has_a_cache_of_its_own_and_the_whole_keeps_its_older_one(tmp_path, root, load, decoded):
+    known = (data.image_folder.VERSION, SIZE, list_images(root).states)
+    load(root)
+    (file,) = (tmp_path / "cache").glob("*.raw")
+    assert file.stem == f"faces-{SIZE}-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}"
+    load(root, crop_pct=1.0)
+    assert set(decoded.values()) == {1}
+    load(root, crop_pct=0.5)
+    assert set(decoded.values()) == {2}
 
 
 @pytest.fixture

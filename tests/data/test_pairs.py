@@ -126,6 +126,8 @@ def test_lfws_list(people, tmp_path):
     (tmp_path / "pairs.txt").write_text(LIST)
     (name, found), *none = load_pairs([f"{tmp_path}/pairs.txt:{people}"], SIZE, tmp_path).items()
     assert name == "lfw" and not none
+    (cropped,) = load_pairs([f"{tmp_path}/pairs.txt:{people}"], SIZE, tmp_path, 0.5).values()
+    assert np.array_equal(cropped.images.images[0], decode_image(people / "Ann/Ann_0001.jpg", SIZE, 0.5))
     assert found.same.tolist() == [True, True, False, False] * 2
     assert found.folds.tolist() == [0] * 4 + [1] * 4
     first, second = found.pairs[3].tolist()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import train_forget
 from tests.conftest import results_of
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +197,24 @@ def test_the_papers_setting_is_chosen_with_a_gpu_and_its_data(script, copy, tmp_
     else:
         assert "--data synthetic_faces --model face_vit_tiny" in pretrain
         assert "--data synthetic_faces" in forget
+
+
+def test_imagenets_setting_takes_the_models_own_classifier_and_the_papers_values(script, tmp_path):
+    given = {"SETTING": "imagenet", "EPOCHS": "", "PRETRAIN_EPOCHS": "", "PYTHON": "echo", "AUDIT": "off"}
+    done = script("run_cl_forget.sh", "--published", WEIGHTS="my vit.pth", OPTIONS_l2="--lambda 1", **given)
+    assert done.returncode == 0, done.stderr
+    pretrain, forget = done.stdout.splitlines()
+    model = f"--model vit_base_patch16_224 --weights {tmp_path}/my vit.pth"
+    assert f"{model} --epochs 0 --rows classifier --crop-pct 0.9" in pretrain
+    assert "--published=imagenet_100 --options" in forget
+    assert "--options l2  --lambda 0.05 --lambda 1 --options" in forget
+    assert "--num-tasks 4 --as-published --data-ratio 0.05" in forget
+    assert "--pretrained" in script("run_cl_forget.sh", **given).stdout
+    # Every value is an option of its method.
+    words = re.split(" --options ", forget.split(" --jobs-per-gpu ")[0])[1:]
+    for name, *values in (word.split() for word in words):
+        args = train_forget.parse_arguments(["--checkpoint", "p", "--method", name, "--as-published", *values])
+        assert args.batch_size == 48 and args.epochs == 100
 
 
 def test_wrong_words_are_refused_at_once(script):

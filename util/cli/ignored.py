@@ -8,8 +8,8 @@ from util.runtime.errors import UsageError
 
 Arguments = argparse.Namespace
 OF_SYNTHETIC = "--identities --train-per-identity --test-per-identity --data-seed"
-OF_EVALUATION = "--adapters --deposit --forget-classes --pairs --random-pairs --seed --output-dir"
-OF_CLASSES = f"--data {OF_SYNTHETIC} --val-fraction --forget-classes --random-pairs --seed"
+OF_EVALUATION = "--adapters --deposit --forget-classes --whole-classifier --pairs --random-pairs --seed --output-dir"
+OF_CLASSES = f"--data {OF_SYNTHETIC} --val-fraction --forget-classes --whole-classifier --random-pairs --seed"
 OF_REFERENCES = "--num-references --num-originals --jobs-per-gpu"
 # Which options, when they do nothing, in words and as a condition on the arguments.
 TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (

@@ -1,6 +1,7 @@
 """Tables as the papers lay them out: a row per method, the tasks side by side; as Markdown, CSV, LaTeX and text."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,10 @@ from util.runtime.files import write_text
 PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
 PRETRAINED = "Pre-train"
 PUBLISHED = " (published)"  # after the label of the papers' row beside ours
+PAPERS = {"casia_100": "margin_", "imagenet_100": ""}  # what the published tables are of, and which accuracy they hold
+# Of the scripts that print tables: --published alone is casia_100.
+PUBLISHED_OPTION = {"nargs": "?", "const": "casia_100", "choices": PAPERS}
+PUBLISHED_OPTION |= {"help": "add the papers' rows: casia_100 (alone), with margin, or imagenet_100"}
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--", "…": r"\dots", "β": r"$\beta$"}
 LATEX |= {f"Acc_{group}": f"Acc$_{group}$" for group in "rfom"}
 
@@ -24,17 +29,21 @@ def percent(value: float | None, form: str = "{:.2f}") -> str:
     return "–" if pd.isna(value) else form.format(value)
 
 
-def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict]) -> pd.DataFrame:
-    """The papers' rows of the methods in `frame`. Raises UsageError if there are none of these tasks."""
+def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict], published: str) -> pd.DataFrame:
+    """The papers' rows of the methods in `frame`, on `published`. Raises UsageError if there are none of these tasks."""
     papers = json.loads(PAPER_TABLES.read_text())
     first, settings = tasks[0], [task["setting"] for task in tasks]
-    few_shot = first["train_images"]["forget"] == 4 * len(first["forget_classes"])
-    table = papers["single_step" if len(tasks) == 1 else "continual_few_shot_4" if few_shot else "continual"]
+    few_shot, missing = first["train_images"]["forget"] == 4 * len(first["forget_classes"]), len(first["missing_classes"])
+    name = "single_step" if len(tasks) == 1 else "continual_few_shot_4" if few_shot else "continual"
+    of_missing = f"missing_classes_{missing}" if missing else ""
+    name = {"casia_100": of_missing or name, "imagenet_100": f"imagenet_100{of_missing}"}[published]
+    table = papers.get(name, {"settings": []})
     if dataset["name"] == "synthetic_faces" or dataset["classes"] != 100 or not {*settings} <= {*table["settings"]}:
-        raise UsageError(f"the published tables are of CASIA-100 in {', '.join(table['settings'])}: they cannot be compared")
-    ratios, rows = papers["tunable_ratio"], []
+        told = f"of {published} in {', '.join(table['settings'])}" if table["settings"] else "of no such missing classes"
+        raise UsageError(f"the published tables are {told}: they cannot be compared")
+    ratios, rows = papers["tunable_ratio"] if published == "casia_100" else {"others": math.nan}, []
     for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
-        about = {"label": label + PUBLISHED, "margin": "margin_"}
+        about = {"label": label + PUBLISHED, "margin": PAPERS[published]}
         about["tunable_ratio"] = ratios.get(method, ratios["others"]) / 100
         by_setting = dict(zip(table["settings"], table["methods"].get(method, []), strict=False))
         for setting, metric in product(by_setting.keys() & settings, METRICS):
@@ -53,10 +62,11 @@ class Comparison:
         runs: Sequence[dict],
         labels: Sequence[str] | None = None,
         failures: Mapping[str, str] | None = None,
-        published: bool = False,
+        published: str | None = None,
         sweep: str | None = None,
     ) -> None:
-        """`runs` are contents of results.json; `failures` why further labels have none; `published` adds the papers' rows.
+        """`runs` are contents of results.json; `failures` why further labels have none; `published`, one of PAPERS,
+        adds the papers' rows.
 
         `sweep` says what the labels are values of, if they are not methods.
         Raises UsageError if the runs are not of the same data and tasks, or not of the papers'.
@@ -78,7 +88,8 @@ class Comparison:
         # Runs of one seed share their classes, and so the pre-trained model's accuracies.
         cell = ["margin", "setting", "metric"]
         pretrained = frame.drop_duplicates(["seed", *cell])[[*cell, "before"]].rename(columns={"before": "value"})
-        papers = [published_frame(frame, self.dataset, self.tasks)] if published else []
+        papers = [published_frame(frame, self.dataset, self.tasks, published)] if published else []
+        self.papers_margin = PAPERS.get(published, "")
         frame = pd.concat([pretrained.assign(label=PRETRAINED), frame, *papers])
         about = {"method": "first", "tunable_ratio": "first", "zero_ratio": "last", "seconds": "mean"}
         self.about = frame.groupby("label").agg(about)
@@ -93,7 +104,8 @@ class Comparison:
         """A row per label, pre-trained first; a column per (setting, metric)."""
         rows = [PRETRAINED]
         for label in self.labels:
-            rows += [label, label + PUBLISHED] if margin and label + PUBLISHED in self.about.index else [label]
+            beside = margin == self.papers_margin and label + PUBLISHED in self.about.index
+            rows += [label, label + PUBLISHED] if beside else [label]
         table = self.stats[statistic].xs(margin, level="margin").unstack(["setting", "metric"])
         return table.reindex(index=rows, columns=pd.MultiIndex.from_tuples(self.columns))
 

@@ -92,6 +92,7 @@ def _architecture(fields: dict) -> Architecture:
     possible = all(isinstance(value, int | float) and 0 <= value <= LARGEST for value in values)
     options = [v for value in a.model_options.values() for v in (value if isinstance(value, list | tuple) else [value])]
     possible &= all((isinstance(v, int | float) and 0 <= v <= LARGEST) or isinstance(v, str | None) for v in options)
+    possible &= 0 < a.crop_pct <= 1
     named = isinstance(a.model, str) and isinstance(a.head, str)
     if not possible or not named or a.model_options.keys() & LOADING:
         raise ValueError("impossible architecture")

@@ -66,6 +66,7 @@ class Recorder:
             },
             "images": {
                 "size": self.train_set.image_size,
+                "crop_pct": model.architecture.crop_pct,
                 "forget": image_hashes(self.train_set, task.forget_indices),
                 "remain": image_hashes(self.train_set, task.remain_indices),
                 "test": self.test_hash,
@@ -85,7 +86,9 @@ def load_record(path: Path) -> dict:
     parts = ("request", "model", "images", "accuracies", "arguments", "hardware")
     whole = record.get("schema") == SCHEMA and all(isinstance(record.get(key), dict) for key in parts)
     # What the data set is built from, before the rest is looked at.
-    if not (whole and isinstance(record["arguments"].get("data"), str) and record["images"].get("size") in SIZES):
+    whole = whole and isinstance(record["arguments"].get("data"), str) and record["images"].get("size") in SIZES
+    crop_pct = record["images"].get("crop_pct", 1.0) if whole else None  # older records have none
+    if not (isinstance(crop_pct, float) and 0 < crop_pct <= 1):
         raise RunError(f"{path}: not a record of deletion of schema {SCHEMA}")
     return record
 

@@ -1,6 +1,9 @@
 """Where the head's rows come from, if not from chance: the model's own classifier, enrolled people, or a file."""
 
+import argparse
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ import torch.nn.functional as F
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from backbone.heads import Softmax
+from backbone.heads import HEADS, Head, Softmax
 from backbone.recognizer import Recognizer
+from backbone.sources import Source, find_source
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from util.evaluation.evaluate import embed_images
@@ -34,12 +38,42 @@ def enrol(model: Recognizer, task: ForgettingTask, train_set: ImageSet, hardware
     model.head.weight.copy_(F.normalize(rows))
 
 
+def set_rows(args: argparse.Namespace, source: Source, model: Recognizer, classes: tuple[str, ...]) -> None:
+    """Take the head's rows of `classes` from where `args.rows` says, if that is a file or the model's own classifier.
+
+    Raises UsageError where there is no classifier, or a class is not among its rows.
+    """
+    if args.rows not in ("random", "enrolment"):
+        weight, bias = _classifier(args, source, model)
+        _take(model.head, weight, bias, class_ids(classes, len(weight), args.class_map))
+
+
+def whole_classifier(recipe: dict, model: Recognizer) -> Recognizer:
+    """The model with all rows of the classifier that its own were cut from by the `recipe` of pre-training, those of
+    forgotten classes included. The backbone is shared. Raises UsageError where there is no such classifier."""
+    if recipe.get("rows") in (None, "random", "enrolment"):
+        raise UsageError("--whole-classifier: the model's rows were not taken from one (--rows classifier, or a file)")
+    weight, bias = _classifier(argparse.Namespace(**recipe), find_source(recipe["model"]), model)
+    architecture = replace(model.architecture, num_classes=len(weight))
+    head = HEADS[architecture.head](weight.shape[1], len(weight), **architecture.head_options)
+    _take(head, weight, bias, range(len(weight)))
+    return Recognizer(architecture, model.backbone, head).eval()
+
+
 @torch.no_grad()
-def rows_from(
-    model: Recognizer, state: dict[str, Tensor], classes: tuple[str, ...], class_map: Path | None, source: str
-) -> None:
-    """Take the rows, and biases, of `classes` from the classifier in a timm model's state dict, or from the one matrix that
-    `state` holds. Raises UsageError where there is none, or a class is not among its rows."""
+def _take(head: Head, weight: Tensor, bias: Tensor | None, ids: Sequence[int]) -> None:
+    head.weight.copy_(weight[[*ids]])
+    if isinstance(head, Softmax) and bias is not None:
+        head.bias.copy_(bias[[*ids]])
+
+
+def _classifier(args: argparse.Namespace, source: Source, model: Recognizer) -> tuple[Tensor, Tensor | None]:
+    """All rows (K, dim) and biases (K,): of the classifier in a timm model's state dict, or of the one matrix in a file."""
+    file = args.weights if args.rows == "classifier" else args.rows
+    if file is not None:
+        state = load_rows(Path(file))
+    else:
+        state = source.state or timm.create_model(args.model, pretrained=True).state_dict()
     name = model.backbone.pretrained_cfg.get("classifier")
     weight = state.get(f"{name}.weight")
     if weight is None:
@@ -48,13 +82,10 @@ def rows_from(
     dim = model.head.weight.shape[1]
     if weight is None or weight.shape[1] != dim:
         told = "no classifier" if weight is None else f"rows of {weight.shape[1]} values"
-        raise UsageError(f"{source}: {told}, where --rows needs (classes, {dim}); --rows enrolment needs none")
-    ids = class_ids(classes, len(weight), class_map)
-    model.head.weight.copy_(weight[ids])
+        where = file or args.model
+        raise UsageError(f"{where}: {told}, where --rows needs (classes, {dim}); --rows enrolment needs none")
     bias = next((tensor for tensor in state.values() if tensor.shape == weight.shape[:1]), None)
-    bias = state.get(f"{name}.bias", bias)
-    if isinstance(model.head, Softmax) and bias is not None:
-        model.head.bias.copy_(bias[ids])
+    return weight, state.get(f"{name}.bias", bias)
 
 
 def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> list[int]:

@@ -13,7 +13,7 @@ KEYS = ("h_mean", "acc_remain", "acc_forget", "acc_old", "acc_missing")
 def task(number: int, **after) -> dict:
     values = {f"{m}{key}": after.get(key) for m in ("", "margin_") for key in KEYS}
     before = {f"{m}acc_{group}": 90.0 for m in ("", "margin_") for group in ("remain", "forget")}
-    images = {"forget_classes": [9], "train_images": {"forget": 7, "remain": 70}}
+    images = {"forget_classes": [9], "missing_classes": [], "train_images": {"forget": 7, "remain": 70}}
     costs = {"groups": {"norms": {}, "zero_ratio": 0.5}, "train_seconds": 61.4}
     return {"task": number, "setting": f"{10 - number}-1", "before": before, "after": values, **images, **costs}
 
@@ -108,8 +108,14 @@ def casia(name: str = "casia100") -> dict:
     return whole
 
 
+def missing(count: int) -> dict:
+    whole = casia()
+    whole["tasks"][0]["missing_classes"] = [*range(count)]
+    return whole
+
+
 def test_published_rows_stand_beside_ours_by_the_margin_alone():
-    without, margin = Comparison([casia()], ["GS-LoRA"], published=True).markdown().split("with margin")
+    without, margin = Comparison([casia()], ["GS-LoRA"], published="casia_100").markdown().split("with margin")
     assert "(published)" not in without
     (line,) = (line for line in margin.splitlines() if "GS-LoRA (published)" in line)
     row = [cell.strip() for cell in line.split("|")[1:-1]]
@@ -117,10 +123,34 @@ def test_published_rows_stand_beside_ours_by_the_margin_alone():
     assert row[1:] == ["1.28%", "74.40", "74.16", "0.00", "73.59", "73.37", "0.00", "0.05", "–"]
 
 
-@pytest.mark.parametrize("runs", [casia("synthetic_faces"), single(70.0)])
-def test_published_rows_need_their_setting(runs):
+def test_published_rows_of_missing_classes_are_those_of_table_5():
+    _, margin = Comparison([missing(5)], ["GS-LoRA"], published="casia_100").markdown().split("with margin")
+    (line,) = (line for line in margin.splitlines() if "GS-LoRA (published)" in line)
+    assert [cell.strip() for cell in line.split("|")[2:7]] == ["1.28%", "72.13", "70.05", "0.10", "63.09"]
+
+
+def test_published_rows_of_imagenet_stand_in_the_table_without_margin():
+    comparison = Comparison([casia("imagenet100")], ["GS-LoRA"], published="imagenet_100")
+    without, margin = comparison.markdown().split("with margin")
+    assert "(published)" not in margin
+    (line,) = (line for line in without.splitlines() if "GS-LoRA (published)" in line)
+    # Table 4 of arXiv 2501.09705.
+    assert [cell.strip() for cell in line.split("|")[2:7]] == ["–", "86.13", "85.00", "0.10", "87.33"]
+    assert any("GS-LoRA (published)" in line for line in comparison.narrow(comparison.papers_margin))
+
+
+@pytest.mark.parametrize(
+    ("runs", "published"),
+    [
+        (casia("synthetic_faces"), "casia_100"),
+        (single(70.0), "casia_100"),
+        (missing(4), "casia_100"),
+        (missing(5), "imagenet_100"),
+    ],
+)
+def test_published_rows_need_their_setting(runs, published):
     with pytest.raises(UsageError, match="cannot be compared"):
-        Comparison([runs], ["GS-LoRA"], published=True)
+        Comparison([runs], ["GS-LoRA"], published=published)
 
 
 def test_a_sweeps_table_has_a_row_per_value():
