@@ -16,7 +16,6 @@ from data.tasks import ForgettingTask
 from util.evaluation.metrics import MARGINS, h_mean, top1
 from util.runtime.hardware import Hardware
 
-
 LOGITS = 1 << 26  # at once
 
 
