@@ -15,13 +15,9 @@ import sys
 import time
 from pathlib import Path
 
-import timm
-import torch
-
 from backbone.heads import HEADS
-from backbone.published import initialize_as_published, to_published
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, forward_flops, to_device
-from backbone.sources import Source, find_source
+from backbone.published import to_published
+from backbone.recognizer import Recognizer, forward_flops, to_device
 from data import build_datasets
 from data.image_set import ImageSet, with_classes
 from data.tasks import ForgettingTask, listed_names, named_classes, people, whole_set
@@ -33,13 +29,14 @@ from util.evaluation.evaluate import predict
 from util.runtime.errors import UsageError
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
-from util.storage.checkpoint import Checkpoint, load_backbone, load_weights, save_checkpoint, torch_save
+from util.storage.checkpoint import Checkpoint, save_checkpoint, torch_save
 from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
-from util.training.optim import Schedule, derived_seed, make_optimizer
+from util.training.optim import Schedule, make_optimizer
 from util.training.resume import LastState, add_resume_options, goes_on, identity_of, needed_bytes
-from util.training.rows import ROWS, enrol, load_rows, set_rows
+from util.training.rows import ROWS, enrol, set_rows
+from util.training.start import build_model, choose_start, describe_model
 
 SCRIPT = Path(__file__).name
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
@@ -118,65 +115,6 @@ def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
     options.check_warmup(args)
 
 
-def choose_start(args: argparse.Namespace) -> Source:
-    """The model, and what --weights, --rows and --head are where they were not given."""
-    source = find_source(args.model)
-    if args.weights is None:
-        args.weights = source.weights
-    elif args.weights != source.weights:
-        source.state = None
-    started = args.weights is not None or args.pretrained or source.state is not None
-    args.rows = args.rows or ("enrolment" if started else "random")
-    args.head = args.head or ("softmax" if args.rows == "classifier" else "cosface")
-    if args.epochs == 0 and args.rows == "random":
-        raise UsageError("--epochs 0 leaves a model of random weights: give --weights, or a --model that has its own")
-    if args.init == "published" and not source.model.startswith("face_vit_"):
-        raise UsageError("--init published is for the Face Transformers, face_vit_*")
-    if args.rows not in ROWS and not Path(args.rows).is_file():
-        raise UsageError(f"--rows {args.rows} is no file, nor one of {', '.join(ROWS)}")
-    return source
-
-
-def describe_model(args: argparse.Namespace, source: Source, num_classes: int) -> Architecture:
-    sizes = {} if args.drop_rate is None else {"pos_drop_rate": args.drop_rate, "proj_drop_rate": args.drop_rate}
-    sizes |= {} if args.depth is None else {"depth": args.depth}
-    if args.embedding == "projection":
-        sizes["num_classes"] = projection_dim(source, args.weights)
-    size = args.image_size or source.image_size
-    if size is None:
-        raise UsageError(f"{args.model} takes images of any size: give --image-size")
-    pixels = {name: getattr(args, name) for name in ("mean", "std", "bgr") if getattr(args, name)}
-    pixels |= {"crop_pct": args.crop_pct} if args.crop_pct < 1 else {}
-    return Architecture(
-        source.model, num_classes, size, args.head, source.options | sizes, {}, source.pixels | pixels, source.graph
-    )
-
-
-def projection_dim(source: Source, weights: Path | None) -> int:
-    """How many numbers the last layer in a timm model's weights makes."""
-    if weights is None and source.state is None:
-        raise UsageError("--embedding projection needs weights that have one: --weights FILE, or a model's folder")
-    name = timm.get_pretrained_cfg(source.model).classifier if timm.is_model(source.model) else None
-    state = source.state or load_rows(weights)
-    if f"{name}.weight" not in state:
-        raise UsageError(f"{weights or source.model} has no last layer {name}: --embedding features")
-    return len(state[f"{name}.weight"])
-
-
-def build_model(args: argparse.Namespace, source: Source, num_classes: int) -> Recognizer:
-    """The backbone with its weights, and a head of random rows."""
-    torch.manual_seed(derived_seed(args.seed))
-    model = build_recognizer(describe_model(args, source, num_classes), args.pretrained)
-    if args.init == "published":
-        initialize_as_published(model.backbone)
-    if source.state is not None:
-        own = model.backbone.state_dict()
-        load_weights(model.backbone, {key: value for key, value in source.state.items() if key in own}, Path(args.model))
-    elif args.weights is not None:
-        load_backbone(model, args.weights, args.published_adapters)
-    return model
-
-
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.hardware_of(args)
@@ -201,9 +139,8 @@ def main(argv: list[str] | None) -> None:
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
-    folder = PretrainFolder(
-        args.output_dir or Path("exps") / f"pretrain-{train_set.tag}-{Path(source.model).stem}-seed{args.seed}"
-    )
+    name = f"pretrain-{train_set.tag}-{source.model.removesuffix('.onnx')}-seed{args.seed}"
+    folder = PretrainFolder(args.output_dir or Path("exps") / name)
     with folder.locked():
         pretrain(args, hardware, model, data, task, folder)
 

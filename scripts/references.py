@@ -20,7 +20,7 @@ from backbone.sources import find_source
 from data.cache import cache_folder
 from data.image_set import ImageSet
 from scripts.jobs import Job, deal_out, places
-from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, describe_model, recipe_in
+from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, recipe_in
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import file_lock, misfits, read_json, readable, sha256
@@ -28,6 +28,7 @@ from util.runtime.interrupt import end_on_sigterm
 from util.storage.checkpoint import Checkpoint
 from util.storage.folders import PretrainFolder
 from util.storage.hashes import data_sha256
+from util.training.start import describe_model
 
 # Options that say where the images come from, and on what to run: a reference gets the audit's.
 DATA_OPTIONS = ("data", "cache_dir", "identities", "train_per_identity", "test_per_identity", "data_seed", "val_fraction")
