@@ -148,8 +148,8 @@ def main(argv: list[str] | None) -> None:
         if not error <= TOLERANCE:
             raise RunError(f"{args.output_dir / name} embeds otherwise than {args.checkpoint}: off by {error:.1g}")
         print(f"{name}: embeds as the checkpoint does, to {error:.1g}")
-    pairs = load_pairs(args.pairs or [], a.image_size, None, a.pixels.get("crop_pct", 1.0))
-    for name, found in pair_benchmark(recognizer, pairs, Hardware(torch.device("cpu"))).items():
+    pairs = load_pairs(args.pairs or [], a.image_size, None, a.crop_pct)
+    for name, found in pair_benchmark(recognizer, pairs, Hardware(torch.device("cpu"), bf16=False)).items():
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
     gone = [c for task in checkpoint.forgotten for c in task]
     whom = people(gone, checkpoint.classes) if checkpoint.classes else f"{len(gone)} classes"
