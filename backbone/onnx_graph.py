@@ -20,7 +20,7 @@ from util.runtime.errors import RunError, UsageError
 WEIGHTED = ("Conv", "Gemm", "MatMul", "BatchNormalization", "PRelu", "LayerNormalization", "Add", "Mul", "Sub", "Div")
 LARGE = 1024  # values; smaller initializers may be read when the graph is converted, and stay in it
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # of torch, about onnx2torch
-OPSETS = range(9, 19)  # that onnx2torch converts
+OPSETS = range(9, 18)  # that onnx2torch converts; of 18 it lacks what torch exports
 
 
 class OnnxBackbone(nn.Module):
@@ -36,15 +36,18 @@ class OnnxBackbone(nn.Module):
         stem, *blocks, tail = _parts(module)
         self.stem, self.blocks, self.tail = stem, nn.ModuleList(blocks), tail
         self.channels_last = _input_dims(onnx_model(graph))[1] != 3
-        # One image a batch in the file is one line of its graph; what would break then shows here.
+        images = torch.linspace(-1, 1, 6 * image_size**2).reshape(2, 3, image_size, image_size).sin()
         with torch.no_grad():
             self.eval()
             try:
-                self.num_features = self.forward(torch.zeros(2, 3, image_size, image_size)).flatten(1).shape[1]
+                embeddings, whole = self.forward(images), module(self.as_given(images)).flatten(1)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
                 told = str(error).strip().splitlines()[0]
                 raise UsageError(f"the graph cannot embed two {image_size}×{image_size} images at once: {told}") from None
             self.train()
+        if not torch.allclose(embeddings, whole, rtol=1e-3, atol=1e-5):
+            raise UsageError("the graph uses the size of its images where it can no longer be cut into blocks")
+        self.num_features = embeddings.shape[1]
         self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
     def as_given(self, images: Tensor) -> Tensor:
@@ -68,6 +71,9 @@ def read_onnx(path: Path) -> tuple[Tensor, int | None, dict, dict[str, Tensor]]:
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's, the checker's, a missing file of external data
         raise UsageError(f"{path} is no ONNX model that can be read: {str(error).strip().splitlines()[0]}") from None
+    inputs = [value.name for value in _inputs(model)]
+    if len(inputs) != 1:
+        raise UsageError(f"{path} has {len(inputs)} inputs, {', '.join(inputs)}: one is needed, a batch of images")
     dims = _input_dims(model)
     if len(dims) != 4 or 3 not in (dims[1], dims[3]):
         raise UsageError(f"{path} takes {dims}, not a batch of RGB images (N, 3, H, W)")
@@ -105,7 +111,7 @@ def write_onnx_weights(backbone: OnnxBackbone, graph: Tensor):
     model = _filled(graph, marked=True)
     marks = {}
     for name, tensor in _weights(model).items():
-        value = numpy_helper.to_array(tensor)
+        value = numpy_helper.to_array(tensor).astype(np.float32)
         marks |= {value.T.tobytes(): (name, True)} if value.ndim == 2 else {}
         marks[value.tobytes()] = name, False
     converted = OnnxBackbone.__new__(OnnxBackbone)
@@ -156,9 +162,12 @@ def _filled(graph: Tensor, marked: bool = False):
 
 def _input_dims(model) -> list:
     """Of the graph's one input that is no weight; a dimension that may vary is its name."""
+    return [dim.dim_param or dim.dim_value for dim in _inputs(model)[0].type.tensor_type.shape.dim]
+
+
+def _inputs(model) -> list:
     given = {tensor.name for tensor in model.graph.initializer}
-    images = next(value for value in model.graph.input if value.name not in given)
-    return [dim.dim_param or dim.dim_value for dim in images.type.tensor_type.shape.dim]
+    return [value for value in model.graph.input if value.name not in given]
 
 
 def _converted(model, path: Path | str = "the graph") -> fx.GraphModule:
@@ -168,8 +177,10 @@ def _converted(model, path: Path | str = "the graph") -> fx.GraphModule:
 
     try:
         opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-        if opset not in OPSETS:
+        if opset < OPSETS[0]:
             model = version_converter.convert_version(model, OPSETS[-1])
+        elif opset > OPSETS[-1]:
+            model = _older(model)
         module = onnx2torch.convert(model).float()
     except Exception as error:  # an operator that it does not know, or an opset
         told = str(error).strip().splitlines() or [type(error).__name__]
@@ -188,17 +199,44 @@ def _converted(model, path: Path | str = "the graph") -> fx.GraphModule:
     return module
 
 
+def _older(model):
+    """The onnx model in the last of OPSETS, as far as networks for images use what came later: functions that are operators
+    now, and axes that are inputs. (onnx's own converter lacks steps that torch's exports need.)"""
+    from onnx import helper, inliner, numpy_helper
+
+    model = inliner.inline_selected_functions(model, [("", "Gelu"), ("", "CastLike")], inline_schema_functions=True)
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants |= {n.output[0]: n.attribute[0].t for n in model.graph.node if n.op_type == "Constant"}
+    same = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "Identity" and n.input[0] in constants}
+    for node in model.graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(node.input) > 1:
+            node.attribute.append(helper.make_attribute("axes", numpy_helper.to_array(constants[node.input.pop()]).tolist()))
+        dropped = {"Reshape": "allowzero", "Split": "num_outputs"}.get(node.op_type)  # no exported size is zero
+        kept = [attribute for attribute in node.attribute if attribute.name != dropped]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    next(entry for entry in model.opset_import if entry.domain in ("", "ai.onnx")).version = OPSETS[-1]
+    return model
+
+
 def _parts(module: fx.GraphModule) -> list[fx.GraphModule]:
     """The graph cut into a stem, blocks and a tail, each a function of the one before.
 
     A cut can be wherever one value alone passes; between two such places lies a residual block where it ends in a sum of two
-    computed values. Where there are none, a block begins with each layer that has weights.
+    computed values. Where there is none or one, a block begins with each layer that has weights.
     """
+
+    def kind(node: fx.Node) -> nn.Module | None:
+        return module.get_submodule(node.target) if node.op == "call_module" else None
+
     order = [*module.graph.nodes]
     place = {node: number for number, node in enumerate(order)}
     moving = set()  # what depends on the images
     for node in order:
-        if node.op == "placeholder" or any(source in moving for source in node.all_input_nodes):
+        # How many images there are is known in each part: that is no value to pass on.
+        of_images = type(kind(node)).__name__ == "OnnxShape" and node.args[0].op == "placeholder"
+        if node.op == "placeholder" or (any(source in moving for source in node.all_input_nodes) and not of_images):
             moving.add(node)
     last_use = {node: max((place[user] for user in node.users), default=-1) for node in moving}
     cuts = [
@@ -207,18 +245,17 @@ def _parts(module: fx.GraphModule) -> list[fx.GraphModule]:
         if node in moving and not any(place[o] < place[node] < last_use[o] for o in moving if o is not node)
     ]
 
-    def kind(node: fx.Node) -> nn.Module | None:
-        return module.get_submodule(node.target) if node.op == "call_module" else None
-
     def is_sum(node: fx.Node) -> bool:
         added = getattr(kind(node), "math_op_function", None) in (torch.add, operator.add)
         return added and sum(source in moving for source in node.all_input_nodes) == 2
 
     ends = [number for number, node in enumerate(cuts) if is_sum(node)]
-    if ends:
+    if len(ends) > 1:
         bounds = [cuts[ends[0] - 1], *(cuts[number - 1] for number in ends[1:]), cuts[ends[-1]]]
     else:
         bounds = [cuts[i - 1] for i, node in enumerate(cuts) if i and isinstance(kind(node), nn.Linear | nn.Conv2d)]
+    if not bounds:  # no place where one value alone passes
+        return [module, nn.Identity()]
     return [_part(module, order, moving, a, b) for a, b in zip([None, *bounds], [*bounds, None], strict=True)]
 
 
@@ -232,7 +269,7 @@ def _part(module: fx.GraphModule, order: list, moving: set, begin: fx.Node | Non
         return copies[node]
 
     begin = begin or order[0]
-    copies[begin] = graph.placeholder("x")
+    copies[begin] = copies[order[0]] = graph.placeholder("x")
     end = end or order[-1].all_input_nodes[0]
     for node in order[order.index(begin) + 1 : order.index(end) + 1]:
         if node in moving:

@@ -15,6 +15,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -107,7 +108,11 @@ def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Ten
 
         session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
         given = images if model.architecture.graph is None else model.backbone.as_given(normalized)
-        found["model.onnx"] = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: given.numpy()})[0])
+        taken = session.get_inputs()[0]
+        given = given.half() if taken.type == "tensor(float16)" else given
+        at_once = taken.shape[0] if isinstance(taken.shape[0], int) else len(given)
+        outputs = [session.run(None, {taken.name: part.numpy()})[0] for part in given.split(at_once)]
+        found["model.onnx"] = torch.from_numpy(np.concatenate(outputs)).float()
     return {name: F.normalize(embeddings.flatten(1)) for name, embeddings in found.items()}
 
 

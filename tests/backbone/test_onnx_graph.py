@@ -2,8 +2,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from backbone import lora
 from backbone.blocks import Halves, block_names
@@ -110,10 +112,48 @@ def test_what_is_no_recognizer_is_told_in_a_line(tmp_path):
     with pytest.raises(UsageError, match="not a batch of RGB images"):
         read_onnx(tmp_path / "vector.onnx")
     images = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8])
+    two = helper.make_graph([helper.make_node("Add", ["x", "z"], ["y"], name="a")], "g", [images, vector], [other])
+    two.input[1].name = "z"
+    onnx.save(helper.make_model(two, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "two.onnx")
+    with pytest.raises(UsageError, match=r"two.onnx has 2 inputs, x, z: one is needed"):
+        read_onnx(tmp_path / "two.onnx")
     strange = helper.make_graph([helper.make_node("Hardmax", ["x"], ["y"], name="h")], "g", [images], [other])
     onnx.save(helper.make_model(strange, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), tmp_path / "hard.onnx")
     with pytest.raises(UsageError, match="cannot be converted by onnx2torch"):
         read_onnx(tmp_path / "hard.onnx")
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_what_torch_exports_today_has_blocks(tmp_path, name):
+    """In a newer opset, with a size that depends on the number of images."""
+    sizes = {"channels": (8, 8, 16, 16), "stem_width": 8}
+    if name.startswith("vit"):
+        sizes = {"img_size": SIZE, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    network = nn.Sequential(timm.create_model(name, num_classes=DIM, **sizes), Unit()).eval()
+    names = {"input_names": ["images"], "dynamic_shapes": [{0: torch.export.Dim("n")}]}
+    torch.onnx.export(network, (IMAGES,), tmp_path / "model.onnx", dynamo=True, verbose=False, **names)
+    backbone, _ = built(tmp_path / "model.onnx")
+    torch.testing.assert_close(backbone(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-5)
+    assert len(block_names(backbone)) == 4
+
+
+class Unit(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(x)
+
+
+def test_half_precision_weights_come_back_in_half_precision(tmp_path):
+    path = small_onnx(tmp_path / "model.onnx")
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    onnx.save(model, path)
+    backbone, graph = built(path)
+    torch.testing.assert_close(backbone(IMAGES), run(path, IMAGES.half()).float(), rtol=0.05, atol=0.02)
+    after = write_onnx_weights(backbone, graph)
+    assert after.graph.initializer == model.graph.initializer
 
 
 def test_a_weight_without_a_place_in_the_graph_is_told(tmp_path):
