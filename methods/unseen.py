@@ -63,9 +63,8 @@ class Unseen(Method):
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
         if len(block_names(model.backbone)) < 2:
-            raise UsageError(
-                f"unseen looks at what a network computes early, and {type(model.backbone).__name__} has no blocks"
-            )
+            told = f"unseen looks at early blocks, and {type(model.backbone).__name__} has none"
+            raise UsageError(f"{told}: choose another --method, as gs_lora")
         for task in tasks:
             counts = train_set.labels.cpu()[task.remain_indices].unique(return_counts=True)[1]
             if len(counts) < 2 or counts.max() < 2:
