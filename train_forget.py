@@ -74,14 +74,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def add_method_choice(parser: options.Parser) -> None:
-    parser.add_argument("--method", default="gs_lora", help=f"{', '.join(METHODS)}; with --help, its options")
+    names = f"{', '.join(METHODS)}; --method NAME --help shows its options"
+    parser.add_argument("--method", default="gs_lora", metavar="NAME", help=names)
+    listed = (f"{name:12} {sys.modules[m.__module__].__doc__.splitlines()[0]}" for name, m in METHODS.items())
+    told = "print each method with its paper"
+    parser.add_argument("--list-methods", action="version", version="\n".join(listed), help=told)
     told = "as the published code ran the method, for its 4-task table or few-shot; further options still count"
     parser.add_argument("--as-published", nargs="?", const="table", choices=PRESETS, help=told)
 
 
 def build_parser(method: type[Method], as_published: str | None) -> options.Parser:
     """The shared options and those of `method`."""
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__)
     add_config_option(parser)
     add_method_choice(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the pre-trained recognizer")

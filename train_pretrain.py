@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__)
     add_config_option(parser)
     options.add_data(parser)
     names = {"type": options.class_list, "metavar": "LIST"}

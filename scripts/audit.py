@@ -26,6 +26,7 @@ from util.audit.audit import LEAST_REFERENCES
 from util.cli import options
 from util.cli.main import run_main
 from util.report.audit_tables import comparison_markdown, overview, verdicts
+from util.report.comparison_page import INDEX, ROWS, SCATTER, write_comparison
 from util.report.results import load_results
 from util.runtime.errors import UsageError
 from util.runtime.files import read_json, readable, sha256, write_text
@@ -37,7 +38,7 @@ QUICK = {"num_references": 3, "num_originals": 1, "figures": ["readout", "enrolm
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__)
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, or of a comparison")
     group = parser.add_argument_group("instead of runs, two checkpoints")
     group.add_argument("--before", type=Path, metavar="FILE", help="the pre-trained recognizer; of runs, where it lies now")
@@ -131,19 +132,22 @@ def main(argv: list[str] | None) -> None:
     if args.output_dir is not None and len(runs) > 1:
         raise UsageError(f"--output-dir is for one run, here are {len(runs)}: each gets a folder audit of its own")
     table = args.runs[0] / "audit.md" if len(args.runs) == 1 and len(runs) > 1 else None
-    if table and table.exists() and not table.read_bytes().startswith(TABLE_BEGINS.encode()):
-        raise UsageError(f"{table} is there and not of this script: move it")
+    if table and not (table.exists() and table.read_bytes().startswith(TABLE_BEGINS.encode())):
+        for path in (table, *map(table.with_name, (INDEX, SCATTER, ROWS))):
+            if path.exists():
+                raise UsageError(f"{path} is there and not of this script: move it")
     trails = [trail_of(run, argv) for run in runs] or [Trail(args)]
     for trail in trails:
         trail.claim()
     if args.references is None and not args.strangers:
         jobs = [job for trail in trails for case in trail.cases for group in trail.reference_jobs(case) for job in group]
         train_references(jobs, args)
-    tables, width = [], max(len(trail.label) for trail in trails)
+    tables, pages, width = [], [], max(len(trail.label) for trail in trails)
     for seed, group in groupby(trails, lambda trail: trail.results and trail.results["seed"]):  # who is forgotten
         audits, whom = [], None
         for trail in group:
             audits.append((trail.label, trail.results, trail.write()))
+            pages.append((*audits[-1], os.path.relpath(trail.output / "audit.html", args.runs[0] if args.runs else ".")))
             if len(audits[0][2]["requests"]) == 1:
                 lines, before, whom = overview(audits[-1:], width), whom, trail.cases[0].forget
                 print(*lines if whom != before else lines[-1:], sep="\n", flush=True)
@@ -153,8 +157,10 @@ def main(argv: list[str] | None) -> None:
         tables.append(f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(audits)}")
     if table:
         write_text(table, "\n\n".join(tables) + "\n")
-    pages = trails[0].output if len(trails) == 1 else trails[0].run.path.parent / "*" / "audit"
-    print(f"\nwhat each figure says, and the pages to look at: {pages}/audit.html")
+        index = write_comparison(pages, table.parent, f"{len(trails)} runs on {trails[0].data[0].name}, request 1")
+    if not table or index is None:
+        index = f"{trails[0].output if len(trails) == 1 else trails[0].run.path.parent / '*' / 'audit'}/audit.html"
+    print(f"\nthe page to look at: {index}")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ MODES = {"steps": steps, "ablation": ablation}
 
 
 def main(argv: list[str] | None) -> None:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__)
     parser.add_argument("mode", nargs="?", choices=MODES, default="steps", help="what to measure")
     parser.add_argument("--model", default="face_vit_p8s8_d6", metavar="NAME", help="a timm model, or one of the papers'")
     parser.add_argument("--batch-size", type=options.number(int, 1), default=48, help="images of each stream in a step")

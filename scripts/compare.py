@@ -31,6 +31,7 @@ from util.storage.folders import CONFIG, RunFolder, claim
 from util.training.resume import difference_to, identity_of
 
 SCRIPT = Path(__file__).name
+FIRST = ("gs_lora", "unseen")  # run before the others: what a reader waits for
 
 
 def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
@@ -75,7 +76,7 @@ def print_rows(jobs: Iterable[Job], width: int) -> None:
 def main(argv: list[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
     words = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "STRING")}
@@ -92,6 +93,7 @@ def main(argv: list[str] | None) -> None:
     finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs, {len(finished)} of them finished before → {args.output_dir}\n", flush=True)
     with end_on_sigterm():
+        waiting.sort(key=lambda job: not {*FIRST} & {*job.arguments[:2]})
         ended = chain(finished, deal_out(waiting, places(args, len(waiting))))
         print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -99,12 +100,14 @@ def train_references(jobs: Sequence[Job], args: argparse.Namespace) -> None:
     if not missing:
         return
     print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
+    at_once = len(places(args, len(missing)))
     with end_on_sigterm():
         for done, job in enumerate(_trained(missing, args), start=1):
             if job.failure:
                 raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
             seconds = time.perf_counter() - start
-            told = f"{_clock(seconds)}, about {_clock(seconds / done * (len(missing) - done))} left"
+            left = seconds * (ceil(len(missing) / at_once) / ceil(done / at_once) - 1)  # in rounds of so many side by side
+            told = f"{_clock(seconds)}, about {_clock(left)} left"
             print(f"reference {done} of {len(missing)}: {job.label} · {told}", flush=True)
 
 

@@ -118,7 +118,7 @@ def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Ten
 
 @torch.no_grad()
 def main(argv: list[str] | None) -> None:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the model after a task, ours")
     parser.add_argument("--output-dir", type=Path, required=True, help="an empty folder, or one to be made")
     parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="write model.onnx")

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).name
 
 
 def main(argv: list[str] | None) -> None:
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__)
     parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="results.json of each run")
     parser.add_argument("--labels", nargs="+", help="a name for each run; equal names are averaged; none: the methods")
     parser.add_argument("--sweep", metavar="TITLE", help="what the labels are values of: the figure is over them")

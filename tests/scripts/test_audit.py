@@ -1,12 +1,14 @@
 """scripts/audit.py through its own command line, on small images: two requests, of five people and of two."""
 
 import json
+import re
 import shutil
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.manifold import TSNE
@@ -328,6 +330,15 @@ def test_a_comparison_is_audited_run_by_run_beside_shared_references(early, colo
     assert one["references"] == other["references"]
     assert rows_of(folder / "audit.md") == ["Method", "Never seen", "Originals", "L2*", "GS-LoRA"]
     assert not (folder / "der-seed1337" / "audit").exists()
+    assert out.splitlines()[-1].endswith(f"{folder / 'index.html'}")
+    links = re.findall('<a href="([^"]*)"', (folder / "index.html").read_text())
+    assert sorted(links) == ["gs_lora-seed1337/audit/audit.html", "l2-seed1337/audit/audit.html"]
+    rows = pd.read_csv(folder / "audit.csv").set_index(["method", "metric"])
+    figures = other["requests"][0]["figures"]
+    assert rows["value"]["GS-LoRA", "enrolment_1"] == pytest.approx(figures["enrolment_1"]["value"])
+    assert rows["never_seen"]["L2*", "verification_auc"] == pytest.approx(
+        np.mean(one["requests"][0]["figures"]["verification_auc"]["references"])
+    )
     refused(command("scripts/audit.py", folder, "--quick", "--output-dir", folder / "one"), 2, "--output-dir is for one run")
     assert not (folder / "one").exists()
 
@@ -614,6 +625,8 @@ def test_the_table_of_a_folder_replaces_nothing_of_the_users(seeds, here, comman
     (tmp_path / "audit.md").write_text("mine")
     refused(command("scripts/audit.py", tmp_path, "--quick"), 2, f"{tmp_path / 'audit.md'} is there and not of this script")
     assert (tmp_path / "audit.md").read_text() == "mine"
+    (tmp_path / "audit.md").rename(tmp_path / "index.html")
+    refused(command("scripts/audit.py", tmp_path, "--quick"), 2, f"{tmp_path / 'index.html'} is there and not of this")
 
 
 def test_runs_that_are_not_whole_are_refused(run, command, tmp_path):

@@ -87,7 +87,7 @@ def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script,
     *_, never, before, l2, gs_lora, _, _, _, _, where = done.stdout.splitlines()
     for line, label in ((never, "Never seen"), (before, "Pre-train"), (l2, "L2*"), (gs_lora, "GS-LoRA")):
         assert line.startswith(label)
-    assert where.endswith("my results/*/audit/audit.html")
+    assert where.endswith("my results/index.html")
     audit = json.loads((tmp_path / "my results" / "l2-seed1337" / "audit" / "audit.json").read_text())
     assert (len(audit["references"]), len(audit["originals"])) == (3, 1)
     # The next command takes the model that is there, and one that wants another is refused.

@@ -23,11 +23,15 @@ SCHEDULES = ("cosine", "cosine-by-epoch", "step")
 
 
 class Parser(argparse.ArgumentParser):
-    """Help with defaults, wide enough to read; wrong usage raises UsageError."""
+    """Help with defaults, wide enough to read; wrong usage raises UsageError.
 
-    def __init__(self, **kwargs: Any) -> None:
+    manual: the script's docstring: what it is for, and its examples.
+    """
+
+    def __init__(self, manual: str = "", usage: str = "%(prog)s [options]", **kwargs: Any) -> None:
+        kwargs["description"], _, kwargs["epilog"] = manual.partition("\n\n")
         # No abbreviations: a parser that looks for a single option (--config, --method) would miss its own.
-        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
         """Raises UsageError for an option that would do nothing as well (`util/cli/ignored.py`)."""
@@ -52,9 +56,13 @@ class Parser(argparse.ArgumentParser):
             actions[key].default, actions[key].required = value, False
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def __init__(self, prog: str) -> None:
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, max_help_position=32, width=110)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        kind = getattr(action.type, "__name__", "")
+        return {"int": "N", "float": "F", "Path": "PATH"}.get(kind) or super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""

@@ -1,18 +1,20 @@
 """Figures of runs, drawn from their results."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from util.evaluation.metrics import MARGINS, METRICS
 from util.report.tables import PRETRAINED, Comparison
 from util.runtime.files import atomic_write
 
-MARKERS = "osD^v<>PX*hdp"
-OWN_COLOURS = {"gs_lora": "black", "gs_lora_pp": "crimson", "unseen": "royalblue"}
+OWN = ("GS-LoRA", "GS-LoRA++", "Unseen")  # stand out
 
 
 def run_figure(comparison: Comparison) -> Figure:
@@ -55,27 +57,79 @@ def run_figure(comparison: Comparison) -> Figure:
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """H and Acc_r over the tasks, without margin, a line per method; bars: the standard deviation over the runs."""
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    panels = figure.subplots(1, 2)
-    tasks = np.arange(len(comparison.tasks))
+    """H and Acc_r, a row per method, best last H on top, and a dot per task; bars: the standard deviation over the runs."""
+    settings = comparison.settings
+    numbers = {what: comparison.numbers("", what) for what in ("mean", "std")}
+    order = numbers["mean"][settings[-1], "h_mean"].loc[comparison.labels].sort_values(na_position="first").index
+    figure = Figure(figsize=(11, 1.4 + 0.3 * len(order)), layout="constrained")
+    panels, places = figure.subplots(1, 2, sharey=True), np.arange(len(order))
     for panel, metric in zip(panels, ("h_mean", "acc_remain"), strict=True):
-        mean, std = (comparison.numbers("", what).xs(metric, axis=1, level=1) for what in ("mean", "std"))
-        panel.plot(tasks, mean.loc[PRETRAINED], "--", color="black", alpha=0.5, label=PRETRAINED)
-        for number, label in enumerate(comparison.labels):
-            # The project's own methods stand out; markers tell apart what colours do not.
-            colour = OWN_COLOURS.get(comparison.about["method"][label])
-            style = {"color": colour or colormaps["tab20"](number % 20), "linewidth": 3.0 if colour else 1.3}
-            style |= {"marker": MARKERS[number % len(MARKERS)], "zorder": 1 if colour else 2}
-            shift = 0.3 * (number / max(1, len(comparison.labels) - 1) - 0.5)  # side by side, not on top of each other
-            # A single run's deviation is NaN, which is not drawn.
-            panel.errorbar(tasks + shift, mean.loc[label], yerr=std.loc[label], label=label, capsize=3, **style)
-        panel.set_xticks(tasks, [f"task {t['task']}\n{t['setting']}" for t in comparison.tasks])
-        panel.set_ylabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
+        for number, setting in enumerate(settings):
+            mean, std = (numbers[what][setting, metric].loc[order] for what in ("mean", "std"))
+            shade = 0.35 + 0.65 * (number + 1) / len(settings)
+            label = f"task {comparison.tasks[number]['task']}, {setting}"
+            up = places + 0.3 * (0.5 - number / max(1, len(settings) - 1))  # the first task above
+            panel.errorbar(mean, up, xerr=std.fillna(0), fmt="o", ms=5, color=colormaps["Blues"](shade), label=label)
+        before = numbers["mean"].loc[PRETRAINED, (settings[0], metric)]
+        if np.isfinite(before):
+            panel.axvline(before, color="black", ls="--", lw=1, label="pre-trained")
+        panel.set_xlabel(f"{METRICS[metric].title}, {METRICS[metric].description} (%)")
+        panel.set_yticks(places, order)
         panel.grid(alpha=0.3)
-    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside right center", fontsize=9)
+    figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
     figure.suptitle(f"{comparison.title}, {MARGINS['']}")
     return figure
+
+
+def forgetting_scatter(
+    models: pd.DataFrame, never_seen: Sequence[float], before: float, title: str, band: str = "models that never saw them"
+) -> Figure:
+    """What forgetting cost the kept people against what is left of the forgotten.
+
+    models:     a row per method, its index the labels: `lost`, points of Acc_r; `known`, re-identified from one photo, %.
+    never_seen: `known` of models that never saw the forgotten people, which `band` names. before: of the pre-trained model.
+    """
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    panel = figure.subplots()
+    low, high = min(never_seen), max(never_seen)
+    panel.axhspan(low, high, color="grey", alpha=0.3, lw=0)
+    panel.axhline(before, color="black", ls="--", lw=1)
+    colours = ["crimson" if label in OWN else "steelblue" for label in models.index]
+    panel.scatter(models["lost"], models["known"], c=colours, s=36, zorder=3)
+    left = min(0, models["lost"].min())
+    right = max(models["lost"].max(), left + 5)  # less is noise, and no axis long
+    room = 0.06 * (right - left)
+    panel.set_xlim(left - room, right + 4 * room)
+    panel.set_ylim(min(0, low) - 2, 1.08 * max(before, models["known"].max()))
+    panel.set_xlabel("accuracy lost by the kept people (points) → worse")
+    panel.set_ylabel("forgotten people re-identified from one photo (%) → worse")
+    panel.set_title(title, fontsize=11)
+    panel.grid(alpha=0.3)
+    told = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "dimgrey"}
+    panel.text(right + 3.8 * room, high, band, **told)
+    panel.text(right + 3.8 * room, before, "before forgetting", **told)
+    _label(figure, panel, models)
+    return figure
+
+
+def _label(figure: Figure, panel: Axes, models: pd.DataFrame) -> None:
+    """Write each dot's label where it covers no dot and no label, with a line to the dot where that is not beside it."""
+    figure.draw_without_rendering()  # lays it out
+    dots = panel.transData.transform(models[["lost", "known"]].to_numpy())
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in dots]
+    places = [(8 * (1 + r) * np.cos(a), 6 * (1 + r) * np.sin(a)) for r in range(14) for a in np.arange(0, 6.2, 0.2)]
+    for label, at in zip(models.index, models[["lost", "known"]].to_numpy(), strict=True):
+        note = panel.annotate(label, at, (0, 0), textcoords="offset points", fontsize=8, va="center")
+        for x, y in places:
+            note.set(position=(x, y), horizontalalignment="left" if x >= 0 else "right")
+            box = note.get_window_extent()
+            if not box.count_overlaps(taken) and panel.bbox.containsx(box.x0) and panel.bbox.containsx(box.x1):
+                break
+        taken.append(box)
+        if np.hypot(x, y) > 14:
+            panel.annotate(
+                "", at, (x, y), textcoords="offset points", arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "grey"}
+            )
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -1,0 +1,94 @@
+"""The page of an audited comparison: the scatter, a table to sort by any column, and the way to each run's audit."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from util.report.audit_tables import COUNTED, PRETRAINED, never_of, tally
+from util.report.figures import forgetting_scatter, save_figure
+from util.runtime.files import write_text
+
+INDEX, SCATTER, ROWS = "index.html", "scatter.png", "audit.csv"
+TEMPLATE = Path(__file__).with_suffix(".html.j2")
+X = "enrolment_1"  # of the scatter
+METRICS = {X: "re-identified, 1 photo", "enrolment_5": "re-identified, 5 photos", "verification_auc": "verification AUC"}
+
+Audited = Sequence[tuple[str, dict, dict, str]]
+
+
+def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
+    """Leave audit.csv in `folder`, and index.html and scatter.png of the first request; None where nobody was enrolled.
+
+    audits: (label, content of results.json, content of audit.json, the page of it as seen from `folder`) of each run.
+    """
+    write_text(folder / ROWS, audit_rows(audits).to_csv(index=False))
+    first = [(label, results, content["requests"][0], page) for label, results, content, page in audits]
+    if any(request["figures"].get(X, {}).get("value") is None for _, _, request, _ in first):
+        return None
+    rows = [_row(*one) for one in first]
+    several = len({results["seed"] for _, results, *_ in first}) > 1
+    by_method = pd.DataFrame(rows).groupby("label", sort=False)[["lost", "known"]].mean()
+    entries = [request["figures"][X] for _, _, request, _ in first]
+    never = [value for entry in entries for value in entry["references"]]
+    before = float(np.mean([entry["originals"][0] for entry in entries]))
+    whom = never_of(first[0][2]).lower()
+    band = "strangers" if whom == "strangers" else "models that never saw them"
+    figure = forgetting_scatter(by_method, never, before, title, band)
+    save_figure(figure, folder / SCATTER)
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
+    known = {name: [float(np.mean(group[key])) for key in METRICS] for name, group in _yardsticks(first).items()}
+    words = {"title": title, "rows": rows, "several": several, "known": known, "metrics": METRICS, "counted": COUNTED}
+    write_text(folder / INDEX, environment.get_template(TEMPLATE.name).render(words, chart=_svg(figure)))
+    return folder / INDEX
+
+
+def audit_rows(audits: Audited) -> pd.DataFrame:
+    """Every metric of every request of every run, a row each, for tables and pages of one's own."""
+    rows = []
+    for label, results, content, _ in audits:
+        for request in content["requests"]:
+            about = {"method": label, "class_order": results["seed"], "request": request["task"]}
+            about |= {"after_task": request["after_task"], "people": len(request["forget"])}
+            for key, entry in request["figures"].items():
+                row = {"metric": key, "value": entry["value"]}
+                row |= {"never_seen": _mean(entry["references"]), "before": _mean(entry["originals"][:1])}
+                row |= {name: entry[name] for name in ("rho", "power", "verdict")}
+                rows.append(about | row | {"date": content["date"], "git_commit": content["git_commit"]})
+    return pd.DataFrame(rows)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _row(label: str, results: dict, request: dict, page: str) -> dict:
+    task = next(task for task in results["tasks"] if task["task"] == request["after_task"])
+    values = [request["figures"].get(key, {}).get("value") for key in METRICS]
+    row = {"label": label, "seed": results["seed"], "h": task["after"]["h_mean"], "values": values, "known": values[0]}
+    row |= {"lost": task["before"]["acc_remain"] - task["after"]["acc_remain"], "page": page}
+    return row | {"tally": tally(request), "verdict": request["verdict"]}
+
+
+def _yardsticks(first: Sequence[tuple[str, dict, dict, str]]) -> dict[str, dict[str, list[float]]]:
+    """Of never-seen models and of the pre-trained one: the values of each metric, of every request."""
+    found = {never_of(first[0][2]): {}, PRETRAINED: {}}
+    for _, _, request, _ in first:
+        for key in METRICS:
+            entry = request["figures"].get(key) or {"references": [], "originals": []}
+            for group, values in zip(found.values(), (entry["references"], entry["originals"][:1]), strict=True):
+                group.setdefault(key, []).extend(values or [np.nan])
+    return found
+
+
+def _svg(figure: Figure) -> Markup:
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file := io.StringIO(), format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return Markup(text[text.index("<svg") :])
