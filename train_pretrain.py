@@ -198,9 +198,10 @@ def pretrain(
         torch_save(folder.path / "published.pth", to_published(model))
     folder.discard()
     measured = "test" if args.val_fraction is None else "held-out"
+    trained = f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({images_per_second:.0f} images/s)"
     print(
         f"{measured} accuracy {accuracies['acc']:.2f}%, with margin {accuracies['margin_acc']:.2f}%, after "
-        f"{args.epochs} epochs in {time.perf_counter() - start:.0f} s ({images_per_second:.0f} images/s): {folder.results}"
+        f"{trained if args.epochs else 'enrolment'}: {folder.results}"
     )
 
 

@@ -52,7 +52,7 @@ def load_pairs(texts: Sequence[str], image_size: int, cache_dir: Path | None, cr
         with readable(path, "no readable pairs of faces"):
             images, same, folds = _read_bin(path) if is_bin else _read_text(path, Path(folder))
             if len({*same}) < 2 or len({*folds}) < 2:
-                raise ValueError("pairs of one person and of two people are needed, in at least two folds")
+                raise RunError(f"{path}: pairs of one person and of two people are needed, in at least two folds")
         decoded = _decoded(path, images, image_size, cache_dir, crop_pct)
         found[name] = FacePairs(*decoded, torch.tensor(same), torch.tensor(folds))
     return found
@@ -80,7 +80,7 @@ def _read_text(path: Path, folder: Path) -> tuple[list[Path], list[bool], list[i
     """LFW's list: how many sets and pairs of each kind in each; then `name i j`, and `name i name j` of two people."""
     (sets, count), *lines = (line.split() for line in path.read_text().splitlines() if line.strip())
     if len(lines) != int(sets) * 2 * int(count):
-        raise ValueError(f"{len(lines)} pairs, not {sets} × 2 × {count}")
+        raise RunError(f"{path}: {len(lines)} pairs, not {sets} × 2 × {count}")
     images = []
     for line in lines:
         first, i, *other, j = line
@@ -99,7 +99,7 @@ def _read_bin(path: Path) -> tuple[list[bytes], list[bool], list[int]]:
         raise RunError(f"{path}: no readable pairs of faces: {error}") from None
     images, same = [bytes(_content(image)) for image in images], [any(_content(one)) for one in _content(same)]
     if len(images) != 2 * len(same):
-        raise ValueError(f"{len(images)} images for {len(same)} pairs")
+        raise RunError(f"{path}: {len(images)} images for {len(same)} pairs")
     cuts = np.array_split(np.arange(len(same)), FOLDS)
     return images, same, [fold for fold, part in enumerate(cuts) for _ in part]
 

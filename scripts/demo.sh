@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# A first look in minutes: GS-LoRA and Unseen forget 20 of 100 synthetic people, and the audit compares both with models that
-# never saw them. Ends with the path of a page. run_cl_forget.sh uses again what this has trained.
+# A first look, in minutes: GS-LoRA and Unseen forget 20 of 100 synthetic people, then 20 more, and the audit compares both
+# with models that never saw the first 20. Ends with the path of a page. run_cl_forget.sh reuses the models trained here.
+#
+#   bash scripts/demo.sh
+#   DATA=path/to/faces bash scripts/demo.sh     real faces; the variables of run_cl_forget.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
-METHODS="gs_lora unseen" DATA=synthetic_faces SETTING=small OUTPUT=${OUTPUT:-exps/demo} exec bash scripts/run_cl_forget.sh \
-  -- --num-tasks 1 --forget-per-task 20
+root=$PWD && cd "$_caller" || exit 1
+METHODS=${METHODS:-gs_lora unseen} RUN_NAME=demo exec bash "$root/scripts/run_cl_forget.sh" -- --num-tasks 2 "$@"

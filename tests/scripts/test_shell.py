@@ -100,6 +100,16 @@ def test_continual_forgetting_pretrains_once_prints_its_table_and_audits(script,
     assert checkpoint.read_bytes() == before
 
 
+def test_the_demo_ends_with_a_page_of_both_methods(script, copy):
+    done = script("demo.sh", EPOCHS="1")
+    assert done.returncode == 0, done.stderr
+    where = Path(done.stdout.splitlines()[-1].split("look at: ")[1])
+    assert where.name == "index.html"
+    page = (copy / where).read_text()
+    assert "GS-LoRA</a>" in page and "Unseen</a>" in page
+    assert len(results_of((copy / where).parent / "unseen-seed1337")["tasks"]) == 2
+
+
 def test_the_open_form_reports_acc_m(script, copy, trained):
     variables = {"SEED": "5", "CHECKPOINT": str(trained), "METHODS": "lwf", "MISSING": "2", "AUDIT": "off"}
     done = script("run_cl_forget_open.sh", "--", "--num-tasks", "1", **variables)

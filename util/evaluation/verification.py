@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from sklearn.metrics import auc, roc_curve
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -60,6 +59,8 @@ def verify(embeddings: Tensor, labels: Tensor, count: int, seed: int) -> dict | 
 
 def _rates(scores: np.ndarray, same: np.ndarray, rates: Sequence[float]) -> dict:
     """Of the scores (P,) of pairs that show one person or not (P,): the area under the ROC curve, and points on it."""
+    from sklearn.metrics import auc, roc_curve  # two seconds to import: where it is used
+
     far, tar, _ = roc_curve(same, scores, drop_intermediate=False)
     impostors = int((~same).sum())
     tars = {f"tar_at_far_{r:g}": 100 * float(tar[far <= r].max()) if impostors * r >= 1 else None for r in rates}

@@ -78,10 +78,9 @@ class Hardware:
     def describe(self) -> str:
         """The one line that scripts print at their start."""
         is_cuda = self.device.type == "cuda"
-        name = torch.cuda.get_device_name(self.device) if is_cuda else f"{torch.get_num_threads()} CPU threads"
-        parts = ["bf16 autocast" if self.bf16 else "fp32", f"{'fused' if self.fused_attention else 'plain'} attention"]
-        parts += ["class-token-only last block"] * self.cls_only_last_block
-        parts += ["fast dropout"] * self.fast_dropout + ["fused optimizer"] * self.fused_optimizer
+        threads = torch.get_num_threads()
+        name = torch.cuda.get_device_name(self.device) if is_cuda else f"{threads} thread{'s' * (threads > 1)}"
+        parts = ["bf16" if self.bf16 else "fp32"]
         parts += ["compiled"] * bool(self.compile) + ["CUDA graphs"] * bool(self.cuda_graphs)
         parts += [f"{distributed.world_size()} processes"] * (distributed.world_size() > 1)
         return f"{self.device.type} ({name}), {', '.join(parts)}"
