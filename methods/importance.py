@@ -41,9 +41,11 @@ def mean_importance(
         return objective(functional_call(model, parameters, (image[None],)), label[None])
 
     of_each = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")
+    # A graph of ONNX reads numbers out of tensors, which a batched gradient cannot.
+    one_by_one = batch_size is None and model.architecture.graph is not None
 
     def measured(images: Tensor, labels: Tensor) -> Importance:
-        if batch_size is None:
+        if batch_size is None and not one_by_one:
             return {name: measure(g).sum(dim=0) for name, g in of_each(constants, images, labels).items()}
         gradients = torch.autograd.grad(objective(model(images), labels), [*trained.values()])
         return {name: measure(g) for name, g in zip(trained, gradients, strict=True)}
@@ -53,7 +55,7 @@ def mean_importance(
     total = {name: torch.zeros_like(parameter) for name, parameter in constants.items()}
     if batch_size is None:
         room = GRADIENT_BYTES * (1 if hardware.device.type == "cpu" else 4)
-        chunk = max(1, room // sum(4 * parameter.numel() for parameter in trained.values()))
+        chunk = 1 if one_by_one else max(1, room // sum(4 * parameter.numel() for parameter in trained.values()))
         chunks, count = share_of(indices).split(chunk), len(indices)
     else:  # class by class, gradients of a batch would not cancel as those of a mixed one do
         batches = indices[torch.randperm(len(indices))].split(batch_size)

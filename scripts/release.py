@@ -73,7 +73,7 @@ def write_timm(folder: Path, model: Recognizer) -> None:
     }
     about = {"architecture": a.model, "num_classes": options.pop("num_classes"), "num_features": backbone.num_features}
     write_json(folder / "config.json", about | {"pretrained_cfg": cfg, "model_args": options})
-    save_tensors(folder / "model.safetensors", {name: tensor.contiguous() for name, tensor in state.items()})
+    save_tensors(folder / "model.safetensors", state)
 
 
 def write_onnx(path: Path, embedder: Embedder, size: int) -> None:

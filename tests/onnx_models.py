@@ -37,7 +37,12 @@ def small_onnx(
         inner = conv(inner, f"block{block}.conv2", 8, 8)
         short = conv(x, f"block{block}.short", 8, 8, stride, 1) if stride > 1 else x
         x = add("Relu", f"out{block}", add("Add", f"sum{block}", inner, short) if residual else inner)
-    x = add("Flatten", "flat", add("GlobalAveragePool", "pool", x), axis=1)
+    x = add("GlobalAveragePool", "pool", x)
+    # Flattened as exporters write it: by a shape that is computed.
+    weights |= {name: np.array([value]) for name, value in (("zero", 0), ("one", 1), ("rest", -1))}
+    where = ({"starts": [0], "ends": [1]},) if opset < 10 else ({}, "zero", "one", "zero")
+    first = add("Slice", "count", add("Shape", "shape", x), *where[1:], **where[0])
+    x = add("Reshape", "flat", x, add("Concat", "sizes", first, "rest", axis=0))
     x = add("MatMul", "product", x, weight("matrix", 8, 10))
     add("Gemm", "embeddings", x, weight("fc.weight", DIM, 10), weight("fc.bias", DIM), transB=1)
     shape = [batch, SIZE, SIZE, 3] if channels_last else [batch, 3, SIZE, SIZE]

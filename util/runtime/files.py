@@ -103,7 +103,7 @@ def read_json(path: Path) -> dict:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with atomic_write(path) as file:
-        file.write(save(tensors, metadata=metadata))
+        file.write(save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=metadata))
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
