@@ -20,7 +20,7 @@ from util.runtime.errors import RunError, UsageError
 WEIGHTED = ("Conv", "Gemm", "MatMul", "BatchNormalization", "PRelu", "LayerNormalization", "Add", "Mul", "Sub", "Div")
 LARGE = 1024  # values; smaller initializers may be read when the graph is converted, and stay in it
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # of torch, about onnx2torch
-OPSETS = range(9, 18)  # that onnx2torch converts; of 18 it lacks what torch exports
+OPSETS = range(10, 18)  # that onnx2torch converts; of 18 it lacks what torch exports
 
 
 class OnnxBackbone(nn.Module):
