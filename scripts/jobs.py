@@ -1,23 +1,18 @@
-"""Runs of the top scripts, each a process of its own, dealt out over devices."""
+"""Runs of the top scripts, each a process of its own, dealt out over devices or sent to a cluster."""
 
 import argparse
 import os
 import queue
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TextIO
 
 import torch
 
+from scripts.cluster import ROOT, Cluster, Run
 from util.cli.options import number
 from util.storage.folders import OutputFolder
-
-ROOT = Path(__file__).resolve().parent.parent
-TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # names of files may be no text
 
 
 @dataclass
@@ -31,9 +26,9 @@ class Job:
     finished: bool = False
     failure: str = ""
 
-    def open_log(self) -> TextIO:
-        self.folder.path.mkdir(parents=True, exist_ok=True)
-        return (self.folder.path / "log.txt").open("a", **TEXT)
+    @property
+    def run(self) -> Run:
+        return Run([sys.executable, str(ROOT / self.script), *self.arguments], self.folder.path / "log.txt")
 
 
 def add_job_options(group: argparse._ActionsContainer) -> None:
@@ -44,50 +39,59 @@ def add_job_options(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="runs side by side on each device (default: 1; on a CPU, one on each core)",
     )
+    told = "slurm: send each run to the cluster as a job of its own, from a folder that its nodes see"
+    group.add_argument("--cluster", choices=("local", "slurm"), default="local", help=told)
+    told = 'options of sbatch for each job, --sbatch="--partition=gpu --gpus=1 --time=240"; what takes longer is requeued'
+    group.add_argument("--sbatch", default="", metavar="STRING", help=told)
 
 
-def places(args: argparse.Namespace, count: int) -> list[str]:
-    """Where `count` runs may run at once: GPUs by name, "" for the device that a run finds itself."""
+def places(args: argparse.Namespace, count: int) -> list[str] | Cluster:
+    """Where `count` runs may run at once: GPUs by name, "" for the device that a run finds itself; or a cluster."""
+    if args.cluster == "slurm":
+        return Cluster.parse(args.sbatch)
     cores = 1 if args.gpus or torch.cuda.is_available() else os.cpu_count() or 1
     # Three runs on two cores end sooner at once than two and then one. Without a second core there is nothing to gain.
     at_once = count if 1 < cores <= count < 2 * cores else min(cores, count)
     return (args.gpus or [""]) * (args.jobs_per_gpu or max(1, at_once))
 
 
-def deal_out(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
-    """Yield each job as it ends. A run is a process that sees one of the `gpus` ("": all of them).
+def deal_out(jobs: list[Job], where: list[str] | Cluster) -> Iterator[Job]:
+    """Yield each job as it ends. A run is a process that sees one of the GPUs `where` ("": all of them).
 
     A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle. Runs
-    side by side share out the CPU's cores.
+    side by side share out the CPU's cores. On a cluster, where devices are found is the cluster's affair.
     """
-    threads = max(1, (os.cpu_count() or 1) // len(gpus))
-    running: set[subprocess.Popen] = set()
+    runs = [job.run for job in jobs]
+    ends = _on_cluster(runs, where) if isinstance(where, Cluster) else _on_this_machine(runs, where)
+    for index, failure in ends:
+        jobs[index].failure = failure
+        yield jobs[index]
+
+
+def _on_cluster(runs: list[Run], cluster: Cluster) -> Iterator[tuple[int, str]]:
+    return cluster.run(runs, runs[0].log.parents[1] / ".slurm") if runs else iter(())
+
+
+def _on_this_machine(runs: list[Run], gpus: list[str]) -> Iterator[tuple[int, str]]:
+    """Not through submitit, whose local executor has no queue."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(gpus)))} | os.environ
     free: queue.Queue[str] = queue.Queue()
     for gpu in gpus:
         free.put(gpu)
 
-    def run(job: Job) -> Job:
+    def run(number: int) -> tuple[int, str]:
         gpu = free.get()
-        variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-        with job.open_log() as log:
-            command = [sys.executable, str(ROOT / job.script), *job.arguments]
-            process = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.PIPE, **TEXT)
-            running.add(process)
-            _, errors = process.communicate()
-            running.discard(process)
-            log.write(errors)
+        failure = runs[number](threads | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))
         free.put(gpu)
-        if process.returncode:
-            last = (errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-            job.failure = last.removeprefix(f"{job.script}: error: ")
-        return job
+        return number, failure
 
     with ThreadPoolExecutor(len(gpus)) as pool:
         try:
-            for done in as_completed([pool.submit(run, job) for job in jobs]):
+            for done in as_completed([pool.submit(run, number) for number in range(len(runs))]):
                 yield done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*running]:
-                process.terminate()  # it saves, and ends
+            for process in [run.process for run in runs]:
+                if process and process.poll() is None:
+                    process.terminate()  # it saves, and ends
             raise

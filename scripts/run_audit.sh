@@ -9,9 +9,10 @@
 #   bash scripts/run_audit.sh --before a.pth --after b.pth --forget-classes "ann, bob" --data path/to/faces
 #
 # Everything goes to scripts/audit.py; -- --help lists its options. Paths are relative to the current folder, RUNs come
-# first. Variables: GPUS JOBS_PER_GPU, explained in settings.sh: what to train references on; without a GPU, one on each core.
+# first. Variables: GPUS JOBS_PER_GPU, CLUSTER SBATCH, explained in settings.sh: what to train references on; without a GPU, one on each core.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
 absolute_paths RUN "$@"
 [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
 source scripts/setup.sh
-"$PYTHON" scripts/audit.py "${arguments[@]}" ${GPUS:+--gpus $GPUS} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU}
+"$PYTHON" scripts/audit.py "${arguments[@]}" ${GPUS:+--gpus $GPUS} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU} \
+  ${CLUSTER:+--cluster "$CLUSTER"} ${SBATCH:+--sbatch="$SBATCH"}

@@ -13,7 +13,7 @@
 #   SETTING=imagenet DATA=imagenet100 WEIGHTS=vit.safetensors bash scripts/run_cl_forget.sh --published     their table 4
 #
 # What is finished is not run again, what was interrupted is continued. Variables, beside those explained in settings.sh
-# (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS JOBS_PER_GPU):
+# (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS JOBS_PER_GPU CLUSTER SBATCH):
 #   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
 #   AUDIT       first (the default): a first look at the first request; all: every figure of all requests; off: none
@@ -46,14 +46,14 @@ done
 [ -n "$OUTPUT" ] || tag_data
 output=${OUTPUT:-exps/${RUN_NAME:-cl_forget}-$tag}
 "$PYTHON" scripts/compare.py --methods ${METHODS:-all} --seeds ${SEEDS:-$SEED} --gpus ${GPUS:-} \
-  ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU} --output-dir "$output" "${options[@]}" -- \
+  ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU} "${cluster[@]}" --output-dir "$output" "${options[@]}" -- \
   --checkpoint "$CHECKPOINT" --data "$DATA" --num-tasks 4 $FORGET "$@"
 code=$?
 
 # Where nothing has run, nothing is audited.
 [ "$AUDIT" != off ] && [ "$code" -lt 2 ] || exit "$code"
 echo
-"$PYTHON" scripts/audit.py "$output" "${look[@]}" --gpus ${GPUS:-} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU}
+"$PYTHON" scripts/audit.py "$output" "${look[@]}" --gpus ${GPUS:-} ${JOBS_PER_GPU:+--jobs-per-gpu $JOBS_PER_GPU} "${cluster[@]}"
 audited=$?
 # A first look that nobody asked for may be impossible, as where a published checkpoint names no recipe for references.
 [ "$audited" = 2 ] && [ -z "$asked" ] && audited=0

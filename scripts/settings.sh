@@ -17,6 +17,8 @@
 #   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh deals its runs out over them; default: the first one
 #   JOBS_PER_GPU  of these runs, how many share a device; default: 1 on a GPU (small steps leave it idle: try 4), and
 #               without one a run on each core
+#   CLUSTER     slurm: send each run to the cluster as a job of its own (docs/speed.md); default: this machine
+#   SBATCH      options of sbatch for these jobs, as "--partition=gpu --gpus=1 --time=240"
 # Paths are relative to where the script was called from. Arguments after -- go to the Python script.
 
 _has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }
@@ -81,6 +83,7 @@ fi
 [ -z "${WEIGHTS:-}" ] || START=(--weights "$(_absolute "$WEIGHTS")")
 CHECKPOINT=$(_absolute "${CHECKPOINT:-}")
 OUTPUT=$(_absolute "${OUTPUT:-}")
+cluster=(${CLUSTER:+--cluster "$CLUSTER"} ${SBATCH:+--sbatch="$SBATCH"})
 [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}
 absolute_paths none "$@"
 set -- "${arguments[@]}"

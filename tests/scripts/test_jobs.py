@@ -24,7 +24,7 @@ from util.storage.folders import PretrainFolder
 def test_devices_or_cores_are_shared_out(monkeypatch, gpus, jobs_per_gpu, cuda, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert places(Namespace(gpus=gpus, jobs_per_gpu=jobs_per_gpu), 3) == expected
+    assert places(Namespace(gpus=gpus, jobs_per_gpu=jobs_per_gpu, cluster="local"), 3) == expected
 
 
 WAVES = [(2, 3, 3), (2, 4, 2), (2, 13, 2), (2, 1, 1), (1, 3, 1), (1, 1, 1), (8, 13, 13)]
@@ -34,7 +34,7 @@ WAVES = [(2, 3, 3), (2, 4, 2), (2, 13, 2), (2, 1, 1), (1, 3, 1), (1, 1, 1), (8, 
 def test_a_wave_that_would_leave_cores_idle_joins_the_one_before(monkeypatch, cores, runs, at_once):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert places(Namespace(gpus=[], jobs_per_gpu=None), runs) == [""] * at_once
+    assert places(Namespace(gpus=[], jobs_per_gpu=None, cluster="local"), runs) == [""] * at_once
 
 
 @pytest.mark.parametrize(("own", "threads", "cuda"), [(None, "3", False), (None, "3", True), ("5", "5", True)])
@@ -59,7 +59,7 @@ def test_what_a_run_says_is_logged_whatever_it_is(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys; sys.stdout.buffer.write(b'out\\xff'); sys.stderr.buffer.write(b'err\\xfe'); sys.exit(1)")
     job = Job("odd", PretrainFolder(tmp_path / "odd"), str(script), [])
-    with job.open_log() as log:
+    with job.run.open_log() as log:
         log.write("\udcfd ")
     assert [done.failure for done in deal_out([job], [""])] == ["err\\xfe"]
     assert (tmp_path / "odd" / "log.txt").read_bytes() == b"\\udcfd out\xfferr\\xfe"

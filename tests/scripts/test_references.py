@@ -32,7 +32,7 @@ from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.resume import LastState
 
-ONE_DEVICE = Namespace(gpus=[], jobs_per_gpu=1)
+ONE_DEVICE = Namespace(gpus=[], jobs_per_gpu=1, cluster="local")
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def here(monkeypatch) -> list[str]:
     def deal_out(jobs, gpus):
         for job in jobs:
             trained.append(job.label)
-            with job.open_log() as log, contextlib.redirect_stdout(log):
+            with job.run.open_log() as log, contextlib.redirect_stdout(log):
                 train_pretrain.main(job.arguments)
             yield job
 

@@ -153,6 +153,14 @@ def test_paths_for_the_audit_are_relative_to_the_callers_folder(script, tmp_path
     assert done.stdout == f"scripts/audit.py {tmp_path}/my results --gpus 2 3 --jobs-per-gpu 1\n"
 
 
+def test_runs_and_references_go_to_the_cluster(script):
+    there = {"CLUSTER": "slurm", "SBATCH": "--gpus=1 --time=60", "JOBS_PER_GPU": ""}
+    compared, *_, audited = script("run_cl_forget.sh", PYTHON="echo", CHECKPOINT="p", **there).stdout.splitlines()
+    told = "--cluster slurm --sbatch=--gpus=1 --time=60"
+    assert f"--gpus {told} --output-dir" in compared and audited.endswith(f"--gpus {told}")
+    assert script("run_audit.sh", "RUN", PYTHON="echo", **there).stdout.endswith(f"/RUN {told}\n")
+
+
 def test_a_sweep_ends_in_one_table_and_one_figure(script, trained, tmp_path):
     done = script("run_forget.sh", "rank", VALUES="1 4", OUTPUT="sweep", CHECKPOINT=str(trained))
     assert done.returncode == 0, done.stderr

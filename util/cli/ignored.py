@@ -27,6 +27,8 @@ TABLE: tuple[tuple[str, str, Callable[[Arguments], bool]], ...] = (
     ("--originals", "without --references", lambda a: a.references is None),
     ("--requests", "without a RUN", lambda a: not a.runs),
     (OF_REFERENCES, "with --references, which are given", lambda a: getattr(a, "references", None) is not None),
+    ("--gpus --jobs-per-gpu", "with --cluster slurm: see --sbatch", lambda a: getattr(a, "cluster", "local") != "local"),
+    ("--sbatch", "without --cluster slurm", lambda a: a.cluster == "local"),
     ("--sweep", "without --labels", lambda a: a.labels is None),
 )
 
