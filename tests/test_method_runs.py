@@ -119,7 +119,7 @@ def test_a_val_fraction_leaves_the_test_set_alone(trained, colours, command, tmp
 def test_the_readmes_example_of_a_method_runs(trained, colours, command, tmp_path, monkeypatch):
     """The README's example, the same as in CONTRIBUTING.md, in a file of its own beside the other methods."""
     pages = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
-    blocks = [block.split("```")[0] for page in pages for block in page.split("```python\n")[1:] if "class " in block]
+    blocks = [block.split("```")[0] for page in pages for block in page.split("```python\n")[1:] if "(Method)" in block]
     (code,) = {*blocks}
     assert len(code.splitlines()) <= 30 and len(blocks) == len(pages)
     module = types.ModuleType("methods.example")
