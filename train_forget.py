@@ -93,11 +93,11 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     options.add_data(parser)
     group = parser.add_argument_group("forgetting protocol")
     count, ratio = options.number(int, 1), options.number(float, 1e-12, 1)
-    group.add_argument("--num-tasks", type=count, help="requests to forget, in turn, of drawn classes (default: 4)")
+    group.add_argument("--num-tasks", type=count, help="requests to forget, in turn, of random classes (default: 4)")
     told = "classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
     group.add_argument("--forget-per-task", type=count, help=told)
     names = {"type": options.class_list, "metavar": "LIST"}
-    group.add_argument("--forget-classes", **names, help=f"instead of drawn ones, forget these people: {options.NAMES}")
+    group.add_argument("--forget-classes", **names, help=f"instead of random ones, forget these people: {options.NAMES}")
     group.add_argument("--then", action="append", default=[], **names, help="and these in a further task; repeatable")
     told = "go on where photos of a named person stay under another person's name"
     group.add_argument("--allow-copies", action="store_true", help=told)

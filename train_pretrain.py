@@ -1,6 +1,6 @@
 """Pre-train a recognizer: data → backbone and margin head → engine.
 
-python train_pretrain.py                                     the tiny model on drawn faces, minutes on a CPU
+python train_pretrain.py                                     the tiny model on synthetic faces, minutes on a CPU
 python train_pretrain.py --data DIR --model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4 --warmup-epochs 10
                                                              the paper's model and schedule
 python train_pretrain.py --without-classes "ann, bob"        a model that never saw them: a reference of the audit

@@ -24,7 +24,7 @@ def build_datasets(
 
     `args.data` is "synthetic_faces", an image folder (one of that name is reached as ./synthetic_faces) or a .rec. With
     `on_demand`, no training image is decoded, and both sets are in host memory: `placed` does the rest. `crop_pct`, the
-    share of the shorter side that is seen, does nothing to drawn faces.
+    share of the shorter side that is seen, does nothing to synthetic faces.
     """
     cache_dir = args.cache_dir or cache_folder()
     with distributed.main_process_first():

@@ -22,7 +22,7 @@ class ImageSet:
     images: Tensor  # uint8 (N, 3, H, W), RGB; mapped from a cache file it is read only
     labels: Tensor  # int64 (N,), indices into `classes`
     classes: tuple[str, ...]
-    files: tuple[str, ...] = ()  # of each image, its path below the data folder; of drawn faces, which one it is
+    files: tuple[str, ...] = ()  # of each image, its path below the data folder; of synthetic faces, which one it is
     digests: tuple[str, ...] = ()  # of each image, the SHA-256 of its file
     # Of the whole data set, both splits, the SHA-256 of each class, by name.
     contents: dict[str, str] = field(default_factory=dict, compare=False)

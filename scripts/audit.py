@@ -34,7 +34,7 @@ from util.storage.folders import RunFolder
 from util.training.deletion_record import settings_of
 
 TABLE_BEGINS = "## Seed "
-QUICK = {"num_references": 3, "num_originals": 1, "figures": ["readout", "enrolment", "verification", "membership_images"]}
+QUICK = {"num_references": 3, "num_originals": 1, "metrics": ["readout", "enrolment", "verification", "membership_images"]}
 
 
 def build_parser() -> options.Parser:
@@ -55,8 +55,8 @@ def build_parser() -> options.Parser:
         metavar="N",
         help="these, each after its task (default: the run's first); all: each after its task and after the last",
     )
-    group.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES), help="which")
-    group.add_argument("--quick", action="store_true", help="a first look: four quick figures, 3 references, no pictures")
+    group.add_argument("--metrics", nargs="+", choices=FIGURES, default=list(FIGURES), help="which metrics")
+    group.add_argument("--quick", action="store_true", help="a first look: four quick metrics, 3 references, no pictures")
     group.add_argument("--seed", type=options.number(int, 0), default=0, help="seeds galleries, pairs and bootstrap")
     group = parser.add_argument_group("references")
     count = options.number(int, 1)
@@ -81,8 +81,8 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
-    if args.strangers and not {*args.figures} & {*BESIDE_STRANGERS}:
-        raise UsageError(f"--strangers needs one of --figures {' '.join(BESIDE_STRANGERS)}")
+    if args.strangers and not {*args.metrics} & {*BESIDE_STRANGERS}:
+        raise UsageError(f"--strangers needs one of --metrics {' '.join(BESIDE_STRANGERS)}")
     files = (args.after, args.forget_classes)
     if (files != (None, None)) if args.runs else (None in (args.before, *files)):
         raise UsageError("name the folders of runs, or --before, --after and --forget-classes")

@@ -46,7 +46,7 @@ class Work(NamedTuple):
 
 
 class Bench:
-    """A model, drawn faces, `count` of each identity, and the work that is done with them."""
+    """A model, synthetic faces, `count` of each identity, and the work that is done with them."""
 
     def __init__(self, model: str, batch_size: int, count: int, device: torch.device) -> None:
         self.model, self.batch_size, self.device = model, batch_size, device
@@ -125,7 +125,7 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--model", default="face_vit_p8s8_d6", metavar="NAME", help="a timm model, or one of the papers'")
     parser.add_argument("--batch-size", type=options.number(int, 1), default=48, help="images of each stream in a step")
     parser.add_argument("--min-run-time", type=float, default=1.0, help="seconds that are timed in each of three turns")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
     options.add_hardware(parser)
     options.add_fast_path(parser)
     args = parser.parse_args(argv)

@@ -2,7 +2,7 @@
 # Continual forgetting: pre-train (once), then forget a fifth of the classes in each of four tasks, with every method from
 # the same checkpoint, and print the papers' main table, row by row. Then audit what is left of the first request's people.
 #
-#   bash scripts/run_cl_forget.sh                                   drawn faces, all methods: 20 to 60 minutes on two CPU cores
+#   bash scripts/run_cl_forget.sh                                   synthetic faces, all methods: 20 to 60 minutes on two CPU cores
 #   METHODS="gs_lora scrub ewc" bash scripts/run_cl_forget.sh       some of them
 #   DATA=path/to/faces SEEDS="1337 1 2" bash scripts/run_cl_forget.sh    real faces, mean ± standard deviation
 #   METHODS=gs_lora EPOCHS=50 bash scripts/run_cl_forget.sh -- --few-shot 4    longer, on four images a class
@@ -16,8 +16,8 @@
 # (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS JOBS_PER_GPU CLUSTER SBATCH):
 #   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
-#   AUDIT       first (the default): a first look at the first request; all: every figure of all requests; off: none
-#   UNSEEN      folder <identity>/<image> of people in no training set, for the audit; drawn faces make their own
+#   AUDIT       first (the default): a first look at the first request; all: every metric of all requests; off: none
+#   UNSEEN      folder <identity>/<image> of people in no training set, for the audit; synthetic faces make their own
 #   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
 
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1

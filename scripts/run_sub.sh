@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Pre-train a recognizer on DATA; arguments after -- go to train_pretrain.py.
 #
-#   bash scripts/run_sub.sh                                         the tiny model on drawn faces
+#   bash scripts/run_sub.sh                                         the tiny model on synthetic faces
 #   DATA=path/to/faces MODEL=face_vit_p8s8_d6 SETTING=paper bash scripts/run_sub.sh
 #
 # Variables: DATA OUTPUT SEED SETTING MODEL PRETRAIN_EPOCHS GPUS, explained in settings.sh. With none of OUTPUT and SEED

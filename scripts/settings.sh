@@ -1,7 +1,7 @@
 # Sourced by run_*.sh and test_sub.sh: the variables they share, the settings, and pre-training where it is needed.
 #
 #   DATA        folder with train/ and test/, or synthetic_faces. Default: CASIA-100 if it lies at
-#               data/faces_webface_112x112_sub100_train_test and there is a GPU, else synthetic_faces (drawn, no download)
+#               data/faces_webface_112x112_sub100_train_test and there is a GPU, else synthetic_faces (rendered, no download)
 #   CHECKPOINT  a pre-trained recognizer, ours or published. Default: exps/pretrain-<data>-<model>/checkpoint.pth, <data>
 #               being the folder's name and a hash of its images, which is trained first where it is missing
 #               (one that was trained with other options is refused: run_sub.sh --overwrite replaces it)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluate a checkpoint on DATA; arguments after -- go to test.py.
 #
-#   bash scripts/test_sub.sh                                        the pre-trained tiny model on drawn faces
+#   bash scripts/test_sub.sh                                        the pre-trained tiny model on synthetic faces
 #   CHECKPOINT=exps/…/checkpoints/task_2.pth bash scripts/test_sub.sh
 #
 # Variables: DATA CHECKPOINT OUTPUT SETTING MODEL GPUS, explained in settings.sh; pre-trains where there is no checkpoint.

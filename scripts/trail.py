@@ -169,10 +169,10 @@ class Trail:
             settings = {"hardware": self.hardware, "remain": self._remain(case), "seed": args.seed}
             settings["progress"] = lambda what: bar.set_description_str(f"{self.label}, request {case.task}: {what}")
             if strangers:
-                settings["figures"] = [name for name in BESIDE_STRANGERS if name in args.figures]
+                settings["figures"] = [name for name in BESIDE_STRANGERS if name in args.metrics]
                 found = audit_beside_strangers(*models, *people, **settings)
             else:
-                settings |= {"figures": args.figures, "cache": (args.cache_dir or cache_folder()) / "audits"}
+                settings |= {"figures": args.metrics, "cache": (args.cache_dir or cache_folder()) / "audits"}
                 settings["originals"] = [checkpoint.model for checkpoint in known.values()]
                 found = audit(*models, [checkpoint.model for checkpoint in never.values()], *people, **settings)
         known = {args.before: self.before, **known}
@@ -220,7 +220,7 @@ class Trail:
 
     def _missing(self, references: list[int]) -> list[str]:
         """What makes the audit a first look, with so many references of each request beside any."""
-        without = [name for name in (FIGURES if references else BESIDE_STRANGERS) if name not in self.args.figures]
+        without = [name for name in (FIGURES if references else BESIDE_STRANGERS) if name not in self.args.metrics]
         least = min(references, default=ENOUGH_REFERENCES)
         few = [f"{least} models that never saw them instead of {ENOUGH_REFERENCES}"] * (least < ENOUGH_REFERENCES)
         return few + ([f"without {', '.join(without)}"] if without else [])

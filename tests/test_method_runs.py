@@ -117,10 +117,11 @@ def test_a_val_fraction_leaves_the_test_set_alone(trained, colours, command, tmp
 
 
 def test_the_readmes_example_of_a_method_runs(trained, colours, command, tmp_path, monkeypatch):
-    """The README's example, taken from the README, in a file of its own beside the other methods."""
-    readme = (ROOT / "README.md").read_text()
-    (code,) = (block.split("```")[0] for block in readme.split("```python\n")[1:] if "class " in block)
-    assert len(code.splitlines()) <= 30
+    """The README's example, the same as in CONTRIBUTING.md, in a file of its own beside the other methods."""
+    pages = [(ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md")]
+    blocks = [block.split("```")[0] for page in pages for block in page.split("```python\n")[1:] if "(Method)" in block]
+    (code,) = {*blocks}
+    assert len(code.splitlines()) <= 30 and len(blocks) == len(pages)
     module = types.ModuleType("methods.example")
     exec(compile(code, "README.md", "exec"), module.__dict__)
     (method,) = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == "methods.example")

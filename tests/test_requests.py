@@ -205,7 +205,7 @@ def test_a_replaced_model_or_a_damaged_record_is_told(named, command, tmp_path):
 
 def test_an_audit_is_confirmed_with_its_record(named, command, tmp_path):
     run = shutil.copytree(named / "first", tmp_path / "run")
-    words = ("--figures", "readout", "--num-references", 3, "--num-originals", 1)
+    words = ("--metrics", "readout", "--num-references", 3, "--num-originals", 1)
     code, _, err = command("scripts/audit.py", run, *words)
     assert code == 0, err
     file, audit_file = run / "deletions" / "task_1.json", run / "audit" / "audit.json"

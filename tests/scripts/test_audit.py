@@ -101,7 +101,7 @@ def references(whole) -> list[Path]:
 def files(early, run, colours, references, command, tmp_path):  # noqa: F811
     """Audit two checkpoints beside given references."""
     words = ("--before", early, "--after", run / "checkpoints" / "task_1.pth", "--forget-classes", ",".join(FIRST))
-    words += ("--data", colours, "--references", *references, "--figures", "readout", "--output-dir", tmp_path / "audit")
+    words += ("--data", colours, "--references", *references, "--metrics", "readout", "--output-dir", tmp_path / "audit")
     return lambda *more: command("scripts/audit.py", *words, *more)
 
 
@@ -131,7 +131,7 @@ def test_a_first_look_and_files_that_bring_people_back_are_named(kind, run, whol
     (copy / kind).mkdir()
     (copy / kind / "task_1.safetensors").touch()
     code, _, err = command(
-        "scripts/audit.py", copy, "--figures", "cka", "readout", "--num-references", 3, "--num-originals", 2
+        "scripts/audit.py", copy, "--metrics", "cka", "readout", "--num-references", 3, "--num-originals", 2
     )
     assert code == 0, err
     content = audit_of(copy / "audit")
@@ -201,7 +201,7 @@ def test_every_figure_is_compared_as_documented(whole, key):
     if found["power"] < 3 or (abs(rho) > 0.2 and abs(found["z"]) <= T):
         assert found["verdict"] == "inconclusive"
     elif abs(rho) <= 0.2:
-        assert found["verdict"] == "within 20% of the way"
+        assert found["verdict"] == "within the margin"
     else:
         known = "inconclusive" if key == "collapse_1pct" else "still known"
         assert found["verdict"] == (known if rho > 0 else "over-forgotten")
@@ -214,7 +214,7 @@ def test_the_markdown_has_every_figure(whole):
         (row,) = [line for line in text.splitlines() if f"(`{key}`)" in line]
         cells = [cell.strip() for cell in row.split("|")[1:-1]]
         assert cells[1] == ("–" if entry["value"] is None else f"{entry['value']:.2f}")
-        off = ", and yet significantly off" * (entry["verdict"] == "within 20% of the way" and entry["significant"])
+        off = ", and yet significantly off" * (entry["verdict"] == "within the margin" and entry["significant"])
         assert cells[-1] == (entry["verdict"] or entry["reason"]) + off
     assert f"**{request['verdict']}**" in text
 
@@ -234,7 +234,7 @@ def test_with_strangers_their_figures_are_measured_and_without_them_it_is_said(w
     figures = audit_of(whole)["requests"][0]["figures"]
     assert figures["tpir_1pct"]["value"] is not None
     assert figures["membership_person"]["value"] is not None
-    words = ("--figures", "enrolment", "membership_person", "--num-references", 3, "--num-originals", 1)
+    words = ("--metrics", "enrolment", "membership_person", "--num-references", 3, "--num-originals", 1)
     code, _, err = command("scripts/audit.py", run, *words, "--output-dir", tmp_path)
     assert code == 0, err
     figures = audit_of(tmp_path)["requests"][0]["figures"]
@@ -247,7 +247,7 @@ def test_with_strangers_their_figures_are_measured_and_without_them_it_is_said(w
 
 def test_an_audit_that_is_repeated_trains_nothing_and_finds_the_same(whole, run, strangers, here, command, tmp_path):  # noqa: F811
     figures = ("readout", "verification", "membership_person", "relearning")
-    options = ("--num-references", 3, "--num-originals", 2, "--unseen", strangers, "--figures", *figures)
+    options = ("--num-references", 3, "--num-originals", 2, "--unseen", strangers, "--metrics", *figures)
     code, out, err = command("scripts/audit.py", run, *options, "--output-dir", tmp_path)
     assert code == 0, err
     assert not here
@@ -258,7 +258,7 @@ def test_an_audit_that_is_repeated_trains_nothing_and_finds_the_same(whole, run,
 
 
 def test_all_requests_each_after_its_task_and_after_the_last(whole, run, here, command, tmp_path):  # noqa: F811
-    options = ("--requests", "all", "--figures", "readout", "verification", "--num-references", 3, "--num-originals", 1)
+    options = ("--requests", "all", "--metrics", "readout", "verification", "--num-references", 3, "--num-originals", 1)
     code, out, err = command("scripts/audit.py", run, *options, "--output-dir", tmp_path)
     assert code == 0, err
     assert [label.split(", ")[0] for label in here] == ["colours without 7 classes"] * 3
@@ -281,7 +281,7 @@ def test_all_requests_each_after_its_task_and_after_the_last(whole, run, here, c
 
 
 def test_requests_by_number_are_audited_after_their_tasks(run, here, command, tmp_path):  # noqa: F811
-    options = ("--figures", "readout", "--num-references", 3, "--num-originals", 1, "--output-dir", tmp_path)
+    options = ("--metrics", "readout", "--num-references", 3, "--num-originals", 1, "--output-dir", tmp_path)
     code, _, err = command("scripts/audit.py", run, "--requests", 2, *options)
     assert code == 0, err
     (request,) = audit_of(tmp_path)["requests"]
@@ -309,7 +309,7 @@ def test_a_first_look_is_four_figures_beside_three_references(whole, run, here, 
     assert [line[12:].split()[1:5] for line in lines[3:6]] == [[f"{value:.1f}" for value in row] for row in values]
     assert lines[5].split()[1] == f"{results_of(run)['tasks'][0]['after']['h_mean']:.2f}"
     assert lines[5].rstrip().endswith(request["verdict"])
-    code, _, err = command("scripts/audit.py", run, "--quick", "--figures", "cka", "--output-dir", tmp_path)
+    code, _, err = command("scripts/audit.py", run, "--quick", "--metrics", "cka", "--output-dir", tmp_path)
     assert code == 0, err
     assert [*audit_of(tmp_path)["requests"][0]["figures"]] == ["cka"]
 
@@ -369,7 +369,7 @@ def test_each_seed_of_a_comparison_has_a_table(seeds, here, command, tmp_path): 
 
 
 def test_the_pages_of_several_runs_are_where_it_says(seeds, here, command):  # noqa: F811
-    code, out, err = command("scripts/audit.py", *seeds, "--quick", "--figures", "readout")
+    code, out, err = command("scripts/audit.py", *seeds, "--quick", "--metrics", "readout")
     assert code == 0, err
     told = out.splitlines()[-1].split("look at: ")[1]
     for folder in seeds:
@@ -408,7 +408,7 @@ def test_references_that_lack_more_people_serve_each_of_their_requests(files, tm
     """The others that they lack are not kept: no threshold rests on them."""
     told = []
     for names in ("c0", "c0,c1,c2,c3,c4"):
-        code, _, err = files("--forget-classes", names, "--figures", "verification")
+        code, _, err = files("--forget-classes", names, "--metrics", "verification")
         assert code == 0, err
         (request,) = audit_of(tmp_path / "audit")["requests"]
         told.append(request["figures"]["verification_tar_01pct"]["reason"])
@@ -453,7 +453,7 @@ def test_without_enough_strangers_it_says_what_to_do(files, strangers, tmp_path)
     refused(
         files("--strangers", "--unseen", strangers), 2, "--unseen has 6 people with 4 photos or more: --strangers needs 20"
     )
-    refused(files("--strangers", "--figures", "cka"), 2, "--strangers needs one of --figures readout enrolment")
+    refused(files("--strangers", "--metrics", "cka"), 2, "--strangers needs one of --metrics readout enrolment")
     assert not (tmp_path / "audit").exists()
 
 
@@ -501,7 +501,7 @@ def test_nothing_to_audit_is_refused(run, command, tmp_path):
         (["--unseen", __file__], 2, "cannot be read as <class>/<image>"),
         (["--unseen", "absent"], 2, "absent: cannot be read as <class>/<image>"),
         (["--data", "absent"], 2, "absent: cannot be read as {train,test}/<class>/<image>"),
-        (["--figures", "aura"], 2, "--figures: invalid choice: 'aura'"),
+        (["--metrics", "aura"], 2, "--metrics: invalid choice: 'aura'"),
         (["--requests", "some"], 2, "--requests: some is neither the number of a request nor all"),
         (["--requests", "0"], 2, "--requests: 0 is neither the number of a request nor all"),
         (["--num-references", 0], 2, "--num-references: 0 is out of range"),
@@ -559,7 +559,7 @@ def test_kept_people_without_test_images_are_told(files, colours, tmp_path):
     for c in range(5, 10):
         shutil.rmtree(folder / "test" / f"c{c}")
     for figure in ("readout", "verification"):
-        refused(files("--data", folder, "--figures", figure), 2, "test images")
+        refused(files("--data", folder, "--metrics", figure), 2, "test images")
 
 
 def test_two_photos_of_everybody_are_enough(files, colours, tmp_path):
@@ -567,7 +567,7 @@ def test_two_photos_of_everybody_are_enough(files, colours, tmp_path):
     for person in (folder / "train").iterdir():
         for path in sorted(person.iterdir())[2:]:
             path.unlink()
-    code, _, err = files("--data", folder, "--figures", "probe")
+    code, _, err = files("--data", folder, "--metrics", "probe")
     assert code == 0, err
     assert audit_of(tmp_path / "audit")["requests"][0]["figures"]["probe_embedding"]["value"] is not None
 
@@ -615,7 +615,7 @@ def test_a_run_that_goes_on_after_anothers_first_task_is_audited(run, here, comm
     copy, results = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("audit")), results_of(run)
     (copy / "results.json").write_text(json.dumps(results | {"tasks": results["tasks"][1:]}))
     refused(command("scripts/audit.py", copy, "--quick", "--requests", 1), 2, f"--requests 1: {copy} has finished 2")
-    code, _, err = command("scripts/audit.py", copy, "--figures", "readout", "--num-references", 3, "--num-originals", 1)
+    code, _, err = command("scripts/audit.py", copy, "--metrics", "readout", "--num-references", 3, "--num-originals", 1)
     assert code == 0, err
     (request,) = audit_of(copy / "audit")["requests"]
     assert (request["task"], request["after_task"], request["forget"]) == (2, 2, SECOND)
@@ -656,7 +656,7 @@ def test_a_moved_run_is_audited_where_its_files_are_told(whole, run, early, trai
     config = json.loads((copy / "config.json").read_text())
     config["arguments"] |= {"checkpoint": str(tmp_path / "gone.pth"), "data": str(tmp_path / "gone")}
     (copy / "config.json").write_text(json.dumps(config))
-    words = ("scripts/audit.py", copy, "--quick", "--figures", "readout")
+    words = ("scripts/audit.py", copy, "--quick", "--metrics", "readout")
     refused(command(*words, "--data", colours), 2, f"no file {tmp_path / 'gone.pth'}: --before says where")
     refused(command(*words, "--before", early), 2, f"no folder {tmp_path / 'gone'}: --data says where")
     refused(command(*words, "--before", trained), 2, f"{trained} is not the checkpoint that {copy} began with")
@@ -674,7 +674,7 @@ def test_a_published_checkpoint_is_audited_by_a_recipe_or_beside_references(colo
     code, _, err = command("train_pretrain.py", *data, *words, "--output-dir", pre)
     assert code == 0, err
     words = ("--before", pre / "published.pth", "--after", pre / "checkpoint.pth", "--forget-classes", "c8,c9")
-    words += (*data, "--quick", "--figures", "readout", "--output-dir", tmp_path / "audit")
+    words += (*data, "--quick", "--metrics", "readout", "--output-dir", tmp_path / "audit")
     code, _, err = command("scripts/audit.py", *words, "--recipe", pre / "config.json")
     assert code == 0, err
     assert len(here) == 3
@@ -704,7 +704,7 @@ def test_names_that_are_no_text_are_audited(colours, here, command, tmp_path):  
     people, audit = sorted([*odd, *(f"c{c}" for c in range(5, 10))]), tmp_path / "audit\udcfe"
     words = ("--data", data, "--forget-classes", ",".join(f"#{people.index(name)}" for name in odd), "--output-dir", audit)
     words += ("--before", checkpoint, "--after", checkpoint, "--num-references", 3, "--num-originals", 2)
-    code, out, err = command("scripts/audit.py", *words, "--figures", "readout")
+    code, out, err = command("scripts/audit.py", *words, "--metrics", "readout")
     assert code == 0, err
     assert len(here) == 4
     content = audit_of(audit)
@@ -726,7 +726,7 @@ def erased(run, colours, tmp_path) -> Path:
 
 def test_after_erasure_later_requests_are_audited_alone(run, erased, strangers, here, command, tmp_path):  # noqa: F811
     words = ("scripts/audit.py", run, "--data", erased, "--unseen", strangers, "--output-dir", tmp_path / "audit")
-    words += ("--num-references", 3, "--num-originals", 2, "--figures", "readout", "enrolment")
+    words += ("--num-references", 3, "--num-originals", 2, "--metrics", "readout", "enrolment")
     gone = "the images of c0, c1, c2, c3, c4 are gone: nothing of them can be audited"
     refused(command(*words), 2, gone)
     refused(command(*words, "--requests", "all"), 2, gone)

@@ -130,8 +130,8 @@ def test_paths_for_the_audit_are_relative_to_the_callers_folder(script, tmp_path
     for words, made in (
         ("my_results other --requests all", "{}/my_results {}/other --requests all"),
         (
-            "RUN --forget-classes s01 --figures enrolment --output-dir new",
-            "{}/RUN --forget-classes s01 --figures enrolment --output-dir {}/new",
+            "RUN --forget-classes s01 --metrics enrolment --output-dir new",
+            "{}/RUN --forget-classes s01 --metrics enrolment --output-dir {}/new",
         ),
         ("--quick RUN --unseen /strangers", "--quick {}/RUN --unseen /strangers"),
         ("--strangers RUN --unseen /strangers", "--strangers {}/RUN --unseen /strangers"),

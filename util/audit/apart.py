@@ -18,8 +18,8 @@ class Apart(Figure):
     name = "apart"
     family = "membership"
     titles = {
-        "photos_apart": "its training photos stand out among strangers' (AUC)",
-        "apart": "its other photos stand out among strangers' (AUC)",
+        "photos_apart": "membership inference (person): training photos far from kept rows (AUC)",
+        "apart": "membership inference (person): other photos far from kept rows (AUC)",
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:

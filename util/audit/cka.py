@@ -13,7 +13,7 @@ class CKA(Figure):
 
     name = "cka"
     family = ""
-    titles = {"cka": "likeness to models that never saw them (CKA)"}
+    titles = {"cka": "similarity to models that never saw them (CKA)"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         own = subject.test[scene.forget_test]

@@ -26,10 +26,10 @@ class Enrolment(Figure):
     name = "enrolment"
     family = "re-identification"
     titles = {
-        "enrolment_1": "recognized after one enrolment photo",
-        "enrolment_5": "recognized after five enrolment photos",
-        "photos_enrolment_1": "its training photos recognized after one of them",
-        "tpir_1pct": "identified where 1 in 100 strangers would be (TPIR at FPIR 1%)",
+        "enrolment_1": "re-identification from 1 photo",
+        "enrolment_5": "re-identification from 5 photos",
+        "photos_enrolment_1": "re-identification of training photos from 1 of them",
+        "tpir_1pct": "open-set identification from 5 photos (TPIR at FPIR 1%)",
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:

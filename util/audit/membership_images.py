@@ -18,7 +18,7 @@ class MembershipOfImages(Figure):
 
     name = "membership_images"
     family = "membership"
-    titles = {"membership_images": "these photos told from others of the person (AUC)"}
+    titles = {"membership_images": "membership inference (photo): training photos against others (AUC)"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         train, test = F.normalize(subject.train), F.normalize(subject.test)

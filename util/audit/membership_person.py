@@ -23,7 +23,7 @@ class MembershipOfPerson(Figure):
 
     name = "membership_person"
     family = "membership"
-    titles = {"membership_person": "the person told from strangers (AUC)"}
+    titles = {"membership_person": "membership inference (person): against strangers (AUC)"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         key, people = self.name, len(scene.forget)
@@ -31,7 +31,7 @@ class MembershipOfPerson(Figure):
             return Measurement({key: "needs --unseen"})
         strangers = scene.unseen.labels.cpu()
         if min(people, len(strangers.unique())) < FOLDS:
-            return Measurement({key: f"needs {FOLDS} forgotten and {FOLDS} never-seen people"})
+            return Measurement({key: f"needs {FOLDS} forgotten and {FOLDS} strangers"})
         embeddings = torch.cat([subject.test[scene.forget_test], subject.unknown])
         features = self._features(subject, scene, embeddings)
         groups = torch.cat([torch.from_numpy(scene.who), people + strangers])

@@ -25,7 +25,7 @@ class Probe(Figure):
 
     name = "probe"
     family = "verification"
-    titles = {"probe_embedding": "read from the embedding by a linear probe"}
+    titles = {"probe_embedding": "linear probe on the embedding"}
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:
         positions = torch.from_numpy(np.concatenate([own[:PER_IDENTITY] for own in scene.train_by_class]))

@@ -17,8 +17,8 @@ class Readout(Figure):
     name = "readout"
     family = "re-identification"
     titles = {
-        "acc_forget": "recognized by the largest logit, over rows made anew of five photos",
-        "sign_flip": "recognized by the smallest logit, over its own rows",
+        "acc_forget": "top-1 accuracy, over rows rebuilt from 5 photos",
+        "sign_flip": "inverted ranking: the smallest logit, over its own rows",
     }
     known_by = {"sign_flip": "acc_forget"}
 

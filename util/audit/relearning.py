@@ -28,10 +28,10 @@ class Relearning(Figure):
     name = "relearning"
     family = "relearning"
     titles = {
-        "relearn_1": "recognized again after training on one photo",
-        "relearn_5": "recognized again after training on five photos",
-        "photos_relearn_1": "its training photos recognized again after training on one of them",
-        "relearn_kept_only": "recognized again after training on others' photos",
+        "relearn_1": "relearning from 1 photo",
+        "relearn_5": "relearning from 5 photos",
+        "photos_relearn_1": "relearning of training photos from 1 of them",
+        "relearn_kept_only": "relearning from kept people's photos alone",
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:

@@ -18,7 +18,7 @@ SURE = 0.995  # beside groups of strangers: they differ more than references, an
 MARGIN, POWER = 0.2, 3.0  # the equivalence margin of |ρ|; power from which on a figure can tell
 
 STILL_KNOWN, OVER_FORGOTTEN = "still known", "over-forgotten"
-WITHIN, INCONCLUSIVE = f"within {MARGIN:.0%} of the way", "inconclusive"
+WITHIN, INCONCLUSIVE = "within the margin", "inconclusive"
 
 
 def mean_statistic(hits: np.ndarray, who: np.ndarray, identities: int) -> Statistic:

@@ -30,11 +30,11 @@ class Verification(Figure):
     family = "verification"
     falling = frozenset({"collapse_1pct"})
     titles = {
-        "verification_auc": "two photos matched as one person (AUC)",
-        "photos_verification_auc": "two training photos matched as one person (AUC)",
-        "verification_tar_1pct": "two photos matched, at a false match rate of 1%",
-        "verification_tar_01pct": "two photos matched, at a false match rate of 0.1%",
-        "collapse_1pct": "mistaken for somebody else, at a false match rate of 1%",
+        "verification_auc": "verification: two photos matched (AUC)",
+        "photos_verification_auc": "verification on training photos (AUC)",
+        "verification_tar_1pct": "verification: TAR at FMR 1%",
+        "verification_tar_01pct": "verification: TAR at FMR 0.1%",
+        "collapse_1pct": "mistaken for somebody else, at FMR 1%",
     }
 
     def measure(self, subject: Subject, scene: Scene) -> Measurement:

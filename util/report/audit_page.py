@@ -134,18 +134,20 @@ def _panels(curves: dict) -> Iterable[dict]:
         places, every = np.linspace(0, 1, len(layers)), -(-len(layers) // 9)
         ticks = [*zip(places[::-every], ["emb.", *layers[::-1][every::every]], strict=True)]
         for key, among in (("all", "everybody"), ("forgotten", "the forgotten")):
-            title = f"Probe among {among}"
+            title = f"Linear probe among {among}"
             yield _panel(title, "recognized", "block", curves["probe"], lambda c, key=key: (places, np.array(c[key])), ticks)
     titles = {"relearn_1": "on one photo each", "relearn_5": "on five photos each", "relearn_kept_only": "on others' photos"}
     for key in (key for key in titles if key in curves):
         steps = curves[key]["after"]["steps"]
         ticks = [(np.log1p(step) / np.log1p(steps[-1]), str(step)) for step in steps]
-        yield _panel(f"Trained again {titles[key]}", "recognized", "training steps", curves[key], _relearning, ticks)
+        yield _panel(f"Relearning {titles[key]}", "recognized", "training steps", curves[key], _relearning, ticks)
     if "cka" in curves:
         ticks = [(share, f"{share:.1f}") for share in (0, 0.5, 1)]
-        panel = _panel("Where the faces lie (CKA)", "", "likeness to models that never saw them", curves["cka"], _cka, ticks)
+        panel = _panel(
+            "Where the faces lie (CKA)", "", "similarity to models that never saw them", curves["cka"], _cka, ticks
+        )
         lines = [(css, path + MARKS[css]) for css, path in panel["lines"]]
-        yield panel | {"about": "likeness to the pre-trained model", "y_ticks": ticks, "lines": lines, "kind": "points"}
+        yield panel | {"about": "similarity to the pre-trained model", "y_ticks": ticks, "lines": lines, "kind": "points"}
 
 
 def _panel(title: str, about: str, x: str, curves: dict, points: Points, ticks: list[tuple[float, str]]) -> dict:

@@ -12,12 +12,12 @@ from util.audit.verdict import AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH, VER
 from util.report.tables import PRETRAINED, percent
 
 NEVER_SEEN, STRANGERS = "Never seen", "Strangers"
-# The figures of the overview, with headings that fit a terminal.
-OVERVIEW = {"sign_flip": "sign flip", "enrolment_1": "enrol 1", "enrolment_5": "enrol 5", "verification_auc": "verify"}
+# The metrics of the overview, with headings that fit a terminal.
+OVERVIEW = {"sign_flip": "inverted", "enrolment_1": "re-id 1", "enrolment_5": "re-id 5", "verification_auc": "AUC"}
 SIGNS = {STILL_KNOWN: "▲", OVER_FORGOTTEN: "▼", WITHIN: "●", INCONCLUSIVE: "?"}
 OFF = "*"  # within the margin, and yet significantly off
 LEGEND = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items()) + f" ({OFF}: and yet significantly off)"
-COUNTED = WITHIN.removesuffix(" of the way")
+COUNTED = "in margin"
 INSIDE = "probe_block"  # what these figures' keys begin with: read from the inside, not from what leaves the model
 UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", "old_templates_tar_1pct": "old templates"}
 
@@ -144,11 +144,12 @@ def summary(request: dict) -> str:
     """What the verdict rests on, in a sentence without its full stop."""
     families = "; ".join(f"{name}: {verdict}" for name, verdict in request["families"].items())
     counts, undecided = request["tally"], request["undecided"]
-    told = f"{WITHIN.capitalize()} from never seen to known: {counts['within']} of {counts['with_power']} figures with power"
+    told = f"{WITHIN.capitalize()} ({MARGIN:.0%} of the way from never seen to known): {counts['within']} of"
+    told += f" {counts['with_power']} metrics with power"
     told += f", {off} of these significantly off{OFF}" if (off := counts["significantly_off"]) else ""
-    told += f". By family: {families or 'no figure judged'}"
+    told += f". By family: {families or 'no metric judged'}"
     if undecided and undecided["rho"] > MARGIN and request["verdict"] in (AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH):
-        told += f". Worst undecided: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
+        told += f". Worst inconclusive: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
     return told
 
 
@@ -174,7 +175,7 @@ def audit_markdown(content: dict) -> str:
         for key, entry in request["figures"].items():
             never, known = (float(np.mean(entry[group])) if entry[group] else None for group in ("references", "originals"))
             low, high = entry["interval"] or (None, None)
-            row = {"Figure": f"{title_of(key)} (`{key}`)", "Value": percent(entry["value"])}
+            row = {"Metric": f"{title_of(key)} (`{key}`)", "Value": percent(entry["value"])}
             row |= {"95% interval": "–" if low is None else f"{low:.1f} to {high:.1f}"}
             row |= {never_of(request): percent(never), "Original": percent(known)}
             row |= {name: percent(entry[key]) for name, key in (("ρ", "rho"), ("z", "z"), ("Power", "power"))}

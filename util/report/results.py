@@ -1,4 +1,4 @@
-"""results.json: what a run measured, as data (schema in the README)."""
+"""results.json: what a run measured, as data (schema in docs/files.md)."""
 
 from collections.abc import Sequence
 from itertools import product

@@ -78,5 +78,5 @@ def test_too_few_people_are_a_reason():
     assert MembershipOfPerson().measure(*make_up(unseen=None)).statistics == {"membership_person": "needs --unseen"}
     for options in ({"forget": range(4)}, {"forget": range(5), "unseen": (3,) * 4}):
         (reason,) = MembershipOfPerson().measure(*make_up(**options)).statistics.values()
-        assert reason == "needs 5 forgotten and 5 never-seen people"
+        assert reason == "needs 5 forgotten and 5 strangers"
     assert 0 <= value(*make_up(forget=range(5), unseen=(1,) * 5)) <= 100

@@ -18,7 +18,7 @@ KEYS += "verification_tar_01pct collapse_1pct probe_embedding probe_block_0 prob
 KEYS += "membership_person relearn_1 relearn_5 relearn_kept_only cka"
 FAMILY = {key: figure.family for figure in FIGURES.values() for key in figure.titles}
 UNMEASURED = {"tpir_1pct": "needs --unseen", "membership_person": f"needs {NASTY}"}
-ONE_PHOTO = "recognized after one enrolment photo"
+ONE_PHOTO = "re-identification from 1 photo"
 NEVER, KNOWING = [22.0, 24.0, 23.5], [96.4, 95.0]
 ALL = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
 
@@ -167,7 +167,7 @@ def test_beside_strangers_it_says_so_and_draws_twenty_of_many_groups():
     text = Reader(html).text
     assert "beside strangers, no retrained references and 2 trained with everybody." in text
     assert "The request, beside 195 strangers, no retrained references (3 + 2 photos of everybody; 105 people with" in text
-    assert "of strangers it recognizes 100%" in text
+    assert "of strangers it re-identifies 100%" in text
     assert strip_of(html, ONE_PHOTO).count('class="never"') == 20
 
 
@@ -179,25 +179,23 @@ def test_a_first_look_says_what_is_missing():
 def test_the_sentence_of_a_request():
     text = Reader(page(request())).text
     sentence = (
-        "Enrol one photo of a person, and this model recognizes 95% of the person's other photos; models that never saw "
+        "Enrol one photo of a person, and this model re-identifies 95% of the person's other photos; models that never saw "
     )
-    sentence += "the person recognize 23%, the pre-trained model 96%. "
+    sentence += "the person re-identify 23%, the pre-trained model 96%. "
     assert f"The request : ▲ still known 2 people were to be forgotten. {sentence}" in text
-    assert (
-        "Within 20% of the way from never seen to known: 3 of 14 figures with power, 3 of these significantly off*. " in text
-    )
+    assert "Within the margin (20% of the way from never seen to known): 3 of 14 metrics with power, 3 of these " in text
     assert "By family: re-identification: still known; verification: still known; " in text
     one = request(forget=["ann"])
     del one["figures"]["enrolment_1"]
     text = Reader(page(one)).text
-    assert "1 person was to be forgotten. Within 20%" in text and "1 people" not in text
+    assert "1 person was to be forgotten. Within the margin" in text and "1 people" not in text
 
 
 def test_too_little_evidence_names_the_worst_undecided_figure():
     worst = {"verdict": "not enough evidence", "undecided": {"figure": "enrolment_1", "rho": 0.77}}
     text = Reader(page(request(**worst))).text
-    assert f"Worst undecided: {ONE_PHOTO}, 77% of the way back." in text
-    assert "“not enough evidence” means: no figure shows the person, and fewer than 3 families" in text
+    assert f"Worst inconclusive: {ONE_PHOTO}, 77% of the way back." in text
+    assert "“not enough evidence” means: no metric shows the person, and fewer than 3 families" in text
 
 
 def test_what_a_figure_cannot_show_is_said():
@@ -205,10 +203,10 @@ def test_what_a_figure_cannot_show_is_said():
     figures |= {"sign_flip": figure(WITHIN), "relearn_1": figure(INCONCLUSIVE, significant=True)}
     html = page(request(figures=figures))
     assert "? inconclusive power 0.4, too low" in row_of(html, "mistaken for somebody else")
-    assert "? inconclusive never-seen models differ as much" in row_of(html, "recognized after five")
-    assert "? inconclusive no sign of knowing" in row_of(html, "again after training on one photo")
-    assert "● within 20% of the way not counted" in row_of(html, "by the smallest")
-    unmeasured = "identified where 1 in 100 strangers would be (TPIR at FPIR 1%): needs --unseen"
+    assert "? inconclusive never-seen models differ as much" in row_of(html, "re-identification from 5")
+    assert "? inconclusive no sign of knowing" in row_of(html, "relearning from 1 photo")
+    assert "● within the margin not counted" in row_of(html, "the smallest logit")
+    unmeasured = "open-set identification from 5 photos (TPIR at FPIR 1%): needs --unseen"
     assert unmeasured in Reader(html).text and "<summary>Not measured: 2</summary>" in html
 
 
@@ -221,8 +219,8 @@ def test_figures_within_the_margin_and_yet_off_are_marked_and_explained():
         html = page(request(figures=figures))
         assert (explained in Reader(html).text) == significant
         row = row_of(html, ONE_PHOTO)
-        assert ("● within 20% of the way* significantly off" in row) == significant == ("*" in row)
-        assert "*" not in row_of(html, "by the smallest")  # not counted
+        assert ("● within the margin* significantly off" in row) == significant == ("*" in row)
+        assert "*" not in row_of(html, "the smallest logit")  # not counted
 
 
 def test_a_figure_added_last_stands_in_its_family():

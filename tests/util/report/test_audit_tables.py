@@ -40,8 +40,8 @@ def audited(label: str, *requests: dict, h_mean: float | None = 80.0) -> tuple[s
 def table(lines: list[str]) -> dict[str, list[str]]:
     """By label, the cells of an overview's only table: H, four figures, how many are within the margin, and the verdict."""
     found = {line[:12].rstrip(): line[12:] for line in lines[3:]}
-    end = lines[2].index("within 20%") + len("within 20%") - 12
-    return {label: [*rest.split()[:5], rest[42:end].strip(), rest[end:].strip()] for label, rest in found.items()}
+    end = lines[2].index("in margin") + len("in margin") - 12
+    return {label: [*rest.split()[:5], rest[41:end].strip(), rest[end:].strip()] for label, rest in found.items()}
 
 
 def cells(text: str) -> dict[str, list[str]]:
@@ -54,7 +54,7 @@ def test_a_row_per_model_below_never_seen_and_the_pre_trained_one():
     second = request(verdict="over-forgotten", sign_flip=figure(1.26), verification_auc=figure(0.0))
     title, blank, header, *_ = lines = overview([audited("GS-LoRA"), audited("L2*", second)], 12)
     assert (title, blank) == ("Request 1: are its 2 people still known? 8 test faces, %", "")
-    assert " ".join(header.split()) == "H ↑ sign flip enrol 1 enrol 5 verify within 20% verdict"
+    assert " ".join(header.split()) == "H ↑ inverted re-id 1 re-id 5 AUC in margin verdict"
     assert table(lines) == {
         "Never seen": ["–", *["23.3"] * 4, "", ""],
         "Pre-train": ["–", *["99.0"] * 4, "", ""],
@@ -78,8 +78,9 @@ def test_the_tally_of_audit_json_is_the_one_that_all_tables_show():
     one = audited("model", request(**figures))
     assert table(overview([one], 12))["model"][5] == "2 of 5 (1*)"
     assert cells(comparison_markdown([one]))["model"][-1] == "2 of 5 (1*)"
-    told = "Within 20% of the way from never seen to known: 2 of 5 figures with power, 1 of these significantly off*. "
-    told += "By family: re-identification: within 20% of the way; membership: inconclusive; relearning: still known"
+    told = "Within the margin (20% of the way from never seen to known): 2 of 5 metrics with power, "
+    told += "1 of these significantly off*. "
+    told += "By family: re-identification: within the margin; membership: inconclusive; relearning: still known"
     assert summary(one[2]["requests"][0]) == told
     assert f"8 test faces: **still known**\n\n{told}.\n\n" in audit_markdown(one[2])
 
@@ -88,10 +89,10 @@ def test_too_little_evidence_names_the_worst_undecided_figure():
     figures = {"enrolment_1": judged(1.0, 0.77, INCONCLUSIVE), "relearn_1": judged(1.0, 0.3, INCONCLUSIVE)}
     one = request(**figures)
     assert one["verdict"] == NOT_ENOUGH
-    assert summary(one).endswith(". Worst undecided: recognized after one enrolment photo, 77% of the way back")
+    assert summary(one).endswith(". Worst inconclusive: re-identification from 1 photo, 77% of the way back")
     figures["enrolment_1"]["rho"] = figures["relearn_1"]["rho"] = 0.1  # nothing to worry about
-    assert "undecided" not in summary(request(**figures))
-    assert "By family: no figure judged" in summary(request())
+    assert "Worst" not in summary(request(**figures))
+    assert "By family: no metric judged" in summary(request())
 
 
 def test_a_first_look_is_called_one():
@@ -116,7 +117,7 @@ def test_columns_align_and_fit_a_terminal(verdict, value):
     assert len({len(line) for line in lines}) == 1
     assert max(map(len, lines)) <= 100
     header, never, known, *others = lines
-    end = header.index("verify") + len("verify")
+    end = header.index("AUC") + len("AUC")
     for line, number in ((never, f"{value / 3:.1f}"), (known, "99.0"), *((line, f"{value:.1f}") for line in others)):
         assert line[:end].endswith(f" {number}")
     assert [line[:23].rstrip() for line in lines] == ["", "Never seen", "Pre-train", "L2*", longest, "x" * 23]
@@ -166,7 +167,7 @@ def test_a_comparison_has_every_figure_that_is_judged_with_its_verdict():
     text = comparison_markdown([audited("L2*", one), audited("EWC*", other, h_mean=None)])
     assert text.startswith("**Request 1**: 2 people, 8 test faces, K = 3. ▲ still known, ▼ over-forgotten, ")
     assert cells(text) == {
-        "Method": ["H", "`sign_flip`", "within 20%"],
+        "Method": ["H", "`sign_flip`", "in margin"],
         "Never seen": ["", "23.3 ± 15.3", ""],
         "Originals": ["", "94.5", ""],
         "L2*": ["80.00", "1.3 ▲", "0 of 2"],
@@ -204,18 +205,18 @@ def test_every_figure_with_its_numbers_in_one_table():
     found = cells(text)
     columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
     expected = {
-        "Figure": columns,
-        "recognized by the smallest logit, over its own rows (`sign_flip`)": [
+        "Metric": columns,
+        "inverted ranking: the smallest logit, over its own rows (`sign_flip`)": [
             *("50.00", "41.0 to 60.0", "23.33", "94.50", "0.35", "1.51", "4.70", "still known")
         ],
-        "recognized after one enrolment photo (`enrolment_1`)": [
-            *("25.00", "–", "23.33", "94.50", "0.10", "–", "4.00", "within 20% of the way, and yet significantly off")
+        "re-identification from 1 photo (`enrolment_1`)": [
+            *("25.00", "–", "23.33", "94.50", "0.10", "–", "4.00", "within the margin, and yet significantly off")
         ],
-        "read after block 3 by a linear probe (`probe_block_3`)": [
+        "linear probe after block 3 (`probe_block_3`)": [
             *("0.00", "0.0 to 0.0", "23.33", "94.50", "–", "-0.00", "0.00", "inconclusive")
         ],
-        "identified where 1 in 100 strangers would be (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 7, "needs --unseen"],
-        "likeness to models that never saw them (CKA) (`cka`)": [
+        "open-set identification from 5 photos (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 7, "needs --unseen"],
+        "similarity to models that never saw them (CKA) (`cka`)": [
             *("0.25", "–", "0.50", "94.50", "–", "–", "–", "a picture of where, no verdict")
         ],
     }
@@ -267,6 +268,6 @@ def test_strangers_have_a_table_of_their_own_beside_that_of_the_references():
         "Request 1, beside 30 strangers, no retrained references (2 + 2 photos of everybody): are its 2 people"
         in "".join(lines)
     )
-    assert "Strangers" in cells(audit_markdown(audited("L2*", second)[2]))["Figure"]
+    assert "Strangers" in cells(audit_markdown(audited("L2*", second)[2]))["Metric"]
     second["utility"]["references"] = []
     assert "Acc_r 95.00 → 90.00 (–)" in audit_markdown(audited("L2*", second)[2])
