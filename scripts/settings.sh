@@ -48,8 +48,8 @@ small) # minutes on two CPU cores
   PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS}"
   FORGET="--epochs ${EPOCHS:-5} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
   if [ "$DATA" = synthetic_faces ]; then # what is enough for them
-    PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-12} --image-size 40 --opt muon --lr 2e-2"
-    FORGET="--epochs ${EPOCHS:-1} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 150) --batch-size 16 --data-ratio 1"
+    PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-30} --image-size 32"
+    FORGET="--epochs ${EPOCHS:-1} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
   fi
   SINGLE_STEP="--alpha 1e-2 --bound 110 --beta 0.15" # of GS-LoRA
   ;;

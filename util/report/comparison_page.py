@@ -56,23 +56,35 @@ def audit_rows(audits: Audited) -> pd.DataFrame:
         for request in content["requests"]:
             about = {"method": label, "class_order": results["seed"], "request": request["task"]}
             about |= {"after_task": request["after_task"], "people": len(request["forget"])}
+            made = {"date": content["date"], "git_commit": content["git_commit"]}
+            rows += [about | {"metric": key, "value": value} | made for key, value in _costs(results, request).items()]
             for key, entry in request["figures"].items():
                 row = {"metric": key, "value": entry["value"]}
-                row |= {"never_seen": _mean(entry["references"]), "before": _mean(entry["originals"][:1])}
-                row |= {name: entry[name] for name in ("rho", "power", "verdict")}
-                rows.append(about | row | {"date": content["date"], "git_commit": content["git_commit"]})
+                row |= {"never_seen": _mean(entry["references"]), "never_seen_sd": _deviation(entry["references"])}
+                row |= {"trained_with_them": _mean(entry["originals"])}
+                rows.append(about | row | {name: entry[name] for name in ("rho", "power", "verdict")} | made)
     return pd.DataFrame(rows)
+
+
+def _costs(results: dict, request: dict) -> dict[str, float]:
+    """What the request's task left by the run's own account: H, and the points of accuracy that kept people lost."""
+    task = next(task for task in results["tasks"] if task["task"] == request["after_task"])
+    lost = task["before"]["acc_remain"] - task["after"]["acc_remain"]
+    return {"h_mean": task["after"]["h_mean"], "acc_remain_lost": lost}
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _deviation(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def _row(label: str, results: dict, request: dict, page: str) -> dict:
-    task = next(task for task in results["tasks"] if task["task"] == request["after_task"])
-    values = [request["figures"].get(key, {}).get("value") for key in METRICS]
-    row = {"label": label, "seed": results["seed"], "h": task["after"]["h_mean"], "values": values, "known": values[0]}
-    row |= {"lost": task["before"]["acc_remain"] - task["after"]["acc_remain"], "page": page}
+    values, costs = [request["figures"].get(key, {}).get("value") for key in METRICS], _costs(results, request)
+    row = {"label": label, "seed": results["seed"], "values": values, "known": values[0], "page": page}
+    row |= {"h": costs["h_mean"], "lost": costs["acc_remain_lost"]}
     return row | {"tally": tally(request), "verdict": request["verdict"]}
 
 

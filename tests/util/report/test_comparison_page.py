@@ -62,3 +62,15 @@ def test_labels_of_nineteen_methods_cover_no_dot_and_no_label(seed):
     low, high = panel.patches[0].get_window_extent().get_points()[:, 1]
     band = panel.transData.inverted().transform([(0, low), (0, high)])[:, 1]
     np.testing.assert_allclose(band, [9.0, 15.0], atol=1e-6)
+
+
+def test_the_scatter_is_drawn_from_rows_alone(tmp_path, command):
+    runs = [audited("L2", 1337, 1.0, 55.5, [10.0, 14.0]), audited("DER", 1337, -2.0, 12.25, [10.0, 14.0])]
+    write_comparison(runs, tmp_path, "a title")
+    drawn = tmp_path / "again.png"
+    code, _, err = command("scripts/scatter.py", tmp_path / "audit.csv", drawn)
+    assert code == 0, err
+    assert drawn.read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    code, _, err = command("scripts/scatter.py", tmp_path / "other.csv", drawn)
+    assert code == 1 and "no rows of an audit" in err

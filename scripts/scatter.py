@@ -1,0 +1,40 @@
+"""Draw what forgetting cost the kept people against what is left of the forgotten, from the rows of an audit.
+
+python scripts/scatter.py docs/results/lfw100_audit.csv docs/scatter.png --title "LFW, 100 people, 20 of them forgotten"
+The rows are those of audit.csv, which scripts/audit.py leaves in a comparison's folder: its first request.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
+
+import pandas as pd
+
+from util.cli import options
+from util.cli.main import run_main
+from util.report.comparison_page import X
+from util.report.figures import forgetting_scatter, save_figure
+from util.runtime.files import readable
+
+
+def main(argv: list[str] | None) -> None:
+    parser = options.Parser(__doc__)
+    parser.add_argument("rows", type=Path, metavar="CSV", help="rows of an audit")
+    parser.add_argument("figure", type=Path, metavar="PNG", help="where to draw")
+    parser.add_argument("--title", default="", help="the figure's title")
+    parser.add_argument("--class-order", type=int, default=1337, help="of this class order")
+    args = parser.parse_args(argv)
+    with readable(args.rows, "no rows of an audit"):
+        rows = pd.read_csv(args.rows)
+        rows = rows[(rows["class_order"] == args.class_order) & (rows["request"] == 1) & (rows["after_task"] == 1)]
+        found = rows.pivot_table(index="method", columns="metric", values="value", sort=False).dropna(subset=[X])
+        models = pd.DataFrame({"lost": found["acc_remain_lost"], "known": found[X]})
+        models.index = models.index.str.replace(r" \(.*", "", regex=True)  # which version of a method it is
+        known = rows[rows["metric"] == X].iloc[0]
+        never = [known["never_seen"] - known["never_seen_sd"], known["never_seen"] + known["never_seen_sd"]]
+    save_figure(forgetting_scatter(models, never, known["trained_with_them"], args.title), args.figure)
+
+
+if __name__ == "__main__":
+    run_main(main)
