@@ -1,6 +1,7 @@
 """Every method through train_forget.py's command line, on small images whose mean colour tells the class."""
 
 import json
+import sys
 import types
 from pathlib import Path
 
@@ -123,6 +124,7 @@ def test_the_readmes_example_of_a_method_runs(trained, colours, command, tmp_pat
     (code,) = {*blocks}
     assert len(code.splitlines()) <= 30 and len(blocks) == len(pages)
     module = types.ModuleType("methods.example")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(compile(code, "README.md", "exec"), module.__dict__)
     (method,) = (v for v in vars(module).values() if isinstance(v, type) and v.__module__ == "methods.example")
     monkeypatch.setitem(METHODS, method.name, method)

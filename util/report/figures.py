@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
 from matplotlib.transforms import Bbox
 
 from util.evaluation.metrics import MARGINS, METRICS
@@ -99,6 +100,12 @@ def forgetting_scatter(
     left = min(0, models["lost"].min())
     right = max(models["lost"].max(), left + 5)  # less is noise, and no axis long
     room = 0.06 * (right - left)
+    if right > 30:  # a method that ruins the model is not to press the others together
+        panel.set_xscale("symlog", linthresh=10, linscale=2)
+        panel.set_xticks([x for x in (-10, -5, 0, 5, 10, 20, 50, 100) if left - 1 < x <= 1.5 * right], minor=False)
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_minor_locator(NullLocator())
+        room, right = 0.5, 1.4 * right
     panel.set_xlim(left - room, right + 4 * room)
     panel.set_ylim(min(0, low) - 2, 1.08 * max(before, models["known"].max()))
     panel.set_xlabel("accuracy lost by the kept people (points) → worse")
@@ -106,8 +113,8 @@ def forgetting_scatter(
     panel.set_title(title, fontsize=11)
     panel.grid(alpha=0.3)
     told = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "dimgrey"}
-    panel.text(right + 3.8 * room, high, band, **told)
-    panel.text(right + 3.8 * room, before, "before forgetting", **told)
+    for height, words in ((high, band), (before, "before forgetting")):
+        panel.text(0.99, height, words, transform=panel.get_yaxis_transform(), **told)
     _label(figure, panel, models)
     return figure
 
