@@ -85,7 +85,7 @@ def add_method_choice(parser: options.Parser) -> None:
 
 def build_parser(method: type[Method], as_published: str | None) -> options.Parser:
     """The shared options and those of `method`."""
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, "%(prog)s --checkpoint FILE [options]")
     add_config_option(parser)
     add_method_choice(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the pre-trained recognizer")

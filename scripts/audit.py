@@ -38,7 +38,7 @@ QUICK = {"num_references": 3, "num_originals": 1, "metrics": ["readout", "enrolm
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, "%(prog)s [RUN …] [options]")
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, or of a comparison")
     group = parser.add_argument_group("instead of runs, two checkpoints")
     group.add_argument("--before", type=Path, metavar="FILE", help="the pre-trained recognizer; of runs, where it lies now")

@@ -76,7 +76,7 @@ def print_rows(jobs: Iterable[Job], width: int) -> None:
 def main(argv: list[str] | None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, "%(prog)s [options] -- OPTIONS OF train_forget.py")
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
     words = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "STRING")}

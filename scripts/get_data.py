@@ -180,7 +180,7 @@ def report(recipe: dict, output: Path, paths: list[str]) -> None:
 
 def main(argv: list[str] | None) -> None:
     recipes = read_json(RECIPES)
-    parser = options.Parser(description=__doc__.splitlines()[0])
+    parser = options.Parser(__doc__, "%(prog)s NAME [ARCHIVE] [options]")
     parser.add_argument("name", choices=recipes, metavar="NAME", help=", ".join(recipes))
     told = "zip, tar or unpacked folder of what the owners publish (default: download it)"
     parser.add_argument("archive", nargs="?", type=Path, metavar="ARCHIVE", help=told)

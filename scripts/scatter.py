@@ -19,7 +19,7 @@ from util.runtime.files import readable
 
 
 def main(argv: list[str] | None) -> None:
-    parser = options.Parser(__doc__)
+    parser = options.Parser(__doc__, "%(prog)s CSV PNG [options]")
     parser.add_argument("rows", type=Path, metavar="CSV", help="rows of an audit")
     parser.add_argument("figure", type=Path, metavar="PNG", help="where to draw")
     parser.add_argument("--title", default="", help="the figure's title")
