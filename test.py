@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def build_parser() -> options.Parser:
-    parser = options.Parser(__doc__, "%(prog)s --checkpoint FILE [options]")
+    parser = options.Parser(__doc__)
     where = "ours or published layout; with --verify-record: where the pre-trained one lies now"
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=where)
     parser.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
