@@ -1,4 +1,4 @@
-"""Forget classes task by task: checkpoint → tasks → method → engine → results.
+"""Forget classes of a trained recognizer, one request after another.
 
 python train_forget.py --checkpoint FILE --data DIR                     four tasks, each forgets a fifth of the classes
 python train_forget.py --checkpoint FILE --data DIR --num-tasks 1       single-step forgetting of a tenth
@@ -98,7 +98,7 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group.add_argument("--forget-per-task", type=count, help=told)
     names = {"type": options.class_list, "metavar": "LIST"}
     group.add_argument("--forget-classes", **names, help=f"instead of random ones, forget these people: {options.NAMES}")
-    group.add_argument("--then", action="append", default=[], **names, help="and these in a further task; repeatable")
+    group.add_argument("--then", action="append", default=[], **names, help="forget these in a further task; repeatable")
     told = "go on where photos of a named person stay under another person's name"
     group.add_argument("--allow-copies", action="store_true", help=told)
     group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images a method sees")
@@ -115,7 +115,9 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<hash>-<setting>-seed<seed>")
     group.add_argument("--eval-every", **none, help="log test accuracies every so many epochs; 0: no")
     options.add_pairs(group, "before and after each task, measure")
-    group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth in that layout")
+    group.add_argument(
+        "--published-layout", action="store_true", help="also write published/task_<t>.pth, as the papers' code does"
+    )
     add_resume_options(group)
     told = "start after the tasks that this task_<t>.pth has forgotten"
     group.add_argument("--resume-from", type=Path, metavar="FILE", help=told)

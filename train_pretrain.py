@@ -1,4 +1,4 @@
-"""Pre-train a recognizer: data → backbone and margin head → engine.
+"""Pre-train a recognizer, or enrol people in one that others have trained.
 
 python train_pretrain.py                                     the tiny model on synthetic faces, minutes on a CPU
 python train_pretrain.py --data DIR --model face_vit_p8s8_d6 --epochs 1200 --batch-size 480 --lr 3e-4 --warmup-epochs 10
@@ -84,10 +84,10 @@ def build_parser() -> options.Parser:
     told = "what timm pools, or what the model's own last layer makes of it"
     group.add_argument("--embedding", choices=("features", "projection"), default="features", help=told)
     rgb = {"type": options.number(float), "nargs": 3, "metavar": ("R", "G", "B")}
-    group.add_argument("--mean", **rgb, help="of the pixels, from 0 to 1 (default: the model's own; of an ONNX file: found)")
-    group.add_argument("--std", **rgb, help="likewise; 0.0039216 where the model takes pixels from 0 to 255")
+    group.add_argument("--mean", **rgb, help="mean of the pixels, 0 to 1 (default: the model's own; of an ONNX file: found)")
+    group.add_argument("--std", **rgb, help="deviation of the pixels; 0.0039216 where the model takes 0 to 255")
     group.add_argument("--bgr", action="store_true", help="the model takes blue first")
-    told = "of an image's shorter side, what is seen"
+    told = "central share of an image's shorter side that is kept"
     group.add_argument("--crop-pct", type=options.number(float, 0.01, 1), default=1.0, help=told)
     options.add_optimization(parser, fewest_epochs=0, lr=1e-3, warmup_epochs=None)
     parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")

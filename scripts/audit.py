@@ -55,7 +55,7 @@ def build_parser() -> options.Parser:
         metavar="N",
         help="these, each after its task (default: the run's first); all: each after its task and after the last",
     )
-    group.add_argument("--metrics", nargs="+", choices=FIGURES, default=list(FIGURES), help="which metrics")
+    group.add_argument("--metrics", nargs="+", choices=FIGURES, default=list(FIGURES), help="which metrics (default: all)")
     group.add_argument("--quick", action="store_true", help="a first look: four quick metrics, 3 references, no pictures")
     group.add_argument("--seed", type=options.number(int, 0), default=0, help="seeds galleries, pairs and bootstrap")
     group = parser.add_argument_group("references")
@@ -64,7 +64,9 @@ def build_parser() -> options.Parser:
     group.add_argument("--num-references", type=least, default=5, help="models that never saw them; 3 are a first look")
     group.add_argument("--num-originals", type=count, default=3, help="models that saw all, with the pre-trained one")
     group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given ones: none is trained")
-    group.add_argument("--originals", type=Path, nargs="+", default=[], metavar="FILE", help="beside given references")
+    group.add_argument(
+        "--originals", type=Path, nargs="+", default=[], metavar="FILE", help="given models that were trained with everybody"
+    )
     strangers = "the people of --unseen in the same model instead: nothing is trained; with --references, both"
     group.add_argument("--strangers", action="store_true", help=strangers)
     group.add_argument("--recipe", type=Path, metavar="FILE", help="config.json of the pre-training, where it is unknown")

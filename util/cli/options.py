@@ -66,7 +66,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""
-        told = action.default in (None, False, "auto", []) or "default:" in action.help
+        told = action.default in (None, False, "auto", "", []) or "default:" in action.help
         return action.help if told else super()._get_help_string(action)
 
 
@@ -128,8 +128,13 @@ def add_hardware(parser: Parser) -> None:
     """The options of every script that runs a model."""
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: the first GPU, or the CPU")
-    _add_choice(group, "precision", ("bf16", "fp32"), "of autocast; auto: bf16 where the hardware gains by it")
-    _add_choice(group, "cls-only-last-block", ("on", "off"), "for the class token; auto: on, where it is the embedding")
+    _add_choice(group, "precision", ("bf16", "fp32"), "of matrix products; auto: bf16 where the hardware gains by it")
+    _add_choice(
+        group,
+        "cls-only-last-block",
+        ("on", "off"),
+        "compute the last block for the class token alone; auto: on, where it is the embedding",
+    )
     _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
 
 
