@@ -3,7 +3,6 @@
 import contextlib
 import getpass
 import os
-import pickle
 import shlex
 import signal
 import subprocess
@@ -144,7 +143,9 @@ def _failure(job: "submitit.Job") -> str:
     """What its run returned, or that it left the queue without a word, as a job does that was cancelled."""
     for _ in range(10):  # the file may be seen a while after the job has left
         if job.paths.result_pickle.exists():
-            outcome, told = pickle.loads(job.paths.result_pickle.read_bytes())
-            return told if outcome == "success" else told.strip().splitlines()[-1]
+            try:
+                return job.result()
+            except Exception as error:  # the text is that of the node's traceback
+                return str(error).strip().splitlines()[-1]
         time.sleep(POLL / 10)
     return f"job {job.job_id} ended without a result: cancelled, or killed by SLURM ({job.paths.stderr})"

@@ -184,7 +184,7 @@ def test_sigterm_ends_all_runs_saved(command, extra_args, tmp_path, side_by_side
     process = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "compare.py", *map(str, words)], stderr=subprocess.PIPE, text=True
     )
-    started = ["l2", "gs_lora"][:side_by_side]
+    started = ["gs_lora", "l2"][:side_by_side]  # GS-LoRA goes first
     end = time.monotonic() + 300
     while not all((tmp_path / f"{name}-seed1337" / "checkpoints" / "last.pth").exists() for name in started):
         assert time.monotonic() < end and process.poll() is None

@@ -27,8 +27,8 @@ def test_bf16(has, trained, colours, command, tmp_path, monkeypatch):
     words = ("--checkpoint", trained, "--data", colours, "--device", "cpu", "--output-dir", tmp_path, *SHORT)
     code, out, err = command("train_forget.py", *words)
     assert code == 0, err
-    assert ("bf16" in start_line(out)) == has
-    assert ("fp32" in start_line(out)) != has
+    assert (", bf16 →" in start_line(out)) == has
+    assert (", fp32 →" in start_line(out)) != has
     assert chosen(tmp_path)["bf16"] == has
     code, out, err = command("train_forget.py", *words, "--precision", "bf16")
     assert code == 0, err
