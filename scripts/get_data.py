@@ -34,7 +34,8 @@ from util.runtime.files import read_json
 from util.runtime.interrupt import end_on_sigterm
 
 # name → where the archive is, what to cut out, licence; `names` is a digest of the result's paths, `contents` of paths and
-# bytes, `lists` has the numbers of the images by person and split where the split follows no rule
+# bytes, `lists` has the numbers of the images by person and split where the split follows no rule. `planned` is the digest
+# of all paths where test images that are training images as well are left out.
 RECIPES = Path(__file__).resolve().parent.parent / "data" / "recipes.json"
 
 
@@ -73,7 +74,7 @@ def plan_listed(recipe: dict, members: list[str]) -> dict[str, str]:
 
 
 def plan_of(name: str, recipe: dict, members: list[str]) -> dict[str, str]:
-    plans = {"casia100": plan_casia, "yaleb38": plan_yale}
+    plans = {"casia100": plan_casia, "casia100_clean": plan_casia, "yaleb38": plan_yale}
     return plans.get(name, partial(plan_listed, recipe))(members)
 
 
@@ -138,7 +139,7 @@ def write(name: str, recipe: dict, archive: Path, folder: Path) -> None:
     """Write what the recipe makes of the archive into `folder`. Raises UsageError, or RunError where it is damaged."""
     with opened(archive) as files:
         plan = plan_of(name, recipe, [*files])
-        if len(plan) != recipe["files"] or digest([*plan.values()]) != recipe["names"]:
+        if len(plan) != recipe["files"] or digest([*plan.values()]) != recipe.get("planned", recipe["names"]):
             raise UsageError(
                 f"{archive} is not the archive of {name}: {len(plan)} of its {recipe['files']} images are there"
             )
@@ -150,6 +151,11 @@ def write(name: str, recipe: dict, archive: Path, folder: Path) -> None:
                 raise RunError(f"{archive}: {member} is damaged: {error}") from None
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_bytes(data)
+    if "planned" in recipe:  # less what the test set shares with the training set
+        known = {hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("train/*/*")}
+        for path in folder.glob("test/*/*"):
+            if hashlib.sha256(path.read_bytes()).digest() in known:
+                path.unlink()
 
 
 def make(name: str, recipe: dict, archive: Path | None, output: Path) -> None:

@@ -81,6 +81,18 @@ def test_casia_keeps_the_bytes(tmp_path, small, capsys):
     assert {path: (tmp_path / "out" / path).read_bytes() for path in files} == files
 
 
+def test_a_clean_casia_has_no_test_image_that_is_a_training_image(tmp_path, small, capsys):
+    paths = [f"{split}/{person}/{number}.jpg" for split in ("train", "test") for person in (3, 41) for number in (1, 2)]
+    files = {path: bytes([number]) for number, path in enumerate(paths)} | {"test/41/2.jpg": bytes([0])}  # as train/3/1.jpg
+    kept = get_data.digest([path for path in paths if path != "test/41/2.jpg"])
+    small("casia100_clean", paths, planned=get_data.digest(paths), names=kept)
+    archive = zipped(tmp_path / "data.zip", files)
+    for _ in range(2):  # made, and found again
+        get_data.main(["casia100_clean", str(archive), "--output-dir", str(tmp_path / "out")])
+        assert "2 people, images: 4 train, 3 test" in capsys.readouterr().out
+    assert not (tmp_path / "out/test/41/2.jpg").exists()
+
+
 @pytest.mark.parametrize("kind", ["tgz", "folder"])
 def test_lfw_is_cut_out_of_an_archive_or_a_folder(kind, tmp_path, small, capsys):
     small("lfw_unseen", ["Al_Gore/Al_Gore_0001.jpg"], lists={"Al_Gore": {".": "1"}})
