@@ -159,7 +159,9 @@ def main(argv: list[str] | None) -> None:
         tables.append(f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(audits)}")
     if table:
         write_text(table, "\n\n".join(tables) + "\n")
-        index = write_comparison(pages, table.parent, f"{len(trails)} runs on {trails[0].data[0].name}, request 1")
+        index = write_comparison(
+            pages, table.parent, f"{len(trails)} runs on {trails[0].data[0].name}, request {trails[0].cases[0].task}"
+        )
     if not table or index is None:
         index = f"{trails[0].output if len(trails) == 1 else trails[0].run.path.parent / '*' / 'audit'}/audit.html"
     print(f"\nthe page to look at: {index}")

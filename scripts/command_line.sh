@@ -41,4 +41,13 @@ absolute_paths() { # RUN or none, words
   done
 }
 
+# Sets `options` to the words before --, which go to compare.py, and `rest` to those after it, which go to train_forget.py.
+split_words() {
+  options=()
+  while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+    options+=("$1") && shift
+  done
+  rest=("${@:2}")
+}
+
 case "${PYTHON:-}" in */*) PYTHON=$(_absolute "$PYTHON") ;; esac

@@ -93,7 +93,7 @@ def main(argv: list[str] | None) -> None:
     finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs, {len(finished)} of them finished before → {args.output_dir}\n", flush=True)
     with end_on_sigterm():
-        waiting.sort(key=lambda job: not {*FIRST} & {*job.arguments[:2]})
+        waiting.sort(key=lambda job: job.arguments[1] not in FIRST)
         ended = chain(finished, deal_out(waiting, places(args, len(waiting))))
         print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 

@@ -5,5 +5,6 @@
 #   bash scripts/demo.sh
 #   DATA=path/to/faces bash scripts/demo.sh     real faces; the variables of run_cl_forget.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
+split_words "$@"
 root=$PWD && cd "$_caller" || exit 1
-METHODS=${METHODS:-gs_lora unseen} RUN_NAME=demo exec bash "$root/scripts/run_cl_forget.sh" -- --num-tasks 2 "$@"
+METHODS=${METHODS:-gs_lora unseen} RUN_NAME=demo exec bash "$root/scripts/run_cl_forget.sh" "${options[@]}" -- --num-tasks 2 "${rest[@]}"

@@ -100,7 +100,7 @@ def train_references(jobs: Sequence[Job], args: argparse.Namespace) -> None:
     if not missing:
         return
     print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
-    at_once = len(places(args, len(missing)))
+    at_once = len(missing) if args.cluster == "slurm" else len(places(args, len(missing)))
     with end_on_sigterm():
         for done, job in enumerate(_trained(missing, args), start=1):
             if job.failure:

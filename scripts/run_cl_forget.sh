@@ -21,10 +21,8 @@
 #   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
 
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
-options=()
-while [ $# -gt 0 ] && [ "$1" != "--" ]; do # before -- for compare.py, after it for train_forget.py
-  options+=("$1") && shift
-done
+split_words "$@"
+set -- "${rest[@]}"
 case "${options[0]:-}" in "" | -*) ;; *) refuse "unknown word '${options[0]}': methods are named in METHODS" ;; esac
 asked=${AUDIT:-}
 case "${AUDIT:=first}" in first) look=(--quick) ;; all) look=(--requests all) ;; off) ;; *)

@@ -13,8 +13,8 @@ import pandas as pd
 
 from util.cli import options
 from util.cli.main import run_main
-from util.report.comparison_page import X
-from util.report.figures import forgetting_scatter, save_figure
+from util.report.comparison_page import scatter_of
+from util.report.figures import save_figure
 from util.runtime.files import readable
 
 
@@ -28,12 +28,8 @@ def main(argv: list[str] | None) -> None:
     with readable(args.rows, "no rows of an audit"):
         rows = pd.read_csv(args.rows)
         rows = rows[(rows["class_order"] == args.class_order) & (rows["request"] == 1) & (rows["after_task"] == 1)]
-        found = rows.pivot_table(index="method", columns="metric", values="value", sort=False).dropna(subset=[X])
-        models = pd.DataFrame({"lost": found["acc_remain_lost"], "known": found[X]})
-        models.index = models.index.str.replace(r" \(.*", "", regex=True)  # which version of a method it is
-        known = rows[rows["metric"] == X].iloc[0]
-        never = [known["never_seen"] - known["never_seen_sd"], known["never_seen"] + known["never_seen_sd"]]
-    save_figure(forgetting_scatter(models, never, known["trained_with_them"], args.title), args.figure)
+        figure = scatter_of(rows, args.title)
+    save_figure(figure, args.figure)
 
 
 if __name__ == "__main__":

@@ -45,12 +45,11 @@ paper) # arXiv 2403.11530 and 2501.09705, as their published code runs them
   ;;
 small) # minutes on two CPU cores
   MODEL=${MODEL:-face_vit_tiny}
-  PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS}"
-  FORGET="--epochs ${EPOCHS:-5} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
-  if [ "$DATA" = synthetic_faces ]; then # what is enough for them
-    PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-30} --image-size 32"
-    FORGET="--epochs ${EPOCHS:-1} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
+  PRETRAIN="${PRETRAIN_EPOCHS:+--epochs $PRETRAIN_EPOCHS}" epochs=5
+  if [ "$DATA $MODEL" = "synthetic_faces face_vit_tiny" ]; then # what is enough for these
+    PRETRAIN="--epochs ${PRETRAIN_EPOCHS:-30} --image-size 32" epochs=1
   fi
+  FORGET="--epochs ${EPOCHS:-$epochs} --min-updates $([ -n "${EPOCHS:-}" ] && echo 0 || echo 300) --batch-size 16 --data-ratio 1"
   SINGLE_STEP="--alpha 1e-2 --bound 110 --beta 0.15" # of GS-LoRA
   ;;
 imagenet) # table 4 of arXiv 2501.09705: the model's own classifier, cut to the folder's classes

@@ -289,6 +289,14 @@ def test_a_reference_that_another_audit_trains_is_waited_for(held, killed, colou
     ]
 
 
+def test_references_on_a_cluster_tell_their_time_as_side_by_side(colours, recipe, monkeypatch, tmp_path):
+    jobs, lines = [job_of(colours, recipe, (4,), seed, cache_dir=tmp_path) for seed in (1, 2)], []
+    monkeypatch.setattr(scripts.references, "deal_out", lambda jobs, where: iter(jobs))
+    monkeypatch.setattr(scripts.references, "print", lambda line, **_: lines.append(line), raising=False)
+    train_references(jobs, Namespace(gpus=[], jobs_per_gpu=None, cluster="slurm", sbatch=""))
+    assert [line.split(", ")[-1] for line in lines[1:]] == ["about 0:00 left"] * 2
+
+
 def test_a_run_that_another_process_has_taken_in_the_meantime_is_waited_for(colours, recipe, monkeypatch, tmp_path):
     """A killed audit's run may begin late: ours fails then, and is no failure."""
     job, tried = job_of(colours, recipe, (4,), cache_dir=tmp_path), []

@@ -108,6 +108,9 @@ def test_the_demo_ends_with_a_page_of_both_methods(script, copy):
     page = (copy / where).read_text()
     assert "GS-LoRA</a>" in page and "Unseen</a>" in page
     assert len(results_of((copy / where).parent / "unseen-seed1337")["tasks"]) == 2
+    told = script("demo.sh", "--overwrite", "--", "--lr", "1e-3", PYTHON="echo", CHECKPOINT="p").stdout
+    compared = next(line for line in told.splitlines() if line.startswith("scripts/compare.py")).split(" -- ")
+    assert "--overwrite" in compared[0] and compared[1].endswith("--num-tasks 2 --lr 1e-3")
 
 
 def test_the_open_form_reports_acc_m(script, copy, trained):

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from util.report.audit_tables import COUNTED, PRETRAINED, never_of, tally
+from util.report.audit_tables import COUNTED, PRETRAINED, STRANGERS, never_of, tally
 from util.report.figures import forgetting_scatter, save_figure
 from util.runtime.files import write_text
 
@@ -28,25 +28,32 @@ def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
 
     audits: (label, content of results.json, content of audit.json, the page of it as seen from `folder`) of each run.
     """
-    write_text(folder / ROWS, audit_rows(audits).to_csv(index=False))
+    frame = audit_rows(audits)
+    write_text(folder / ROWS, frame.to_csv(index=False))
     first = [(label, results, content["requests"][0], page) for label, results, content, page in audits]
     if any(request["figures"].get(X, {}).get("value") is None for _, _, request, _ in first):
         return None
     rows = [_row(*one) for one in first]
     several = len({results["seed"] for _, results, *_ in first}) > 1
-    by_method = pd.DataFrame(rows).groupby("label", sort=False)[["lost", "known"]].mean()
-    entries = [request["figures"][X] for _, _, request, _ in first]
-    never = [value for entry in entries for value in entry["references"]]
-    before = float(np.mean([entry["originals"][0] for entry in entries]))
-    whom = never_of(first[0][2]).lower()
-    band = "strangers" if whom == "strangers" else "models that never saw them"
-    figure = forgetting_scatter(by_method, never, before, title, band)
+    moment = frame["request"] == first[0][2]["task"], frame["after_task"] == first[0][2]["after_task"]
+    band = "strangers" if never_of(first[0][2]) == STRANGERS else "models that never saw them"
+    figure = scatter_of(frame[moment[0] & moment[1]], title, band)
     save_figure(figure, folder / SCATTER)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     known = {name: [float(np.mean(group[key])) for key in METRICS] for name, group in _yardsticks(first).items()}
     words = {"title": title, "rows": rows, "several": several, "known": known, "metrics": METRICS, "counted": COUNTED}
     write_text(folder / INDEX, environment.get_template(TEMPLATE.name).render(words, chart=_svg(figure)))
     return folder / INDEX
+
+
+def scatter_of(rows: pd.DataFrame, title: str, band: str = "models that never saw them") -> Figure:
+    """The scatter of one request, from rows as `audit_rows` gives them: the means of each method, the band mean ± sd."""
+    found = rows.pivot_table(index="method", columns="metric", values="value", sort=False).dropna(subset=[X])
+    models = pd.DataFrame({"lost": found["acc_remain_lost"], "known": found[X]})
+    models.index = models.index.str.replace(r" \(.*", "", regex=True)  # which version of a method it is
+    known = rows[rows["metric"] == X]
+    never, spread = known["never_seen"].mean(), np.nan_to_num(known["never_seen_sd"].mean())
+    return forgetting_scatter(models, [never - spread, never + spread], known["trained_with_them"].mean(), title, band)
 
 
 def audit_rows(audits: Audited) -> pd.DataFrame:
