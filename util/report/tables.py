@@ -147,7 +147,19 @@ class Comparison:
             align = ["left"] + ["right"] * (len(header) - 1)
             text = table.set_axis(header, axis=1).to_markdown(index=False, disable_numparse=True, colalign=align)
             parts += [f"Accuracy (%) {meaning}", text]
-        return "\n\n".join(parts + [f"{label}: failed: {why}" for label, why in self.failures.items()])
+        correlation = [self.rank_correlation()] if self.rank_correlation() else []
+        return "\n\n".join(parts + correlation + [f"{label}: failed: {why}" for label, why in self.failures.items()])
+
+    def rank_correlation(self) -> str:
+        """Spearman's, between the methods' H and the papers', for each task; nothing for fewer than three methods."""
+        h_mean = self.numbers(self.papers_margin).xs("h_mean", axis=1, level=1)
+        ours = h_mean.loc[self.labels]
+        papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)
+        both = ours.notna() & papers.notna()
+        count = both.sum()
+        found = ours.where(both).rank().corrwith(papers.where(both).rank())[count > 2].dropna()
+        values = ", ".join(f"{setting} {value:.2f} of {count[setting]} methods" for setting, value in found.items())
+        return f"Spearman's rank correlation of H with the papers': {values}" if values else ""
 
     def csv(self) -> str:
         """One number a line."""
@@ -180,7 +192,8 @@ class Comparison:
         table = table.rename(index=lambda label: label.ljust(width)).rename_axis(index=None, columns=self.sweep or "Method")
         failures = [f"{label.ljust(width)} failed: {why}" for label, why in self.failures.items()]
         title = f"Accuracy (%) {MARGINS[margin]}; Acc after the last task"
-        return [title, *table.to_string(col_space=6).splitlines(), *failures]
+        correlation = [self.rank_correlation()] if self.rank_correlation() else []
+        return [title, *table.to_string(col_space=6).splitlines(), *failures, *correlation]
 
     def write(self, folder: Path) -> None:
         """table.md, table.csv, table.tex and figure.png."""

@@ -1,10 +1,11 @@
 import io
+import json
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from util.report.tables import Comparison
+from util.report.tables import PAPER_TABLES, Comparison
 from util.runtime.errors import UsageError
 
 KEYS = ("h_mean", "acc_remain", "acc_forget", "acc_old", "acc_missing")
@@ -121,6 +122,26 @@ def test_published_rows_stand_beside_ours_by_the_margin_alone():
     row = [cell.strip() for cell in line.split("|")[1:-1]]
     # Table 2 of arXiv 2501.09705.
     assert row[1:] == ["1.28%", "74.40", "74.16", "0.00", "73.59", "73.37", "0.00", "0.05", "–"]
+
+
+def test_ranks_are_compared_with_those_of_the_papers_rows():
+    from scipy.stats import spearmanr
+
+    papers = json.loads(PAPER_TABLES.read_text())["continual"]["methods"]
+    ours = {"l2": 60.0, "ewc": 75.0, "scrub": 50.0, "gs_lora": 70.0, "unseen": 99.0}  # no paper has the last one
+
+    def of(method: str, h_mean: float) -> dict:
+        whole = casia()
+        whole["tasks"][0]["after"]["margin_h_mean"] = h_mean
+        return {**whole, "method": method}
+
+    runs = [of(*one) for one in ours.items()]
+    expected = spearmanr([*ours.values()][:4], [papers[name][0]["h_mean"] for name in [*ours][:4]]).statistic
+    comparison = Comparison(runs, published="casia_100")
+    for text in (comparison.markdown(), comparison.narrow("margin_")[-1]):
+        assert f"100-20 {expected:.2f} of 4 methods" in text
+    assert "rank correlation" not in Comparison(runs[:2], published="casia_100").markdown()
+    assert "rank correlation" not in Comparison(runs).markdown()
 
 
 def test_published_rows_of_missing_classes_are_those_of_table_5():
