@@ -1,5 +1,6 @@
 """Unseen: an adapter after which a forgotten face lies where a model that never saw the person might have placed it."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from math import ceil
 from typing import Any
@@ -13,6 +14,8 @@ from backbone import lora
 from backbone.blocks import as_map, block_names, block_outputs
 from backbone.recognizer import Recognizer
 from data.batches import Batch, Pass
+from data.cache import cache_folder
+from data.image_folder import flat_folder
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
@@ -34,12 +37,14 @@ class Unseen(Method):
     t = unit[(1 − w) · (s · v + √(1 − s²) · unit(u − P u)) + w · n],  u = unit(θ₀(x_f)) the old embedding
 
     v is where a stranger's eye puts the face: ridge regression from what the first quarter of the network computes, too
-    early to know a person, to where the people of the kept lie, their mean embeddings. n is where faces that look like this
-    one lie among the kept: the mean of *their* old embeddings, weighted by softmax(cos / τ), τ = c / √d, in d linear
-    discriminants that tell the kept identities apart by what the first half of the network computes. P projects onto the
-    forgotten identities' mean embeddings: u − P u is what the photo shows beside the person.
+    early to know a person, to where the people of the kept lie, their mean embeddings. With --strangers it is read as
+    deep as targets need to be as alike as photos of a stranger: a network that has learned from millions of people tells
+    strangers apart as well. n is where faces that look like this one lie among the kept: the mean of *their* old
+    embeddings, weighted by softmax(cos / τ), τ = c / √d, in d linear discriminants that tell the kept identities apart by
+    what the first half of the network computes. P projects onto the forgotten identities' mean embeddings: u − P u is what
+    the photo shows beside the person.
 
-    s is found: two targets of a person are as alike, on average, as the regression says that two strangers' photos are.
+    s is found: two targets of a person are as alike, on average, as two photos of a stranger are: of --strangers, or by v.
     An adapter smooths, and leaves a person's photos more alike than their targets; after each epoch s makes up for half of
     it, which is what carries over to new photos. Only the adapters are trained. The rows of the forgotten are zero
     afterwards: no template stays.
@@ -58,7 +63,12 @@ class Unseen(Method):
         Option("lambda_forget", 5.0, "weight λ_f of the forgotten images' targets"),
         Option("lambda_remain", 1.0, "weight λ_r of the remaining images' old embeddings"),
         Option("lambda", 0.1, "weight λ of the remaining images' cross entropy"),
+        Option(
+            "strangers", "", "folder of people in no training set, <person>/<image>: targets become as alike as their photos"
+        ),
     ]
+
+    strangers: ImageSet | None = None
 
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
@@ -70,6 +80,13 @@ class Unseen(Method):
             if len(counts) < 2 or counts.max() < 2:
                 told = f"task {task.number}: unseen needs images of two remaining classes, two of one of them"
                 raise UsageError(f"{told}: raise --data-ratio or --few-shot, or forget fewer")
+        if self.args.strangers:
+            about, cache_dir = model.architecture, self.args.cache_dir or cache_folder()
+            self.strangers = flat_folder(self.args.strangers, about.image_size, cache_dir, about.crop_pct)
+            if shared := sorted({*self.strangers.classes} & {*train_set.classes}):
+                raise UsageError(f"--strangers {self.args.strangers}: {shared[0]} is in the training set")
+            if self.strangers.labels.bincount().max() < 2:
+                raise UsageError(f"--strangers {self.args.strangers}: nobody there has two photos")
 
     def prepare(self, model: Recognizer) -> None:
         seen = torch.cat([self.task.forget_indices, self.task.remain_indices])
@@ -77,41 +94,50 @@ class Unseen(Method):
         counts = [len(self.task.forget_indices), len(self.task.remain_indices)]
         (forgotten, kept), labels = unit.split(counts), self.train_set.labels[seen.to(self.train_set.labels.device)].cpu()
         self.people, kept_labels = labels.split(counts)
-        early, middle = self._features(model, seen)
+        blocks = block_names(model.backbone)
+        middle = self._features(model, seen, blocks[len(blocks) // 2 - 1], 1)
         near = F.normalize(those_alike(middle, kept, kept_labels, self.args.sharpness))
-        strangers = F.normalize(as_strangers(early, kept, kept_labels)).to(kept)
-        self.parts = strangers, without_person(forgotten, self.people), near
+        rest = without_person(forgotten, self.people)
+
+        def read(block: str) -> float:
+            """Take v from this block; returns how alike the targets of a person are with it alone."""
+            early = self._features(model, seen, block, 2)
+            self.parts = F.normalize(as_strangers(early, kept, kept_labels)).to(kept), rest, near
+            return coherence(self._targets(1), self.people)
+
+        depth = max(1, len(blocks) // 4) - 1
+        if self.strangers is None:
+            read(blocks[depth])
+            self.wanted = coherence(self.parts[0], self.people)
+        else:
+            strangers = F.normalize(embed_images(model, self.strangers, self.hardware))
+            self.wanted = coherence(strangers, self.strangers.labels)
+            depth = min(bisect_left(blocks, self.wanted, lo=depth, key=read), len(blocks) - 1)
+            read(blocks[depth])
         self.targets = unit.new_zeros(len(self.train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), unit)
         self._aim(excess=0.0)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
 
+    def _targets(self, share: float) -> Tensor:
+        strangers, rest, near = self.parts
+        seen_anew = share * strangers + (1 - share**2) ** 0.5 * rest
+        return F.normalize((1 - self.args.likeness) * seen_anew + self.args.likeness * near)
+
     def _aim(self, excess: float) -> None:
         """Choose s, and set the targets, for an edit that leaves photos of a person more alike than these by `excess`."""
-        strangers, rest, near = self.parts
-
-        def targets(share: float) -> Tensor:
-            seen_anew = share * strangers + (1 - share**2) ** 0.5 * rest
-            return F.normalize((1 - self.args.likeness) * seen_anew + self.args.likeness * near)
-
-        wanted = coherence(strangers, self.people) - excess
+        wanted = self.wanted - excess
         self.excess = excess
-        self.share = min(SHARES, key=lambda s: round(abs(coherence(targets(s), self.people) - wanted), 6))
-        self.targets[self.task.forget_indices] = targets(self.share)
+        self.share = min(SHARES, key=lambda s: round(abs(coherence(self._targets(s), self.people) - wanted), 6))
+        self.targets[self.task.forget_indices] = self._targets(self.share)
 
-    def _features(self, model: Recognizer, seen: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Of each image, what the first quarter of the blocks computes in the quadrants of its face, and the first half on
-        the whole of it: averages of patch tokens, or of a map's places."""
-        blocks = block_names(model.backbone)
-        names = list(dict.fromkeys([blocks[max(1, len(blocks) // 4) - 1], blocks[len(blocks) // 2 - 1]]))
+    def _features(self, model: Recognizer, seen: Tensor, block: str, size: int) -> np.ndarray:
+        """What a block computes of each image, averaged over size × size parts of the face, (N, size² · width)."""
 
         def of(images: Tensor) -> Tensor:
-            outputs = block_outputs(model.backbone, model.normalize(images), names)
-            early, middle = (as_map(model.backbone, outputs[place]).float() for place in (0, -1))
-            quadrants, self.early = F.adaptive_avg_pool2d(early, 2).flatten(1), 4 * early.shape[1]
-            return torch.cat([quadrants, middle.mean(dim=(2, 3))], dim=1)
+            (output,) = block_outputs(model.backbone, model.normalize(images), [block])
+            return F.adaptive_avg_pool2d(as_map(model.backbone, output).float(), size).flatten(1)
 
-        features = map_images(model, of, self.train_set, self.hardware, seen).double().cpu().numpy()
-        return np.split(features, [self.early], axis=1)
+        return map_images(model, of, self.train_set, self.hardware, seen).double().cpu().numpy()
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         forget, longer = len(task.forget_indices), max(len(task.forget_indices), len(task.remain_indices))
@@ -199,5 +225,8 @@ def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:
 
 
 def coherence(unit: Tensor, labels: Tensor) -> float:
-    """The mean cosine of two photos of a person, over people: the squared length of the mean of (N, dim)."""
-    return person_means(unit, labels).square().sum(dim=1).mean().item()
+    """The mean cosine of two photos of a person, over the people who have two, of (N, dim) of unit length."""
+    counts = labels.unique(return_counts=True)[1].to(unit.device)
+    lengths = person_means(unit, labels).square().sum(dim=1)  # with each photo's cosine to itself, 1
+    several = counts > 1
+    return ((counts * lengths - 1) / (counts - 1))[several].mean().item() if several.any() else 0.0

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.linalg import eigh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.blocks import block_outputs
 from backbone.lora import apply_adapters
+from methods import METHODS
 from methods.unseen import those_alike, without_person
+from tests.methods.conftest import arguments
 from util.runtime.errors import UsageError
 
 
@@ -47,9 +50,10 @@ def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgo
 
 
 def coherence(embeddings: np.ndarray, labels: np.ndarray) -> float:
-    """The mean cosine of two photos of a person, each with itself too, over people."""
+    """The mean cosine of two photos of a person, over people."""
     similarity = unit(embeddings) @ unit(embeddings).T
-    return np.mean([similarity[np.ix_(labels == c, labels == c)].mean() for c in np.unique(labels)])
+    pairs = [similarity[np.ix_(labels == c, labels == c)] for c in np.unique(labels)]
+    return np.mean([(p.sum() - len(p)) / (len(p) * (len(p) - 1)) for p in pairs if len(p) > 1] or [0])
 
 
 def expected_targets(begun, arithmetic, likeness: float, sharpness: float, excess: float = 0.0) -> np.ndarray:
@@ -123,12 +127,55 @@ def test_the_share_is_that_of_targets_as_alike_as_strangers(begin, people, share
     alike = F.normalize(0.4 * person + 0.84**0.5 * rest)
     method.people, method.targets = torch.tensor([*people]), torch.zeros(40, 20)
     method.task = SimpleNamespace(forget_indices=torch.arange(40))
-    method.parts = alike, rest, rest  # strangers say how alike; with s of 1 they are the targets
+    method.parts = alike, rest, rest  # with s of 1 they are the targets
+    method.wanted = coherence(alike.numpy(), method.people.numpy())
     method._aim(0.0)
     assert method.share == 1
     method.parts = person, rest, rest
-    method._aim(coherence(person.numpy(), method.people.numpy()) - coherence(alike.numpy(), method.people.numpy()))
+    method._aim(0.0)
     assert method.share == pytest.approx(share)
+
+
+@pytest.fixture
+def strangers(make_images, monkeypatch):
+    images = make_images(num_classes=5, seed=9)
+    monkeypatch.setattr(METHODS["unseen"], "strangers", images)
+    return images
+
+
+def test_strangers_say_how_alike_targets_are(begin, arithmetic, strangers):
+    begun = begin("unseen", moved=False)
+    expected = coherence(arithmetic.embeddings(begun.before, strangers.images), strangers.labels.numpy())
+    assert begun.method.wanted == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("wanted", "block"), [(0.0, 0), (0.5, 2), (1.0, 3)])
+def test_strangers_say_how_deep_a_strangers_eye_looks(begin, strangers, monkeypatch, wanted, block):
+    looked, alike = [], [0.1, 0.4, 0.6, 0.9]
+
+    def features(self, model, seen, name, size):
+        looked.append(int(name[-1]))
+        return np.random.default_rng(0).normal(size=(len(seen), 4))
+
+    monkeypatch.setattr(METHODS["unseen"], "_features", features)
+    monkeypatch.setattr(
+        "methods.unseen.coherence", lambda _, labels: wanted if labels is strangers.labels else alike[looked[-1]]
+    )
+    begin("unseen", depth=4, moved=False)
+    assert looked[-1] == block
+
+
+def test_strangers_have_two_photos_and_are_in_no_training_set(make_images, make_recognizer, make_tasks, cpu, tmp_path):
+    train_set, model = make_images(), make_recognizer()
+    for person, photos in (("new", 1), (train_set.classes[0], 2)):
+        (tmp_path / person).mkdir()
+        for number in range(photos):
+            Image.new("RGB", (8, 8)).save(tmp_path / person / f"{number}.png")
+        method = METHODS["unseen"](
+            arguments("unseen", "--strangers", str(tmp_path), "--cache-dir", str(tmp_path / "c")), cpu
+        )
+        with pytest.raises(UsageError, match="nobody there has two photos" if person == "new" else f"{person} is in the"):
+            method.check(model, make_tasks(train_set, 2), train_set)
 
 
 def test_the_loss_is_its_formula(begin, arithmetic):
