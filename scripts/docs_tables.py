@@ -1,0 +1,137 @@
+"""Write the tables of README.md and docs from the numbers in docs/results: nobody edits these by hand.
+
+python scripts/docs_tables.py            rewrite them
+python scripts/docs_tables.py --check    exit 1 if one is not what its numbers say
+A table stands between <!-- table: KIND NAME… --> and <!-- end -->. The numbers of NAME are docs/results/NAME_accuracy.csv,
+the table.csv of a comparison, and NAME_audit.csv, the audit.csv of the same folder.
+"""
+
+import re
+import sys
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
+
+import pandas as pd
+
+from util.cli import options
+from util.cli.main import run_main
+from util.report.audit_tables import SIGNS
+from util.report.tables import PRETRAINED, PUBLISHED
+from util.runtime.errors import RunError
+from util.runtime.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+NEVER, BEFORE = "*never saw them*", "*before*"
+METRICS = {"enrolment_1": "re-id 1", "enrolment_5": "re-id 5", "verification_auc": "AUC", "membership_images": "member"}
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [[*header], *map(list, rows)]
+    lines.insert(1, ["---"] + ["--:"] * (len(lines[0]) - 1))
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
+
+
+def number(value: float, verdict: str = "") -> str:
+    return "" if pd.isna(value) else f"{value:.1f} {SIGNS.get(verdict, '')}".strip().replace("-", "−")
+
+
+def accuracies(name: str, margin: bool = False) -> pd.DataFrame:
+    """A row per label, a column per (metric, task)."""
+    found = pd.read_csv(RESULTS / f"{name}_accuracy.csv")
+    return found[found["margin"] == margin].pivot(index="label", columns=["metric", "task"], values="mean")
+
+
+def audited(name: str) -> pd.DataFrame:
+    """The rows of the first request of the first class order, by method and metric."""
+    found = pd.read_csv(RESULTS / f"{name}_audit.csv")
+    first = found[["request", "after_task", "class_order"]].eq([1, 1, found["class_order"].iloc[0]]).all(axis=1)
+    return found[first].drop_duplicates(["method", "metric"]).set_index(["method", "metric"]).sort_index()
+
+
+def beside_the_papers(name: str) -> str:
+    """H with margin of each task, ours and the papers', best first; the last row is Spearman's correlation of the two."""
+    h_mean = accuracies(name, margin=True)["h_mean"]
+    ours = h_mean[~h_mean.index.str.endswith(PUBLISHED)].drop(PRETRAINED, errors="ignore")
+    ours = ours.loc[ours.mean(axis=1).sort_values(ascending=False).index]
+    papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)
+    rows = [[label, *map(number, ours.loc[label]), *map(number, papers.loc[label])] for label in ours.index]
+    both = papers.notna()
+    correlation = ours.where(both).rank().corrwith(papers.rank())
+    rows.append(
+        ["*rank correlation*", *(f"{value:.2f}".replace("-", "−") for value in correlation), *[""] * len(correlation)]
+    )
+    tasks = [f"task {task}" for task in ours.columns]
+    return markdown(["H with margin", *tasks, *(f"paper, {task}" for task in tasks)], rows)
+
+
+def all_metrics(name: str) -> str:
+    """Accuracy over all tasks and the audit of the first request, best H first."""
+    table, margin, audit = accuracies(name), accuracies(name, margin=True), audited(name)
+    keys = [key for key in METRICS if key in audit.index.unique("metric")]
+    known = audit.loc[audit.index[0][0]].loc[keys]
+    blank = [""] * 5
+    rows = [[NEVER, *blank, *map(number, known["never_seen"])], [BEFORE, *blank, *map(number, known["trained_with_them"])]]
+    before = table.loc[PRETRAINED, "acc_remain"]
+    for label in table["h_mean"].mean(axis=1).drop(PRETRAINED).sort_values(ascending=False).index:
+        own = table.loc[label]
+        lost = (before - own["acc_remain"]).max()
+        old = own["acc_old"].max() if "acc_old" in table else float("nan")
+        cells = [own["h_mean"].mean(), lost, own["acc_forget"].max(), old, margin.loc[label, "h_mean"].mean()]
+        entries = audit.loc[label].loc[keys] if label in audit.index.unique("method") else None
+        judged = [""] * len(keys) if entries is None else map(number, entries["value"], entries["verdict"])
+        rows.append([label, *map(number, cells), *judged])
+    return markdown(["", "H", "Acc_r lost", "Acc_f", "Acc_o", "H, margin", *(METRICS[key] for key in keys)], rows)
+
+
+def overview(*names: str) -> str:
+    """H, points of Acc_r lost and re-identification from one photo after the first request of several sets."""
+    sets = [audited(name) for name in names]
+    known = [audit.xs("enrolment_1", level="metric").iloc[0] for audit in sets]
+    rows = [[NEVER, *chain.from_iterable(["", "", number(entry["never_seen"])] for entry in known)]]
+    rows += [[BEFORE, *chain.from_iterable(["", "", number(entry["trained_with_them"])] for entry in known)]]
+    last = sets[-1].xs("h_mean", level="metric")["value"].sort_values(ascending=False)
+    rows += [[method, *chain.from_iterable(_overview(audit, method) for audit in sets)] for method in last.index]
+    return markdown(["", *chain.from_iterable([f"{name}: H", "lost", "re-id 1"] for name in names)], rows)
+
+
+def _overview(audit: pd.DataFrame, method: str) -> list[str]:
+    if method not in audit.index.unique("method"):
+        return [""] * 3
+    own = audit.loc[method]
+    costs = [number(own["value"][key]) for key in ("h_mean", "acc_remain_lost")]
+    return [*costs, number(*own.loc["enrolment_1", ["value", "verdict"]])]
+
+
+KINDS = {"papers": beside_the_papers, "all": all_metrics, "overview": overview}
+
+
+def written(text: str) -> str:
+    """A page with its tables made anew."""
+
+    def block(match: re.Match) -> str:
+        kind, *names = match[2].split()
+        return match[1] + KINDS[kind](*names) + match[3]
+
+    return BLOCK.sub(block, text)
+
+
+def main(argv: list[str] | None) -> None:
+    parser = options.Parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing, and exit 1 where a table would change")
+    args = parser.parse_args(argv)
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        page, now = path.read_text(), written(path.read_text())
+        if page != now and args.check:
+            raise RunError(f"{path.relative_to(ROOT)}: a table is not what docs/results says: run scripts/docs_tables.py")
+        if page != now:
+            write_text(path, now)
+            print(f"{path.relative_to(ROOT)} is new")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,56 @@
+"""The tables of the docs are what docs/results says."""
+
+import pandas as pd
+import pytest
+from scipy.stats import spearmanr
+
+from scripts import docs_tables
+
+
+def test_no_table_was_edited_by_hand(command):
+    code, _, err = command("scripts/docs_tables.py", "--check")
+    assert (code, err) == (0, "")
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Two tasks of three methods, two of which the papers have as well."""
+    monkeypatch.setattr(docs_tables, "RESULTS", tmp_path)
+    found = {"Pre-train": {}, "A": {"h_mean": (50, 40)}, "B": {"h_mean": (70, 80)}, "C": {"h_mean": (60, 66)}}
+    found |= {
+        "A (published)": {"h_mean": (72, 71)},
+        "B (published)": {"h_mean": (70, 73)},
+        "C (published)": {"h_mean": (65, 66)},
+    }
+    rows = []
+    for label, metrics in found.items():
+        for metric, values in {"acc_remain": (90, 80), **metrics}.items():
+            for task, value in enumerate(values, start=1):
+                value -= 5 * (metric == "acc_remain" and label == "A")
+                rows += [{"label": label, "margin": m, "task": task, "metric": metric, "mean": value} for m in (True, False)]
+    pd.DataFrame(rows).to_csv(tmp_path / "faces_accuracy.csv", index=False)
+
+
+def test_methods_stand_beside_the_papers_best_first_with_the_correlation_of_ranks(results):
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in docs_tables.written("<!-- table: papers faces -->\nold\n<!-- end -->\n").splitlines()
+        if line.startswith("|")
+    ]
+    assert [line[0] for line in lines] == ["H with margin", "---", "B", "C", "A", "*rank correlation*"]
+    assert lines[2][1:] == ["70.0", "80.0", "70.0", "73.0"]
+    expected = [spearmanr([50, 70, 60], [72, 70, 65]).statistic, spearmanr([40, 80, 66], [71, 73, 66]).statistic]
+    assert [float(cell.replace("−", "-")) for cell in lines[-1][1:3]] == pytest.approx(expected, abs=0.005)
+
+
+def test_a_changed_page_is_found(results, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(docs_tables, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- table: papers faces -->\n| edited |\n<!-- end -->\nafter\n")
+    with pytest.raises(docs_tables.RunError, match=r"README\.md"):
+        docs_tables.main(["--check"])
+    docs_tables.main([])
+    assert "edited" not in page.read_text()
+    assert page.read_text().startswith("before\n<!-- table: papers faces -->\n| H with margin")
+    docs_tables.main(["--check"])
