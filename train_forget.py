@@ -115,9 +115,7 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group.add_argument("--output-dir", type=Path, help="folder of the run (default: one in exps/)")
     group.add_argument("--eval-every", **none, help="epochs between two logs of test accuracies; 0 logs none")
     options.add_pairs(group, "to measure before and after each task")
-    group.add_argument(
-        "--published-layout", action="store_true", help="also write published/task_<t>.pth, as the papers' code does"
-    )
+    group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth")
     add_resume_options(group)
     told = "task_<t>.pth of an earlier run, to continue after its tasks"
     group.add_argument("--resume-from", type=Path, metavar="FILE", help=told)
