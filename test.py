@@ -59,25 +59,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def build_parser() -> options.Parser:
     parser = options.Parser(__doc__)
-    where = "ours or published layout; with --verify-record: where the pre-trained one lies now"
+    where = "checkpoint, ours or published; with --verify-record, the pre-trained one if it was moved"
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help=where)
-    parser.add_argument("--verify-record", type=Path, metavar="FILE", help="recompute a record of deletion: is it true?")
-    signers = "OpenSSH's file of who may sign: whatever of a record and its audit they have not signed fails"
+    parser.add_argument("--verify-record", type=Path, metavar="FILE", help="record of deletion to recompute and check")
+    signers = "OpenSSH's allowed signers: a record or audit that none of them has signed fails"
     parser.add_argument("--allowed-signers", type=Path, metavar="FILE", help=signers)
-    parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="to add, in the order of tasks")
-    parser.add_argument("--deposit", type=Path, metavar="FILE", help="LIRF's, in place of the checkpoint's lower half")
+    parser.add_argument("--adapters", type=Path, nargs="+", default=[], metavar="FILE", help="adapters, by task")
+    parser.add_argument("--deposit", type=Path, metavar="FILE", help="deposit of LIRF, in place of the lower half")
     options.add_published(parser)
     options.add_data(parser)
-    told = f"measure these classes as a group (default: those that the checkpoint has forgotten): {options.NAMES}"
+    told = f"classes to measure as a group (default: those that were forgotten): {options.NAMES}"
     parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=told)
-    told = "give all of the model's own classifier back, and measure the classes of DIR/<class>/<image> that --data lacks"
+    told = "restore the model's own classifier, and measure the classes of DIR/<class>/<image> that --data lacks"
     parser.add_argument("--whole-classifier", type=Path, metavar="DIR", help=told)
-    options.add_pairs(parser, "instead of the data, measure")
+    options.add_pairs(parser, "to measure instead of --data")
     count = {"type": options.number(int, 0), "default": 20000}
-    parser.add_argument("--random-pairs", **count, help="genuine and impostor pairs of test images to verify, each; 0: none")
+    parser.add_argument("--random-pairs", **count, help="genuine pairs of test images, and impostor pairs as many")
     parser.add_argument("--seed", type=options.number(int, 0, 2**63), default=0, help="seed of the random pairs")
     options.add_hardware(parser)
-    parser.add_argument("--output-dir", type=Path, help="default: exps/test-<run>-<checkpoint>-<its SHA-256>")
+    parser.add_argument("--output-dir", type=Path, help="folder of the results (default: one in exps/)")
     return parser
 
 

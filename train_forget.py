@@ -79,7 +79,7 @@ def add_method_choice(parser: options.Parser) -> None:
     listed = (f"{name:12} {sys.modules[m.__module__].__doc__.splitlines()[0]}" for name, m in METHODS.items())
     told = "print each method with its paper"
     parser.add_argument("--list-methods", action="version", version="\n".join(listed), help=told)
-    told = "as the published code ran the method, for its 4-task table or few-shot; further options still count"
+    told = "options of the published code, for its 4-task table or few-shot; options given after it still count"
     parser.add_argument("--as-published", nargs="?", const="table", choices=PRESETS, help=told)
 
 
@@ -88,38 +88,36 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     parser = options.Parser(__doc__, "%(prog)s --checkpoint FILE [options]")
     add_config_option(parser)
     add_method_choice(parser)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the pre-trained recognizer")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="pre-trained recognizer")
     options.add_published(parser)
     options.add_data(parser)
     group = parser.add_argument_group("forgetting protocol")
     count, ratio = options.number(int, 1), options.number(float, 1e-12, 1)
-    group.add_argument("--num-tasks", type=count, help="requests to forget, in turn, of random classes (default: 4)")
-    told = "classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
+    group.add_argument("--num-tasks", type=count, help="number of requests, of random classes (default: 4)")
+    told = "number of classes that a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
     group.add_argument("--forget-per-task", type=count, help=told)
     names = {"type": options.class_list, "metavar": "LIST"}
-    group.add_argument("--forget-classes", **names, help=f"instead of random ones, forget these people: {options.NAMES}")
-    group.add_argument("--then", action="append", default=[], **names, help="forget these in a further task; repeatable")
-    told = "go on where photos of a named person stay under another person's name"
+    group.add_argument("--forget-classes", **names, help=f"people to forget, not random classes: {options.NAMES}")
+    group.add_argument("--then", action="append", default=[], **names, help="people to forget in a further task; repeatable")
+    told = "go on although photos of a named person also lie under another name"
     group.add_argument("--allow-copies", action="store_true", help=told)
-    group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images a method sees")
-    group.add_argument("--few-shot", type=count, metavar="N", help="exactly N images a class instead of --data-ratio")
-    group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
+    group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images that are used")
+    group.add_argument("--few-shot", type=count, metavar="N", help="training images a class, instead of --data-ratio")
+    group.add_argument("--missing-classes", type=int, default=0, metavar="N", help="remaining classes without images")
     options.add_optimization(parser, epochs=100)
-    streams, told = ("longest", "forget", "remain"), "whose pass an epoch is, of the paired streams of D_f and D_r"
+    streams, told = ("longest", "forget", "remain"), "images of which an epoch is one pass: D_f, D_r, or the longer"
     parser.add_argument("--epoch-over", choices=streams, default="longest", help=told)
     none = {"type": options.number(int, 0), "default": 0}
-    parser.add_argument("--min-updates", **none, help="more epochs where a task makes fewer updates")
+    parser.add_argument("--min-updates", **none, help="fewest updates of a task, which makes more epochs if needed")
     options.add_hardware(parser)
     options.add_fast_path(parser)
     group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", type=Path, help="default: exps/<method>-<dataset>-<hash>-<setting>-seed<seed>")
-    group.add_argument("--eval-every", **none, help="log test accuracies every so many epochs; 0: no")
-    options.add_pairs(group, "before and after each task, measure")
-    group.add_argument(
-        "--published-layout", action="store_true", help="also write published/task_<t>.pth, as the papers' code does"
-    )
+    group.add_argument("--output-dir", type=Path, help="folder of the run (default: one in exps/)")
+    group.add_argument("--eval-every", **none, help="epochs between two logs of test accuracies; 0 logs none")
+    options.add_pairs(group, "to measure before and after each task")
+    group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth")
     add_resume_options(group)
-    told = "start after the tasks that this task_<t>.pth has forgotten"
+    told = "task_<t>.pth of an earlier run, to continue after its tasks"
     group.add_argument("--resume-from", type=Path, metavar="FILE", help=told)
     options.add_method(parser, method, as_published)
     return parser

@@ -61,38 +61,36 @@ def build_parser() -> options.Parser:
     add_config_option(parser)
     options.add_data(parser)
     names = {"type": options.class_list, "metavar": "LIST"}
-    parser.add_argument("--without-classes", **names, help=f"leave these people out; class ids stay. {options.NAMES}")
+    parser.add_argument("--without-classes", **names, help=f"people to leave out; class ids stay: {options.NAMES}")
     parser.add_argument("--absent-classes", **names, help="people left out whose images are gone; they keep their class ids")
     group = parser.add_argument_group("model")
-    told = "a timm model (face_vit_*, iresnet*, any other), a folder with config.json, hf-hub:NAME, or an ONNX file"
-    group.add_argument("--model", default="face_vit_tiny", help=told)
-    group.add_argument("--image-size", type=options.number(int, 1), help="pixels (default: the model's own)")
+    told = "timm model (face_vit_*, iresnet*, any other), folder with config.json, hf-hub:NAME, or ONNX file"
+    group.add_argument("--model", default="face_vit_tiny", metavar="NAME", help=told)
+    group.add_argument("--image-size", type=options.number(int, 1), help="image size in pixels (default: the model's own)")
     group.add_argument("--depth", type=options.number(int, 1), help="number of blocks (default: the model's own)")
-    group.add_argument("--head", choices=HEADS, help="margin head (default: cosface; with --rows classifier softmax)")
-    told = "of the embedding and in blocks (default: the model's)"
+    group.add_argument("--head", choices=HEADS, help="head (default: cosface; with --rows classifier softmax)")
+    told = "dropout rate of the embedding and of blocks (default: the model's)"
     group.add_argument("--drop-rate", type=options.number(float, 0, 0.99), help=told)
     group.add_argument("--init", choices=("timm", "published"), default="timm", help="random weights to start from")
-    group.add_argument("--weights", type=Path, metavar="FILE", help="start from the backbone weights in a local file")
+    group.add_argument("--weights", type=Path, metavar="FILE", help="local file of backbone weights to start from")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
     options.add_published(group, head=False)
-    told = (
-        f"the head's rows at the start: {', '.join(ROWS)}, or a file (default: random; of weights to start from: enrolment)"
-    )
-    group.add_argument("--rows", metavar="ROWS", help=told)
-    told = "line i names row i of the classifier, or of the file (default: ImageNet's numbers, or numbers)"
+    told = f"rows that the head starts with: {', '.join(ROWS)}, or a file (default: random; with given weights: enrolment)"
+    group.add_argument("--rows", metavar="NAME", help=told)
+    told = "file whose line i names row i of the classifier or of --rows (default: ImageNet's numbers, or numbers)"
     group.add_argument("--class-map", type=Path, metavar="FILE", help=told)
-    told = "what timm pools, or what the model's own last layer makes of it"
+    told = "embedding: timm's pooled features, or the model's own last layer"
     group.add_argument("--embedding", choices=("features", "projection"), default="features", help=told)
     rgb = {"type": options.number(float), "nargs": 3, "metavar": ("R", "G", "B")}
-    group.add_argument("--mean", **rgb, help="mean of the pixels, 0 to 1 (default: the model's own; of an ONNX file: found)")
-    group.add_argument("--std", **rgb, help="deviation of the pixels; 0.0039216 where the model takes 0 to 255")
-    group.add_argument("--bgr", action="store_true", help="the model takes blue first")
+    group.add_argument("--mean", **rgb, help="mean of the pixels, 0 to 1 (default: the model's own, or found for ONNX)")
+    group.add_argument("--std", **rgb, help="standard deviation of the pixels; 0.0039216 for a model of 0 to 255")
+    group.add_argument("--bgr", action="store_true", help="feed pixels as BGR, not RGB")
     told = "central share of an image's shorter side that is kept"
     group.add_argument("--crop-pct", type=options.number(float, 0.01, 1), default=1.0, help=told)
     options.add_optimization(parser, fewest_epochs=0, lr=1e-3, warmup_epochs=None)
     parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")
     group = parser.add_argument_group("output")
-    group.add_argument("--output-dir", type=Path, help="default: exps/pretrain-<dataset>-<hash>-<model>-seed<seed>")
+    group.add_argument("--output-dir", type=Path, help="folder of the run (default: one in exps/)")
     group.add_argument("--published-layout", action="store_true", help="also write published.pth in the published layout")
     add_resume_options(group)
     options.add_hardware(parser)

@@ -26,7 +26,7 @@ PLACES = {
     "all": (nn.Module, r".*"),
 }
 PLACE_HELP = (
-    f"layers that get adapters: {', '.join(PLACES)}, names like blocks.*.fc1; auto: ffn, or conv where there is none"
+    f"layers that get adapters: {', '.join(PLACES)}, names like blocks.*.fc1; auto takes ffn, or conv where there is none"
 )
 
 GROUPINGS = ("block", "module", "matrix")

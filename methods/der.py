@@ -24,7 +24,7 @@ class DER(RelabelAndMatch):
         *RelabelAndMatch.options,
         Option("lr", 2e-3, published=1e-3),
         Option("lambda", 0.03, "weight λ of the matched outputs", published=0.01),
-        Option("distill_on", "logits", "what is matched", published="embeddings", choices=("logits", "embeddings")),
+        Option("distill_on", "logits", "outputs to match", published="embeddings", choices=("logits", "embeddings")),
     ]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Teacher:
 class Distillation(Method):
     """A method with a teacher θ₀: the model that enters the task or, as published, the pre-trained one in all tasks."""
 
-    options = (Option("teacher", "task", "as it enters the task, or the run", published="run", choices=("task", "run")),)
+    options = (Option("teacher", "task", "model entering the task or run", published="run", choices=("task", "run")),)
 
     taught: ClassVar[Sequence[str]] = ("remain",)  # the streams that need θ₀'s outputs
     pretrained: Recognizer | None = None

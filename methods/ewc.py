@@ -25,7 +25,7 @@ class EWC(QuadraticPenalty):
         IMPORTANCE_DATA,
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 0.01, "weight λ of the penalty", published=10.0),
-        Option("fisher", "image", "gradients of images, or batch means", published="batch", choices=("image", "batch")),
+        Option("fisher", "image", "Fisher information of images or batches", published="batch", choices=("image", "batch")),
     ]
 
     def importance_of(self, model: Recognizer) -> Importance:

@@ -22,7 +22,7 @@ class FDR(RelabelAndMatch):
         *RelabelAndMatch.options,
         Option("lr", 5e-4, published=1e-3),
         Option("lambda", 20.0, "weight λ of the distance", published=50.0),
-        Option("distill_on", "probabilities", "what is matched", published="logits", choices=("probabilities", "logits")),
+        Option("distill_on", "probabilities", "outputs to match", published="logits", choices=("probabilities", "logits")),
     ]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:

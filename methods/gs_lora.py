@@ -31,10 +31,10 @@ class GSLoRA(Method):
         Option("epoch_over", "longest", published="remain"),
         Option("rank", 8, "rank r of the adapters", low=1),
         Option("lora_place", "auto", lora.PLACE_HELP),
-        Option("grouping", "block", "what the penalty selects or drops", choices=lora.GROUPINGS),
-        Option("later_slope", 5.0, "in tasks after the first, A starts with a = √ of this", published=50.0),
+        Option("grouping", "block", "groups of weights that the penalty selects or drops", choices=lora.GROUPINGS),
+        Option("later_slope", 5.0, "a² of the initialization of A in tasks after the first", published=50.0),
         Option("alpha", 1e-4, "weight α of the group-sparse penalty"),
-        Option("sparsity_warmup_epochs", 2, "first epochs of each task, with α = 0 (paper, single task: 20)", published=0),
+        Option("sparsity_warmup_epochs", 2, "epochs with α = 0 at a task's start (paper, single task: 20)", published=0),
         Option(
             "beta",
             [0.2],
@@ -44,7 +44,7 @@ class GSLoRA(Method):
         ),
         Option("bound", 60.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),
         # Dropped: set to zero at the task's end, unless that changes a prediction on the task's training images.
-        Option("negligible", 1e-2, "groups with an update below this share of their weights' norm", published=0.0),
+        Option("negligible", 1e-2, "share of a group's weight norm below which its update is dropped", published=0.0),
     ]
 
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:

@@ -38,12 +38,12 @@ class GSLoRApp(GSLoRA):
             "weight λ_f of forgotten images' distance to prototypes, for all tasks or one each",
             few_shot=[0.015, 0.06, 0.025, 0.012],
         ),
-        Option("lambda_remain", 10.0, "weight λ_r of the distance of remaining images to theirs", published=0.0),
+        Option("lambda_remain", 10.0, "weight λ_r of remaining images' distance to prototypes", published=0.0),
         Option("prototype_bound", 18.0, "BND_p, the KL beyond which an image is far enough", few_shot=50.0),
-        Option("prototypes", "run", "of what enters the run, or the task", published="task", choices=("run", "task")),
+        Option("prototypes", "run", "model entering the run or task", published="task", choices=("run", "task")),
         # 0 leaves the last weights: the published code keeps an average beside them (0.9 from epoch 30) and saves them.
         Option("ema_decay", 0.9, "decay of the moving average, per epoch", published=0.0, high=1),
-        Option("ema_start", 2, "epoch (from 0) that averaging starts with; shorter tasks have none", published=30),
+        Option("ema_start", 2, "first epoch (from 0) of the averaging", published=30),
     ]
 
     def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:

@@ -17,7 +17,7 @@ class L2(QuadraticPenalty):
         *QuadraticPenalty.options,
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 0.01, "weight λ of the penalty", published=0.1),
-        Option("terms", "last", "of this task, or of all tasks so far", published="all", choices=("last", "all")),
+        Option("terms", "last", "penalty terms: of this task, or of all so far", published="all", choices=("last", "all")),
     ]
 
     @property

@@ -42,16 +42,16 @@ class LIRF(Distillation):
         Option("epoch_over", "longest", published="forget"),
         Option("lr", 1e-3, published=1e-4),
         Option("temperature", 10.0, "temperature T of the distillations", low=0.01),
-        Option("kd_share", 0.1, "κ, distillation's share beside CE", high=1),
+        Option("kd_share", 0.1, "share κ of the distillation, the rest being CE's", high=1),
         Option("attention_weight", 300.0, "weight w_at of the attention distance"),
         Option("kd_weight", 10.0, "weight w_kd of the student's distillation"),
         Option("deposit_weight", 0.05, "weight w_dep of the deposit's losses"),
         Option("replay_weight", 5.0, "weight w_re of the replay"),
         # Slices: the columns from, or up to, the number of forgotten classes, which in a shuffled order are others.
-        Option("kd_columns", "classes", "logits distilled", published="slices", choices=("classes", "slices")),
+        Option("kd_columns", "classes", "logits to distil", published="slices", choices=("classes", "slices")),
         KD_LOGITS,
-        Option("attention_map", "tokens", "over what", published="channels", choices=("tokens", "channels")),
-        Option("deposit", "trained", "or left as it was", published="frozen", choices=("trained", "frozen")),
+        Option("attention_map", "tokens", "axis of attention maps", published="channels", choices=("tokens", "channels")),
+        Option("deposit", "trained", "whether the deposit is trained", published="frozen", choices=("trained", "frozen")),
     ]
 
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:

@@ -24,7 +24,7 @@ class MAS(QuadraticPenalty):
         IMPORTANCE_DATA,
         Option("lr", 3e-4, published=1e-4),
         Option("lambda", 1e-5, "weight λ of the penalty", published=0.005),
-        Option("importance", "image", "gradients of images, or batch means", published="batch", choices=("image", "batch")),
+        Option("importance", "image", "importance of images or batches", published="batch", choices=("image", "batch")),
     ]
 
     def importance_of(self, model: Recognizer) -> Importance:

@@ -16,7 +16,7 @@ from methods.relabel import WRONG_LABELS, draw_labels
 IMPORTANCE_DATA = Option(
     "importance_data",
     "sampled",
-    "images of the importance: D_r, or after the first task all of what remains",
+    "images of the importance: D_r, or after the first task all remaining ones",
     published="all",
     choices=("sampled", "all"),
 )

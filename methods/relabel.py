@@ -7,7 +7,7 @@ from data.tasks import ForgettingTask
 from methods.base import Option
 
 WRONG_LABELS = Option(
-    "wrong_labels", "all", "random among all other classes, or as published", published="modulo", choices=("all", "modulo")
+    "wrong_labels", "all", "wrong labels: other classes, or as published", published="modulo", choices=("all", "modulo")
 )
 
 

@@ -40,7 +40,7 @@ class SCRUB(Distillation):
         Option("kd_weight", 0.1, "weight a of the min pass's KL", published=0.001),
         Option("temperature", 2.0, "temperature T of KL", low=0.01),
         Option("rounds", 2, "rounds, at most one per two epochs", published=10, low=1),
-        Option("max_share", 1.0, "steps of a max pass, at most this share of a min pass's", published=1e9),
+        Option("max_share", 1.0, "most steps of a max pass, as a share of a min pass's", published=1e9),
         Option("bound", 10.0, "divergence beyond which a max pass pushes an image no further", published=1e9),
         KD_LOGITS,
     ]
@@ -82,7 +82,7 @@ class SCRUBS(SCRUB):
     options = [
         *SCRUB.options,
         Option("rho", 0.001, "weight ρ of the distance to the running average", published=0.1),
-        Option("average_over", "task", "what the running average lasts", published="run", choices=("task", "run")),
+        Option("average_over", "task", "span of the running average", published="run", choices=("task", "run")),
     ]
     saved: dict[str, Any] = {}  # an earlier task's average, of a resumed run
 

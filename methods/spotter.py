@@ -27,9 +27,9 @@ class Spotter(DELETE):
     source = "arXiv 2506.01318"
     options = [
         *DELETE.options,
-        Option("lambda", 0.7, "weight λ of the images as they are", high=1),
+        Option("lambda", 0.7, "weight λ of the unperturbed images", high=1),
         Option("dispersion", 1.0, "weight μ of the dispersion"),
-        Option("epsilon", 0.03, "largest perturbation of a pixel, of 1", high=1),
+        Option("epsilon", 0.03, "largest perturbation of a pixel (0 to 1)", high=1),
     ]
 
     def prepare(self, model: Recognizer) -> None:

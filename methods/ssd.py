@@ -21,8 +21,8 @@ class SSD(Method):
     unused = ("epochs", "batch_size", "lr", "min_lr", "weight_decay", "warmup_epochs", "opt", "sched", "decay_on")
     unused += ("clip_grad", "epoch_over", "min_updates", "save_every", "eval_every")
     options = [
-        Option("selection", 1.2, "α: how much more a weight matters to D_f than to all, to be dampened"),
-        Option("dampening", 1.0, "λ: the larger, the less it is dampened"),
+        Option("selection", 1.2, "ratio α of importance to D_f and to all, from which a weight is dampened"),
+        Option("dampening", 1.0, "strength λ of the dampening; larger values dampen less"),
     ]
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:

@@ -1,10 +1,10 @@
-"""Audit runs of forgetting: does the model still know the person? Beside models that never saw the person.
+"""Audit runs of forgetting: does the model still know the person? Compares with models that never saw the person.
 
 python scripts/audit.py RUN…                        run folders, or the folder of a comparison with its runs
-python scripts/audit.py RUN --requests all --unseen DIR      every request, with people that no model has seen
+python scripts/audit.py RUN --requests all --unseen DIR      every request, with strangers
 python scripts/audit.py --before FILE --after FILE --forget-classes "ann, bob" --data DIR      any two checkpoints
 Leaves audit.json, audit.md and audit.html in RUN/audit (or --output-dir), and scalars in the run's TensorBoard events.
-References that the cache does not have are trained first; with --strangers nothing is.
+Missing references are trained first; with --strangers nothing is trained.
 """
 
 import argparse
@@ -41,38 +41,39 @@ def build_parser() -> options.Parser:
     parser = options.Parser(__doc__, "%(prog)s [RUN …] [options]")
     parser.add_argument("runs", type=Path, nargs="*", metavar="RUN", help="folder of a run, or of a comparison")
     group = parser.add_argument_group("instead of runs, two checkpoints")
-    group.add_argument("--before", type=Path, metavar="FILE", help="the pre-trained recognizer; of runs, where it lies now")
-    group.add_argument("--after", type=Path, metavar="FILE", help="the one that was to forget")
-    group.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"whom: {options.NAMES}")
+    group.add_argument("--before", type=Path, metavar="FILE", help="pre-trained recognizer; of runs, only if it was moved")
+    group.add_argument("--after", type=Path, metavar="FILE", help="recognizer after forgetting")
+    group.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"people: {options.NAMES}")
     options.add_published(group)
     options.add_data(parser)
-    parser.add_argument("--unseen", type=Path, metavar="DIR", help="<identity>/<image> of people in no training set")
+    parser.add_argument("--unseen", type=Path, metavar="DIR", help="folder <person>/<image> of people in no training set")
     group = parser.add_argument_group("what is audited")
     group.add_argument(
         "--requests",
         type=request_number,
         nargs="+",
         metavar="N",
-        help="these, each after its task (default: the run's first); all: each after its task and after the last",
+        help="requests to audit, each after its task (default: 1); all audits each again after the last task",
     )
-    group.add_argument("--metrics", nargs="+", choices=FIGURES, default=list(FIGURES), help="which metrics (default: all)")
-    group.add_argument("--quick", action="store_true", help="a first look: four quick metrics, 3 references, no pictures")
-    group.add_argument("--seed", type=options.number(int, 0), default=0, help="seeds galleries, pairs and bootstrap")
+    told = f"metrics: {', '.join(FIGURES)} (default: all)"
+    group.add_argument("--metrics", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME", help=told)
+    group.add_argument("--quick", action="store_true", help="first look: four quick metrics, 3 references, no pictures")
+    group.add_argument("--seed", type=options.number(int, 0), default=0, help="seed of galleries, pairs and bootstrap")
     group = parser.add_argument_group("references")
     count = options.number(int, 1)
     least = options.number(int, LEAST_REFERENCES)
-    group.add_argument("--num-references", type=least, default=5, help="models that never saw them; 3 are a first look")
-    group.add_argument("--num-originals", type=count, default=3, help="models that saw all, with the pre-trained one")
-    group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given ones: none is trained")
+    group.add_argument("--num-references", type=least, default=5, help="number of never-seen models; 3 are a first look")
+    group.add_argument("--num-originals", type=count, default=3, help="number of models trained with everybody")
+    group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given never-seen models: none is trained")
     group.add_argument(
-        "--originals", type=Path, nargs="+", default=[], metavar="FILE", help="given models that were trained with everybody"
+        "--originals", type=Path, nargs="+", default=[], metavar="FILE", help="given models trained with everybody"
     )
-    strangers = "the people of --unseen in the same model instead: nothing is trained; with --references, both"
+    strangers = "compare with the people of --unseen, and train nothing; with --references, compare with both"
     group.add_argument("--strangers", action="store_true", help=strangers)
-    group.add_argument("--recipe", type=Path, metavar="FILE", help="config.json of the pre-training, where it is unknown")
+    group.add_argument("--recipe", type=Path, metavar="FILE", help="config.json of the pre-training, if it is unknown")
     add_job_options(group)
     options.add_hardware(parser)
-    parser.add_argument("--output-dir", type=Path, help="default: RUN/audit, or exps/audit-<checkpoint>")
+    parser.add_argument("--output-dir", type=Path, help="folder of the results (default: RUN/audit, or one in exps/)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Measure the fast path: beside a plain one, and with one of its parts undone at a time.
+"""Measure the fast path against a plain one, and without one of its parts at a time.
 
 python scripts/benchmark.py                     training steps and evaluation of face_vit_p8s8_d6, fast and plain
 python scripts/benchmark.py ablation --batch-size 8
@@ -122,10 +122,10 @@ MODES = {"steps": steps, "ablation": ablation}
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(__doc__)
     parser.add_argument("mode", nargs="?", choices=MODES, default="steps", help="what to measure")
-    parser.add_argument("--model", default="face_vit_p8s8_d6", metavar="NAME", help="a timm model, or one of the papers'")
+    parser.add_argument("--model", default="face_vit_p8s8_d6", metavar="NAME", help="timm model, or one of the papers'")
     parser.add_argument("--batch-size", type=options.number(int, 1), default=48, help="images of each stream in a step")
-    parser.add_argument("--min-run-time", type=float, default=1.0, help="seconds that are timed in each of three turns")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there as well")
+    parser.add_argument("--min-run-time", type=float, default=1.0, help="least seconds of each of three timings")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the numbers to")
     options.add_hardware(parser)
     options.add_fast_path(parser)
     args = parser.parse_args(argv)

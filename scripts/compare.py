@@ -1,9 +1,9 @@
-"""Run several methods from the same checkpoint, with one or more seeds, and print the paper's main table row by row.
+"""Run several methods from the same checkpoint, with one or more seeds, and print the papers' main table line by line.
 
 python scripts/compare.py --methods all --output-dir DIR -- --checkpoint FILE --data DIR
 python scripts/compare.py --methods gs_lora ewc --seeds 1337 1 2 --output-dir DIR -- --checkpoint FILE --data DIR
-What follows -- goes to train_forget.py, whose results land in DIR/<method>-seed<seed>. Runs that are finished are not
-repeated, interrupted ones are continued, and one that fails does not stop the others.
+Arguments after -- are passed to train_forget.py, whose results are in DIR/<method>-seed<seed>. Finished runs are skipped,
+interrupted runs are continued, and a failed run does not stop the others.
 """
 
 import argparse
@@ -78,12 +78,12 @@ def main(argv: list[str] | None) -> None:
     end = argv.index("--") if "--" in argv else len(argv)
     parser = options.Parser(__doc__, "%(prog)s [options] -- OPTIONS OF train_forget.py")
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="class orders, samples and batches")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1337], help="seeds of class order, samples and batches")
     words = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "STRING")}
     parser.add_argument("--options", **words, help='options of one method: ewc "--lr 1e-3"')
     add_job_options(parser)
-    parser.add_argument("--output-dir", type=Path, required=True, help="the tables, the figure and a folder for each run")
-    parser.add_argument("--overwrite", action="store_true", help="run again what is finished")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the tables, the figure and every run")
+    parser.add_argument("--overwrite", action="store_true", help="rerun finished runs")
     parser.add_argument("--published", **PUBLISHED_OPTION)
     args = parser.parse_args(argv[:end])
     claim(args.output_dir, SCRIPT)

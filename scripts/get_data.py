@@ -1,4 +1,4 @@
-"""Make the face data sets that the figures in docs were measured on, from what their owners publish.
+"""Make the face data sets that the docs measure on, from what their owners publish.
 
 python scripts/get_data.py casia100                          download, into a folder in data/ (--output-dir DIR: another)
 python scripts/get_data.py lfw100 lfw-deepfunneled.tgz       from an archive (zip, tar) or an unpacked folder
@@ -187,7 +187,7 @@ def report(recipe: dict, output: Path, paths: list[str]) -> None:
 def main(argv: list[str] | None) -> None:
     recipes = read_json(RECIPES)
     parser = options.Parser(__doc__, "%(prog)s NAME [ARCHIVE] [options]")
-    parser.add_argument("name", choices=recipes, metavar="NAME", help=", ".join(recipes))
+    parser.add_argument("name", choices=recipes, metavar="NAME", help=f"data set: {', '.join(recipes)}")
     told = "zip, tar or unpacked folder of what the owners publish (default: download it)"
     parser.add_argument("archive", nargs="?", type=Path, metavar="ARCHIVE", help=told)
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="folder to make (default: one in data/)")

@@ -32,16 +32,16 @@ class Job:
 
 
 def add_job_options(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
+    group.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices for the runs")
     group.add_argument(
         "--jobs-per-gpu",
         type=number(int, 1),
         metavar="N",
-        help="runs side by side on each device (default: 1; on a CPU, one on each core)",
+        help="number of runs at a time on each device (default: 1; on a CPU, one on each core)",
     )
-    told = "slurm: send each run to the cluster as a job of its own, from a folder that its nodes see"
+    told = "slurm sends each run to the cluster as a job of its own, from a folder that its nodes see"
     group.add_argument("--cluster", choices=("local", "slurm"), default="local", help=told)
-    told = 'options of sbatch for each job, --sbatch="--partition=gpu --gpus=1 --time=240"; what takes longer is requeued'
+    told = 'options of sbatch for each job: --sbatch="--partition=gpu --gpus=1 --time=240"; after its time a job is requeued'
     group.add_argument("--sbatch", default="", metavar="STRING", help=told)
 
 

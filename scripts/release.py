@@ -1,4 +1,4 @@
-"""Write what may leave the house after a deletion: the model without a trace of the names and rows of the forgotten.
+"""Write the files to ship after a deletion: the model without the forgotten people's names and head rows.
 
 python scripts/release.py --checkpoint RUN/checkpoints/task_2.pth --output-dir DIR
 Leaves checkpoint.pth (as of this project, with the remaining classes alone), and the model in the form that it came in:
@@ -6,8 +6,8 @@ timm/         config.json and model.safetensors, for timm.create_model("local-di
 backbone.pth  of insightface's networks: the state dict
 model.onnx    of an ONNX model, the same graph with other weights; of others, uint8 images (N, 3, H, W) → embeddings of
               unit length (N, dim)
-It checks that all embed alike. What stays behind: the run's folder. Its earlier checkpoints, adapters, deposits and states
-can undo the deletion.
+All are checked to embed alike. Do not ship the run's folder: its earlier checkpoints, adapters, deposits and states can undo
+the deletion.
 """
 
 import argparse
@@ -119,10 +119,10 @@ def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Ten
 @torch.no_grad()
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="the model after a task, ours")
-    parser.add_argument("--output-dir", type=Path, required=True, help="an empty folder, or one to be made")
-    parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="write model.onnx")
-    options.add_pairs(parser, "of the released model, measure")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="model after a task, of this project")
+    parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="model.onnx too (default: yes)")
+    options.add_pairs(parser, "to measure the released model on")
     args = parser.parse_args(argv)
     if args.output_dir.exists() and any(args.output_dir.iterdir()):
         raise UsageError(f"{args.output_dir} is not empty: what is there would leave the house as well")

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Does the model still know the person? Audits runs of forgetting beside models that never saw the forgotten people, which
-# are trained first where the cache does not have them. Leaves RUN/audit/audit.html, .md and .json.
+# Does the model still know the person? Compares runs of forgetting with models that never saw the forgotten people. Missing
+# ones are trained first. Leaves RUN/audit/audit.html, .md and .json.
 #
 #   bash scripts/run_audit.sh exps/gs_lora-yaleb38-38-8-seed1337                one run, its first request
 #   bash scripts/run_audit.sh exps/cl_forget-yaleb38-3f2a9c01 --requests all             every run of a comparison, every request
-#   bash scripts/run_audit.sh RUN --unseen path/to/strangers                    with people that no model has seen
-#   bash scripts/run_audit.sh RUN --strangers --unseen path/to/strangers        nothing is trained: beside strangers alone
+#   bash scripts/run_audit.sh RUN --unseen path/to/strangers                    with strangers
+#   bash scripts/run_audit.sh RUN --strangers --unseen path/to/strangers        compares with strangers, trains nothing
 #   bash scripts/run_audit.sh --before a.pth --after b.pth --forget-classes "ann, bob" --data path/to/faces
 #
-# Everything goes to scripts/audit.py; -- --help lists its options. Paths are relative to the current folder, RUNs come
-# first. Variables: GPUS JOBS_PER_GPU, CLUSTER SBATCH, explained in settings.sh: what to train references on; without a GPU, one on each core.
+# All arguments are passed to scripts/audit.py; -- --help lists its options. Paths are relative to the current folder, RUNs come
+# first. Variables: GPUS JOBS_PER_GPU CLUSTER SBATCH, explained in settings.sh, say where references are trained.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
 absolute_paths RUN "$@"
 [ -z "${GPUS:-}" ] || export CUDA_VISIBLE_DEVICES=${GPUS%% *}

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
 # Continual forgetting: pre-train (once), then forget a fifth of the classes in each of four tasks, with every method from
-# the same checkpoint, and print the papers' main table, row by row. Then audit what is left of the first request's people.
+# the same checkpoint, and print the papers' main table line by line. Then audit what is left of the first request's people.
 #
 #   bash scripts/run_cl_forget.sh                                   synthetic faces, all methods: 14 minutes on two CPU cores
-#   METHODS="gs_lora scrub ewc" bash scripts/run_cl_forget.sh       some of them
+#   METHODS="gs_lora scrub ewc" bash scripts/run_cl_forget.sh       some methods
 #   DATA=path/to/faces SEEDS="1337 1 2" bash scripts/run_cl_forget.sh    real faces, mean ± standard deviation
 #   METHODS=gs_lora EPOCHS=50 bash scripts/run_cl_forget.sh -- --few-shot 4    longer, on four images a class
 #   bash scripts/run_cl_forget.sh -- --num-tasks 1                  single-step forgetting
 #
-#   bash scripts/run_cl_forget.sh --overwrite                       run again what is finished
-#   bash scripts/run_cl_forget.sh --published                       the papers' rows beside ours (CASIA-100, ImageNet-100)
+#   bash scripts/run_cl_forget.sh --overwrite                       rerun finished runs
+#   bash scripts/run_cl_forget.sh --published                       the papers' results too (CASIA-100, ImageNet-100)
 #   SETTING=imagenet DATA=imagenet100 WEIGHTS=vit.safetensors bash scripts/run_cl_forget.sh --published     their table 4
 #
-# What is finished is not run again, what was interrupted is continued. Variables, beside those explained in settings.sh
+# Finished runs are skipped, interrupted runs are continued. Variables, besides those explained in settings.sh
 # (DATA CHECKPOINT OUTPUT SETTING MODEL EPOCHS PRETRAIN_EPOCHS GPUS JOBS_PER_GPU CLUSTER SBATCH):
 #   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
 #   AUDIT       first (the default): a first look at the first request; all: every metric of all requests; off: none
-#   UNSEEN      folder <identity>/<image> of people in no training set, for the audit; synthetic faces make their own
+#   UNSEEN      folder <person>/<image> of strangers (people in no training set), for the audit; synthetic faces make their own
 #   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
 
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Pre-train a recognizer on DATA; arguments after -- go to train_pretrain.py.
+# Pre-train a recognizer on DATA; arguments after -- are passed to train_pretrain.py.
 #
 #   bash scripts/run_sub.sh                                         the tiny model on synthetic faces
 #   DATA=path/to/faces MODEL=face_vit_p8s8_d6 SETTING=paper bash scripts/run_sub.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets itself up and runs the tests; arguments go to pytest (its help: -- --help).
+# Install what is missing and run the tests; arguments are passed to pytest (its help: -- --help).
 # FACES      folder with real faces to test on (yaleb38/, orl40/); those tests are skipped where it is unset
 # TEST_JOBS  processes to share the tests out over, each on one thread; default: one per core, at most 4
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1

@@ -21,9 +21,9 @@ from util.runtime.files import readable
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(__doc__, "%(prog)s CSV PNG [options]")
     parser.add_argument("rows", type=Path, metavar="CSV", help="rows of an audit")
-    parser.add_argument("figure", type=Path, metavar="PNG", help="where to draw")
-    parser.add_argument("--title", default="", help="the figure's title")
-    parser.add_argument("--class-order", type=int, default=1337, help="of this class order")
+    parser.add_argument("figure", type=Path, metavar="PNG", help="file of the figure")
+    parser.add_argument("--title", default="", help="title of the figure")
+    parser.add_argument("--class-order", type=int, default=1337, help="class order to draw")
     args = parser.parse_args(argv)
     with readable(args.rows, "no rows of an audit"):
         rows = pd.read_csv(args.rows)

@@ -14,7 +14,7 @@
 #   MODEL       a timm model: face_vit_tiny (small), face_vit_p8s8_d6 (paper), or any other; or one that others have trained,
 #               an ONNX file or a folder with config.json (docs/your-model.md), which is fine-tuned
 #   EPOCHS      epochs of a forgetting task; PRETRAIN_EPOCHS those of pre-training
-#   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh deals its runs out over them; default: the first one
+#   GPUS        CUDA devices to use, as "0 1 2"; run_cl_forget.sh shares its runs out over them; default: the first one
 #   JOBS_PER_GPU  of these runs, how many share a device; default: 1 on a GPU (small steps leave it idle: try 4), and
 #               without one a run on each core
 #   CLUSTER     slurm: send each run to the cluster as a job of its own (docs/speed.md); default: this machine

@@ -28,10 +28,10 @@ SCRIPT = Path(__file__).name
 def main(argv: list[str] | None) -> None:
     parser = options.Parser(__doc__)
     parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="results.json of each run")
-    parser.add_argument("--labels", nargs="+", help="a name for each run; equal names are averaged; none: the methods")
-    parser.add_argument("--sweep", metavar="TITLE", help="what the labels are values of: the figure is over them")
+    parser.add_argument("--labels", nargs="+", metavar="NAME", help="name of each run; equal ones are averaged")
+    parser.add_argument("--sweep", metavar="TITLE", help="quantity that the labels are values of, the x axis of the figure")
     parser.add_argument("--published", **PUBLISHED_OPTION)
-    parser.add_argument("--output-dir", type=Path, required=True, help="where the table and the figure go")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder of the table and the figure")
     args = parser.parse_args(argv)
     if args.labels and len(args.labels) != len(args.results):
         raise UsageError(f"{len(args.labels)} labels for {len(args.results)} results: give one each")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluate a checkpoint on DATA; arguments after -- go to test.py.
+# Evaluate a checkpoint on DATA; arguments after -- are passed to test.py.
 #
 #   bash scripts/test_sub.sh                                        the pre-trained tiny model on synthetic faces
 #   CHECKPOINT=exps/…/checkpoints/task_2.pth bash scripts/test_sub.sh

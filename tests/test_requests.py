@@ -339,6 +339,7 @@ def test_a_request_by_name_deletes_and_the_protocol_is_the_papers(capsys, tmp_pa
     told = " ".join(capsys.readouterr().out.split())
     assert "(default: gs_lora; of a request by name: unseen)" in told
     assert "(default: 0.1; of a request by name: 1.0)" in told
+    assert "--lora-place NAME" in told and "(default: 0.2; published: 0.2 0.25 0.25 0.2)" in told
 
 
 def test_options_of_a_file_count_as_given_ones(tmp_path):

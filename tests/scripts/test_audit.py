@@ -432,7 +432,7 @@ def test_beside_strangers_nothing_is_trained(run, crowd, here, command, tmp_path
         assert judged >= {"acc_forget", "enrolment_1", "verification_auc", "membership_images", "photos_apart", "apart"}
         assert request["figures"]["enrolment_5"]["reason"] == "needs strangers with 7 photos"
         assert all(len(request["figures"][key]["references"]) == 30 for key in judged)
-    told = "beside 22 strangers, no retrained references (2 + 2 photos of everybody; 2 people with fewer left out)"
+    told = "compared with 22 strangers, no retrained references (2 + 2 photos of everybody; 2 people with fewer left out)"
     for text in (out, *((tmp_path / "audit" / f"audit.{kind}").read_text() for kind in ("md", "html"))):
         assert text.count(told) >= 2
     assert "groups of strangers, each by the others: " in out

@@ -22,7 +22,7 @@ def pictures(audit: Audit) -> dict:
     models = {"before": scene.before, "after": audit.after, "never seen": scene.references[0]}
     return {
         "map": {name: _map(subject, audit) for name, subject in models.items()},
-        "neighbours": [_neighbours(face, models, audit) for face in _faces(audit)],
+        "neighbours": [_neighbours(face, models, audit) for face in _faces(models, audit)],
     }
 
 
@@ -41,12 +41,20 @@ def _some(rows: Tensor, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:POINTS]]
 
 
-def _faces(audit: Audit) -> list[int]:
-    """Positions of a few forgotten test faces, of different people as far as there are."""
+def _faces(models: dict[str, Subject], audit: Audit) -> list[int]:
+    """Positions of a few forgotten test faces: those where the models differ most in how many neighbours are of the same
+    person, and of different people as far as there are."""
     scene = audit.scene
-    first = [scene.forget_test[scene.who == person][0].item() for person in range(len(scene.forget))]
-    others = [position for position in scene.forget_test.tolist() if position not in first]
-    return (first + others)[:FACES]
+    labels, own = scene.train_set.labels.cpu(), scene.forget_labels[:, None]
+    same = []
+    for subject in models.values():
+        similarity = F.normalize(subject.test[scene.forget_test]) @ F.normalize(subject.train).T
+        same.append((labels[similarity.topk(NEIGHBOURS).indices] == own).sum(dim=1))
+    differ = torch.stack(same).amax(dim=0) - torch.stack(same).amin(dim=0)
+    order = differ.argsort(descending=True, stable=True)
+    first = np.sort(np.unique(scene.who[order.numpy()], return_index=True)[1])
+    chosen = [*first, *np.setdiff1d(np.arange(len(order)), first)][:FACES]
+    return scene.forget_test[order[chosen]].tolist()
 
 
 def _neighbours(face: int, models: dict[str, Subject], audit: Audit) -> dict:

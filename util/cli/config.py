@@ -21,7 +21,7 @@ NOT_REPEATED = {"config", "resume", "overwrite"}
 
 
 def add_config_option(parser: Parser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="all arguments not given, from a run's config.json")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config.json of a run, for all options not given")
 
 
 def saved_arguments(argv: list[str], script: str) -> dict:

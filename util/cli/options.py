@@ -61,13 +61,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         super().__init__(prog, max_help_position=32, width=110)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        names = {"int": "N", "float": "F", "Path": "PATH", "str": "NAME"}
         kind = getattr(action.type, "__name__", "")
-        return {"int": "N", "float": "F", "Path": "PATH"}.get(kind) or super()._get_default_metavar_for_optional(action)
+        return names.get(kind) or super()._get_default_metavar_for_optional(action)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""
         told = action.default in (None, False, "auto", "", []) or "default:" in action.help
-        return action.help if told else super()._get_help_string(action)
+        text = action.help if told else super()._get_help_string(action)
+        many = isinstance(action.default, list)
+        return text.replace("%(default)s", " ".join(map(str, action.default))) if many else text
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
@@ -95,55 +98,55 @@ def class_list(text: str) -> str:
     return "\n".join(line if line.startswith('"') else '"' + line.strip().replace('"', '""') + '"' for line in lines)
 
 
-NAMES = "names, separated by commas; #13 is class id 13; @FILE has one a line"
+NAMES = "names separated by commas; #13 is class id 13; @FILE has a name a line"
 
 
 def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
     told = f"folder with train/ and test/, insightface's FILE.rec, or {SYNTHETIC}"
     group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=told)
-    group.add_argument("--cache-dir", type=Path, help="where decoded images are kept (default: the user's cache folder)")
-    group.add_argument("--identities", type=number(int, 2), default=100, help=f"{SYNTHETIC}: number of classes")
-    group.add_argument("--train-per-identity", type=number(int, 1), default=24, help=f"{SYNTHETIC}: training images a class")
-    group.add_argument("--test-per-identity", type=number(int, 1), default=6, help=f"{SYNTHETIC}: test images a class")
-    group.add_argument("--data-seed", type=number(int, 0), default=0, help=f"{SYNTHETIC}: seed of identities and images")
-    told = "hold this share of each class's training images out, and measure on it instead of the test set"
+    group.add_argument("--cache-dir", type=Path, help="folder of decoded images (default: the user's cache folder)")
+    group.add_argument("--identities", type=number(int, 2), default=100, help=f"number of classes, {SYNTHETIC}")
+    group.add_argument("--train-per-identity", type=number(int, 1), default=24, help=f"training images a class, {SYNTHETIC}")
+    group.add_argument("--test-per-identity", type=number(int, 1), default=6, help=f"test images a class, {SYNTHETIC}")
+    group.add_argument("--data-seed", type=number(int, 0), default=0, help=f"seed of {SYNTHETIC}")
+    told = "share of each class's training images to hold out, and to measure on instead of the test set"
     group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=told)
 
 
 def add_pairs(group: argparse._ActionsContainer, when: str) -> None:
-    told = "verification benchmarks: insightface's FILE.bin, or LFW's list and its folder of people, PAIRS.TXT:FOLDER"
-    group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"{when} these {told}")
+    told = "insightface's FILE.bin, or LFW's list with its folder of people, PAIRS.TXT:FOLDER"
+    group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"verification benchmarks {when}: {told}")
 
 
 def add_published(group: argparse._ActionsContainer, head: bool = True) -> None:
     """What a published checkpoint does not tell."""
     if head:
-        group.add_argument("--head", help="margin head of a published checkpoint (default: cosface)")
-    told = "whether the weights of a published checkpoint with adapters contain them already; its authors' files do"
+        group.add_argument("--head", metavar="NAME", help="head of a published checkpoint (default: cosface)")
+    told = "whether the weights of a published checkpoint contain its adapters (its authors' files do)"
     group.add_argument("--published-adapters", choices=("merged", "apart"), help=told)
 
 
 def add_hardware(parser: Parser) -> None:
     """The options of every script that runs a model."""
     group = parser.add_argument_group("hardware")
-    group.add_argument("--device", default="auto", help="cpu, cuda or cuda:N; auto: the first GPU, or the CPU")
-    _add_choice(group, "precision", ("bf16", "fp32"), "of matrix products; auto: bf16 where the hardware gains by it")
+    group.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N; auto takes a GPU if any")
+    _add_choice(group, "precision", ("bf16", "fp32"), "precision of matrix products; auto takes bf16 where it is faster")
     _add_choice(
         group,
         "cls-only-last-block",
         ("on", "off"),
-        "compute the last block for the class token alone; auto: on, where it is the embedding",
+        "compute the last block for the class token alone; auto does where that token is the embedding",
     )
-    _add_choice(group, "images", ("device", "host"), "where the decoded images lie; auto: on the device if they fit")
+    _add_choice(group, "images", ("device", "host"), "memory of the decoded images; auto takes the device's if they fit")
 
 
 def add_fast_path(parser: Parser) -> None:
     """Further ones of the scripts that train."""
     group = parser.add_argument_group("fast path")
-    _add_choice(group, "compile", ("on", "off"), "torch.compile the backbone; auto: if the run is long enough to gain")
-    _add_choice(group, "cuda-graphs", ("on", "off"), "auto: where the backbone is compiled for CUDA")
-    group.add_argument("--deterministic", action="store_true", help="on CUDA: the same bits every time, slower; a CPU's are")
+    _add_choice(group, "compile", ("on", "off"), "compile the backbone; auto does if the run is long enough to gain")
+    _add_choice(group, "cuda-graphs", ("on", "off"), "use CUDA graphs; auto does where the backbone is compiled for CUDA")
+    group.add_argument("--deterministic", action="store_true", help="repeat CUDA runs exactly, but slower (CPU runs do)")
 
 
 def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, str], help: str) -> None:
@@ -166,17 +169,17 @@ def add_optimization(parser: Parser, fewest_epochs: int = 1, **defaults: Any) ->
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=number(int, fewest_epochs), help="epochs, of each task where there are several")
     group.add_argument("--batch-size", type=number(int, 1), default=48, help="images of each stream in a step")
-    told = "a stream's last batch: filled up with the next round's images, or the rest"
+    told = "size of a stream's last batch: filled up from the next shuffle, or what is left"
     group.add_argument("--last-batch", choices=("full", "short"), default="full", help=told)
     group.add_argument("--lr", type=number(float, 1e-12), default=1e-4, help="peak learning rate")
     group.add_argument("--min-lr", type=number(float, 0), default=1e-5, help="learning rate at the end of the cosine")
     group.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")
     group.add_argument("--warmup-epochs", type=number(int, 0), default=0, help="epochs of linear warm-up")
-    group.add_argument("--opt", default="adamw", help="optimizer, a name of timm's")
-    group.add_argument("--sched", choices=SCHEDULES, default="cosine", help="learning rate: by updates, by epochs, or steps")
-    group.add_argument("--decay-on", choices=("matrices", "all"), default="matrices", help="what weight decay acts on")
-    group.add_argument("--clip-grad", type=number(float, 1e-12), help="clip the gradient's norm to this (default: no)")
-    group.add_argument("--seed", type=number(int, 0), default=1337, help="seeds class order, samples, batches and dropout")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="optimizer of timm")
+    group.add_argument("--sched", choices=SCHEDULES, default="cosine", help="learning-rate schedule")
+    group.add_argument("--decay-on", choices=("matrices", "all"), default="matrices", help="parameters with weight decay")
+    group.add_argument("--clip-grad", type=number(float, 1e-12), help="largest norm of the gradient (default: no limit)")
+    group.add_argument("--seed", type=number(int, 0), default=1337, help="seed of class order, samples, batches and dropout")
     parser.set_defaults(**defaults)
 
 

@@ -86,11 +86,11 @@ def never_of(request: dict) -> str:
 
 
 def beside(request: dict) -> str:
-    """Of an audit beside strangers, beside whom, and how many of them were left out."""
+    """Of a comparison with strangers: how many there were, and how many were left out."""
     if not (found := request.get("strangers")):
         return ""
     enrolled, tested = found["photos"]
-    told = f", beside {found['people']} strangers, no retrained references ({enrolled} + {tested} photos of everybody"
+    told = f", compared with {found['people']} strangers, no retrained references ({enrolled} + {tested} photos of everybody"
     return told + (f"; {found['left_out']} people with fewer left out)" if found["left_out"] else ")")
 
 

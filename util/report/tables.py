@@ -20,7 +20,7 @@ PUBLISHED = " (published)"  # after the label of the papers' row beside ours
 PAPERS = {"casia_100": "margin_", "imagenet_100": ""}  # what the published tables are of, and which accuracy they hold
 # Of the scripts that print tables: --published alone is casia_100.
 PUBLISHED_OPTION = {"nargs": "?", "const": "casia_100", "choices": PAPERS}
-PUBLISHED_OPTION |= {"help": "add the papers' rows: casia_100 (alone), with margin, or imagenet_100"}
+PUBLISHED_OPTION |= {"help": "add the papers' results on casia_100 (the default, with the head's margin) or imagenet_100"}
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "±": r"$\pm$", "–": "--", "…": r"\dots", "β": r"$\beta$"}
 LATEX |= {f"Acc_{group}": f"Acc$_{group}$" for group in "rfom"}
 

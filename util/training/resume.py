@@ -28,8 +28,8 @@ FREE_ON_RESUME |= {"checkpoint", "resume_from", "weights", "data"}
 def add_resume_options(group: argparse._ArgumentGroup) -> None:
     told = "seconds of training between two saves for --resume, each at an epoch's end; 0: every epoch"
     group.add_argument("--save-every", type=number(float, 0), default=60, help=told)
-    group.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
-    group.add_argument("--resume", action="store_true", help="continue the run of --output-dir; with --overwrite: if it can")
+    group.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
+    group.add_argument("--resume", action="store_true", help="continue the run; with --overwrite, replace a finished one")
 
 
 def needed_bytes(model: Recognizer, checkpoints: int) -> int:

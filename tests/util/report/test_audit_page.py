@@ -165,8 +165,8 @@ def test_beside_strangers_it_says_so_and_draws_twenty_of_many_groups():
     many = figure(WITHIN, references=[float(value) for value in range(200)], interval=None)
     html = page(request(strangers=strangers, references=[], figures={"enrolment_1": many}), references=[])
     text = Reader(html).text
-    assert "beside strangers, no retrained references and 2 trained with everybody." in text
-    assert "The request, beside 195 strangers, no retrained references (3 + 2 photos of everybody; 105 people with" in text
+    assert ", compared with strangers, no retrained references and 2 models trained with everybody." in text
+    assert "The request, compared with 195 strangers, no retrained references (3 + 2 photos of everybody; 105" in text
     assert "of strangers it re-identifies 100%" in text
     assert strip_of(html, ONE_PHOTO).count('class="never"') == 20
 
@@ -210,8 +210,20 @@ def test_what_a_figure_cannot_show_is_said():
     assert unmeasured in Reader(html).text and "<summary>Not measured: 2</summary>" in html
 
 
+def test_the_nearest_faces_come_first_and_long_lists_of_inconclusive_figures_are_folded():
+    html = page(request(figures={"enrolment_5": figure(INCONCLUSIVE)}), drawn=pictures())
+    assert html.index("The nearest faces") < html.index("Is the person recognized?") < html.index("What was examined")
+    assert "Inconclusive:" not in html  # two in no family
+    keys = ["verification_auc", "verification_tar_1pct", "verification_tar_01pct"]
+    html = page(request(figures={key: figure(INCONCLUSIVE, key) for key in keys}))
+    shown, folded = html[html.index("Are two photos") : html.index("Does the model show")].split("<details><summary>")
+    assert folded.startswith("Inconclusive: ")
+    assert all(shown.count(title) == 0 and folded.count(title) == 1 for title in ("TAR at FMR 1%", "TAR at FMR 0.1%"))
+    assert folded.count('class="axis"') == 1
+
+
 def test_figures_within_the_margin_and_yet_off_are_marked_and_explained():
-    explained = "* Within the margin, and yet farther from models that never saw the person than chance explains"
+    explained = "* Within the equivalence margin, and yet farther from models that never saw the person than chance explains"
     for significant in (True, False):
         keys = (key for key, family in FAMILY.items() if family and key not in UNMEASURED)
         figures = {key: figure(WITHIN, key, significant=significant) for key in keys}

@@ -265,7 +265,7 @@ def test_strangers_have_a_table_of_their_own_beside_that_of_the_references():
     lines = overview([audited("L2*", first, second)])
     assert [line.split()[0] for line in lines if line[:2] in ("Ne", "St", "L2")] == ["Never", "L2*", "Strangers", "L2*"]
     assert (
-        "Request 1, beside 30 strangers, no retrained references (2 + 2 photos of everybody): are its 2 people"
+        "Request 1, compared with 30 strangers, no retrained references (2 + 2 photos of everybody): are its 2 people"
         in "".join(lines)
     )
     assert "Strangers" in cells(audit_markdown(audited("L2*", second)[2]))["Metric"]
