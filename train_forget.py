@@ -18,7 +18,7 @@ from pathlib import Path
 
 from backbone.published import to_published
 from backbone.recognizer import forward_flops, to_device
-from data import build_datasets, placed
+from data import build_datasets, place_images
 from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
 from data.pairs import load_pairs
@@ -38,7 +38,7 @@ from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, epochs_for, make_optimizer
-from util.training.resume import add_resume_options, goes_on, identity_of, needed_bytes
+from util.training.resume import add_resume_options, identity_of, needed_bytes, should_resume
 
 SCRIPT = Path(__file__).name
 # Defaults of a request by name, which is to delete; the others are of the papers' protocol.
@@ -77,10 +77,10 @@ def add_method_choice(parser: options.Parser) -> None:
     names = f"{', '.join(METHODS)}; --method NAME --help shows its options"
     parser.add_argument("--method", default="gs_lora", metavar="NAME", help=names)
     listed = (f"{name:12} {sys.modules[m.__module__].__doc__.splitlines()[0]}" for name, m in METHODS.items())
-    told = "print each method with its paper"
-    parser.add_argument("--list-methods", action="version", version="\n".join(listed), help=told)
-    told = "as the published code ran the method, for its 4-task table or few-shot; further options still count"
-    parser.add_argument("--as-published", nargs="?", const="table", choices=PRESETS, help=told)
+    help_text = "print each method with its paper"
+    parser.add_argument("--list-methods", action="version", version="\n".join(listed), help=help_text)
+    help_text = "as the published code ran the method, for its 4-task table or few-shot; further options still count"
+    parser.add_argument("--as-published", nargs="?", const="table", choices=PRESETS, help=help_text)
 
 
 def build_parser(method: type[Method], as_published: str | None) -> options.Parser:
@@ -94,19 +94,19 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group = parser.add_argument_group("forgetting protocol")
     count, ratio = options.number(int, 1), options.number(float, 1e-12, 1)
     group.add_argument("--num-tasks", type=count, help="requests to forget, in turn, of random classes (default: 4)")
-    told = "classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
-    group.add_argument("--forget-per-task", type=count, help=told)
+    help_text = "classes a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
+    group.add_argument("--forget-per-task", type=count, help=help_text)
     names = {"type": options.class_list, "metavar": "LIST"}
     group.add_argument("--forget-classes", **names, help=f"instead of random ones, forget these people: {options.NAMES}")
     group.add_argument("--then", action="append", default=[], **names, help="forget these in a further task; repeatable")
-    told = "go on where photos of a named person stay under another person's name"
-    group.add_argument("--allow-copies", action="store_true", help=told)
+    help_text = "go on where photos of a named person stay under another person's name"
+    group.add_argument("--allow-copies", action="store_true", help=help_text)
     group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images a method sees")
     group.add_argument("--few-shot", type=count, metavar="N", help="exactly N images a class instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="M", help="remaining classes without images")
     options.add_optimization(parser, epochs=100)
-    streams, told = ("longest", "forget", "remain"), "whose pass an epoch is, of the paired streams of D_f and D_r"
-    parser.add_argument("--epoch-over", choices=streams, default="longest", help=told)
+    streams, help_text = ("longest", "forget", "remain"), "whose pass an epoch is, of the paired streams of D_f and D_r"
+    parser.add_argument("--epoch-over", choices=streams, default="longest", help=help_text)
     none = {"type": options.number(int, 0), "default": 0}
     parser.add_argument("--min-updates", **none, help="more epochs where a task makes fewer updates")
     options.add_hardware(parser)
@@ -119,8 +119,8 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
         "--published-layout", action="store_true", help="also write published/task_<t>.pth, as the papers' code does"
     )
     add_resume_options(group)
-    told = "start after the tasks that this task_<t>.pth has forgotten"
-    group.add_argument("--resume-from", type=Path, metavar="FILE", help=told)
+    help_text = "start after the tasks that this task_<t>.pth has forgotten"
+    group.add_argument("--resume-from", type=Path, metavar="FILE", help=help_text)
     options.add_method(parser, method, as_published)
     return parser
 
@@ -134,8 +134,8 @@ def make_requests(args: argparse.Namespace, classes: Sequence[str], earlier: lis
     per_task = max(1, round(len(classes) / share)) if args.forget_per_task is None else args.forget_per_task
     requests = drawn_requests(len(classes), num_tasks, per_task, args.seed)
     if earlier != [sorted(request) for request in requests[: len(earlier)]]:
-        told = f"{args.resume_from} has not forgotten what the first tasks of this run forget"
-        raise UsageError(f"{told}: check --seed, --num-tasks and --forget-per-task")
+        message = f"{args.resume_from} has not forgotten what the first tasks of this run forget"
+        raise UsageError(f"{message}: check --seed, --num-tasks and --forget-per-task")
     return requests
 
 
@@ -159,8 +159,8 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     """All parts of a run. Raises UsageError if they do not fit together."""
     checkpoint = load_checkpoint(args.checkpoint, args.head, args.published_adapters)
     if checkpoint.forgotten:
-        told = f"{args.checkpoint} has already forgotten {sum(map(len, checkpoint.forgotten))} classes"
-        raise UsageError(f"{told}: give the pre-trained one with --checkpoint, this one with --resume-from")
+        message = f"{args.checkpoint} has already forgotten {sum(map(len, checkpoint.forgotten))} classes"
+        raise UsageError(f"{message}: give the pre-trained one with --checkpoint, this one with --resume-from")
     model = checkpoint.model
     named = args.forget_classes is not None
     # Of a person who is named, also copies in other files: the pixels tell.
@@ -178,7 +178,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     tasks = make_tasks(args, data[0], earlier)
     refuse = named and not args.allow_copies
     check_forgotten(data, tasks[len(earlier)], {*begun.info.get("forgotten_digests", ())}, refuse)
-    data = placed(args, data, hardware.device, tasks)
+    data = place_images(args, data, hardware.device, tasks)
     sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if by_pixels else data
     check_copies(sets, tasks[len(earlier) :], refuse)
     if named:
@@ -208,7 +208,7 @@ def training_flops(run: ContinualRun) -> float:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = options.hardware_of(args)
+    hardware = options.start_hardware(args)
     run = assemble(args, hardware)
     run.method.hardware = hardware.resolve_compile(training_flops(run))
     folder = RunFolder(args.output_dir or Path("exps") / default_name(args, run))
@@ -218,18 +218,18 @@ def main(argv: list[str] | None) -> None:
 
 def default_name(args: argparse.Namespace, run: ContinualRun) -> str:
     """Of the run's folder: another one for other data, for other people and after other tasks."""
-    whom = ""
+    suffix = ""
     if args.forget_classes is not None:
         requests = [[run.data[0].classes[c] for c in task.forget] for task in run.tasks]
-        whom = f"-named-{hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:8]}"
-    return f"{args.method}-{run.data[0].tag}-{run.tasks[run.earlier].setting}{whom}-seed{args.seed}"
+        suffix = f"-named-{hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:8]}"
+    return f"{args.method}-{run.data[0].tag}-{run.tasks[run.earlier].setting}{suffix}-seed{args.seed}"
 
 
 def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given: set[str]) -> None:
     """The run, in its folder."""
     hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
     identity = identity_of(args, train_set)
-    resume = goes_on(folder, args, hardware, identity, needed_bytes(model, len(run.tasks)))
+    resume = should_resume(folder, args, hardware, identity, needed_bytes(model, len(run.tasks)))
     to_device(model, hardware)
     sizes = [len(task.forget) for task in run.tasks[run.earlier :]]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))

@@ -99,8 +99,8 @@ def layers_to_adapt(backbone: nn.Module, rank: int, place: str) -> dict[str, nn.
     chosen = found(place) if place != "auto" else found("ffn") or found("conv") or found("all")
     if not chosen:
         names = ", ".join([*layers][:3])
-        told = f"no layers to adapt: {type(backbone).__name__} has no linear layer or plain convolution {place!r}"
-        raise UsageError(f"{told}; --lora-place takes {', '.join(PLACES)} or a pattern of names like {names}")
+        message = f"no layers to adapt: {type(backbone).__name__} has no linear layer or plain convolution {place!r}"
+        raise UsageError(f"{message}; --lora-place takes {', '.join(PLACES)} or a pattern of names like {names}")
     largest = min(min(len(layer.weight), layer.weight[0].numel()) for layer in chosen.values())
     if not 1 <= rank <= largest:
         raise UsageError(f"rank {rank} is out of range: the adapted layers allow 1 to {largest}")

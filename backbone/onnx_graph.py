@@ -42,8 +42,8 @@ class OnnxBackbone(nn.Module):
             try:
                 embeddings, whole = self.forward(images), module(self.as_given(images)).flatten(1)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                told = str(error).strip().splitlines()[0]
-                raise UsageError(f"the graph cannot embed two {image_size}×{image_size} images at once: {told}") from None
+                message = str(error).strip().splitlines()[0]
+                raise UsageError(f"the graph cannot embed two {image_size}×{image_size} images at once: {message}") from None
             self.train()
         if not torch.allclose(embeddings, whole, rtol=1e-3, atol=1e-5):
             raise UsageError("the graph uses the size of its images where it can no longer be cut into blocks")
@@ -183,8 +183,8 @@ def _converted(model, path: Path | str = "the graph") -> fx.GraphModule:
             model = _older(model)
         module = onnx2torch.convert(model).float()
     except Exception as error:  # an operator that it does not know, or an opset
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"{path} cannot be converted by onnx2torch: {told[0]}") from None
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"{path} cannot be converted by onnx2torch: {message[0]}") from None
     for node in module.graph.nodes:
         product = node.op == "call_module" and type(module.get_submodule(node.target)).__name__ == "OnnxMatMul"
         if product and node.args[1].op == "get_attr":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from backbone.lora import MATRICES, LoRALinear, layers_to_adapt
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from util.runtime.errors import UsageError
-from util.runtime.files import misfits
+from util.runtime.files import state_mismatch
 
 State = dict[str, Tensor]
 
@@ -62,7 +62,7 @@ def from_published(state_dict: dict, head: str | None = None) -> tuple[Architect
             if lora_A in state:
                 model.backbone.set_submodule(name, LoRALinear(layer, _shape(state, lora_A, 2)[0]))
     ours = model.state_dict()
-    if problems := misfits(state, {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}):
+    if problems := state_mismatch(state, {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}):
         raise UsageError(f"not a whole Face Transformer in the published layout: {problems}")
     converted = {key: _from_published(key, state[_published_name(key)]) for key in ours}
     adapters = {key.removeprefix("backbone."): converted.pop(key) for key in ours if key.endswith(MATRICES)}

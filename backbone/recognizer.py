@@ -138,7 +138,7 @@ def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.M
         with torch.device("cpu"):  # whatever the caller's: the graph is tried
             return OnnxBackbone(a.graph, a.image_size)
     _check_model_name(a.model)
-    told = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
+    message = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
     options = {"num_classes": 0} | a.model_options
     try:
         try:
@@ -149,12 +149,12 @@ def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.M
             backbone = timm.create_model(a.model, pretrained, **options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         problem = (str(error).splitlines() or ["its patches do not fit"])[0]  # timm asserts that without a word
-        raise UsageError(f"{told}: {problem}") from None
+        raise UsageError(f"{message}: {problem}") from None
     patches, own = getattr(backbone, "patch_embed", None), backbone.pretrained_cfg["input_size"][-1] == a.image_size
     if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad and not own:
         side = math.lcm(*patches.patch_size)
         if a.image_size % side:  # timm would cut a border off and say nothing
-            raise UsageError(f"{told}: the size is no multiple of the patches' {side}")
+            raise UsageError(f"{message}: the size is no multiple of the patches' {side}")
     return backbone
 
 

@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
-from util.runtime.distributed import alone, share_of, sum_over_processes
+from util.runtime.distributed import alone, local_share, sum_over_processes
 from util.runtime.hardware import Hardware, plain_attention
 
 # Gradients of several images are held at once: as many as fit in this many bytes, four times as many on a GPU.
@@ -56,10 +56,10 @@ def mean_importance(
     if batch_size is None:
         room = GRADIENT_BYTES * (1 if hardware.device.type == "cpu" else 4)
         chunk = 1 if one_by_one else max(1, room // sum(4 * parameter.numel() for parameter in trained.values()))
-        chunks, count = share_of(indices).split(chunk), len(indices)
+        chunks, count = local_share(indices).split(chunk), len(indices)
     else:  # class by class, gradients of a batch would not cancel as those of a mixed one do
         batches = indices[torch.randperm(len(indices))].split(batch_size)
-        chunks, count = share_of(batches), len(batches)
+        chunks, count = local_share(batches), len(batches)
     # Fused attention has no batching rule: vmap would call it image by image.
     with plain_attention(model) if batch_size is None else contextlib.nullcontext():
         for rows in (rows.to(image_set.images.device) for rows in chunks if len(rows)):  # a share may be none

@@ -7,7 +7,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from util.audit.audit import Audit
-from util.audit.subject import Subject
+from util.audit.inputs import AuditedModel
 
 POINTS = 300  # most of each group on the map
 FACES, NEIGHBOURS = 6, 3
@@ -18,21 +18,21 @@ def pictures(audit: Audit) -> dict:
 
     The models are "before", "after" and "never seen" (the first reference).
     """
-    scene = audit.scene
-    models = {"before": scene.before, "after": audit.after, "never seen": scene.references[0]}
+    task = audit.task
+    models = {"before": task.before, "after": audit.after, "never seen": task.references[0]}
     return {
-        "map": {name: _map(subject, audit) for name, subject in models.items()},
+        "map": {name: _map(audited, audit) for name, audited in models.items()},
         "neighbours": [_neighbours(face, models, audit) for face in _faces(audit)],
     }
 
 
-def _map(subject: Subject, audit: Audit) -> dict[str, np.ndarray]:
-    scene = audit.scene
-    groups = {"forgotten": subject.test[scene.forget_test], "kept": subject.test[scene.remain_test]}
-    groups |= {"never seen": subject.unknown} if scene.unseen is not None else {}
-    groups = {name: _some(embeddings, scene.seed) for name, embeddings in groups.items()}
+def _map(audited: AuditedModel, audit: Audit) -> dict[str, np.ndarray]:
+    task = audit.task
+    groups = {"forgotten": audited.test_embeddings[task.forget_test], "kept": audited.test_embeddings[task.remain_test]}
+    groups |= {"never seen": audited.stranger_embeddings} if task.unseen is not None else {}
+    groups = {name: _some(embeddings, task.seed) for name, embeddings in groups.items()}
     points = F.normalize(torch.cat([*groups.values()])).numpy()
-    tsne = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=scene.seed)
+    tsne = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=task.seed)
     placed = np.split(tsne.fit_transform(points), np.cumsum([len(group) for group in groups.values()])[:-1])
     return dict(zip(groups, placed, strict=True))
 
@@ -43,19 +43,21 @@ def _some(rows: Tensor, seed: int) -> Tensor:
 
 def _faces(audit: Audit) -> list[int]:
     """Positions of a few forgotten test faces, of different people as far as there are."""
-    scene = audit.scene
-    first = [scene.forget_test[scene.who == person][0].item() for person in range(len(scene.forget))]
-    others = [position for position in scene.forget_test.tolist() if position not in first]
+    task = audit.task
+    first = [task.forget_test[task.test_groups == person][0].item() for person in range(len(task.forget))]
+    others = [position for position in task.forget_test.tolist() if position not in first]
     return (first + others)[:FACES]
 
 
-def _neighbours(face: int, models: dict[str, Subject], audit: Audit) -> dict:
+def _neighbours(face: int, models: dict[str, AuditedModel], audit: Audit) -> dict:
     """The training images, of everybody, that each model finds most like a test face."""
-    train, test = audit.scene.train_set, audit.scene.test_set
+    train, test = audit.task.train_set, audit.task.test_set
     label = test.labels[face].item()
     row = {"face": test.images[face].cpu().numpy(), "name": test.classes[label]}
-    for name, subject in models.items():
-        similarity, nearest = (F.normalize(subject.train) @ F.normalize(subject.test[face], dim=0)).topk(NEIGHBOURS)
+    for name, audited in models.items():
+        similarity, nearest = (
+            F.normalize(audited.train_embeddings) @ F.normalize(audited.test_embeddings[face], dim=0)
+        ).topk(NEIGHBOURS)
         row[name] = [
             {
                 "face": train.images[position].cpu().numpy(),

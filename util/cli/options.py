@@ -66,8 +66,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""
-        told = action.default in (None, False, "auto", "", []) or "default:" in action.help
-        return action.help if told else super()._get_help_string(action)
+        explained = action.default in (None, False, "auto", "", []) or "default:" in action.help
+        return action.help if explained else super()._get_help_string(action)
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
@@ -100,28 +100,28 @@ NAMES = "names, separated by commas; #13 is class id 13; @FILE has one a line"
 
 def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    told = f"folder with train/ and test/, insightface's FILE.rec, or {SYNTHETIC}"
-    group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=told)
+    help_text = f"folder with train/ and test/, insightface's FILE.rec, or {SYNTHETIC}"
+    group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=help_text)
     group.add_argument("--cache-dir", type=Path, help="where decoded images are kept (default: the user's cache folder)")
     group.add_argument("--identities", type=number(int, 2), default=100, help=f"{SYNTHETIC}: number of classes")
     group.add_argument("--train-per-identity", type=number(int, 1), default=24, help=f"{SYNTHETIC}: training images a class")
     group.add_argument("--test-per-identity", type=number(int, 1), default=6, help=f"{SYNTHETIC}: test images a class")
     group.add_argument("--data-seed", type=number(int, 0), default=0, help=f"{SYNTHETIC}: seed of identities and images")
-    told = "hold this share of each class's training images out, and measure on it instead of the test set"
-    group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=told)
+    help_text = "hold this share of each class's training images out, and measure on it instead of the test set"
+    group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=help_text)
 
 
 def add_pairs(group: argparse._ActionsContainer, when: str) -> None:
-    told = "verification benchmarks: insightface's FILE.bin, or LFW's list and its folder of people, PAIRS.TXT:FOLDER"
-    group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"{when} these {told}")
+    help_text = "verification benchmarks: insightface's FILE.bin, or LFW's list and its folder of people, PAIRS.TXT:FOLDER"
+    group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"{when} these {help_text}")
 
 
 def add_published(group: argparse._ActionsContainer, head: bool = True) -> None:
     """What a published checkpoint does not tell."""
     if head:
         group.add_argument("--head", help="margin head of a published checkpoint (default: cosface)")
-    told = "whether the weights of a published checkpoint with adapters contain them already; its authors' files do"
-    group.add_argument("--published-adapters", choices=("merged", "apart"), help=told)
+    help_text = "whether the weights of a published checkpoint with adapters contain them already; its authors' files do"
+    group.add_argument("--published-adapters", choices=("merged", "apart"), help=help_text)
 
 
 def add_hardware(parser: Parser) -> None:
@@ -150,7 +150,7 @@ def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, s
     group.add_argument(f"--{name}", choices=("auto", *choices), default="auto", help=help)
 
 
-def hardware_of(args: argparse.Namespace) -> Hardware:
+def start_hardware(args: argparse.Namespace) -> Hardware:
     """The hardware that the options above choose."""
     names = inspect.signature(choose_hardware).parameters
     choices = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -166,8 +166,8 @@ def add_optimization(parser: Parser, fewest_epochs: int = 1, **defaults: Any) ->
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=number(int, fewest_epochs), help="epochs, of each task where there are several")
     group.add_argument("--batch-size", type=number(int, 1), default=48, help="images of each stream in a step")
-    told = "a stream's last batch: filled up with the next round's images, or the rest"
-    group.add_argument("--last-batch", choices=("full", "short"), default="full", help=told)
+    help_text = "a stream's last batch: filled up with the next round's images, or the rest"
+    group.add_argument("--last-batch", choices=("full", "short"), default="full", help=help_text)
     group.add_argument("--lr", type=number(float, 1e-12), default=1e-4, help="peak learning rate")
     group.add_argument("--min-lr", type=number(float, 0), default=1e-5, help="learning rate at the end of the cosine")
     group.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")

@@ -81,9 +81,9 @@ def _classifier(args: argparse.Namespace, source: Source, model: Recognizer) -> 
         weight = matrices[0] if len(matrices) == len(state) - (len(state) > 1) == 1 else None
     dim = model.head.weight.shape[1]
     if weight is None or weight.shape[1] != dim:
-        told = "no classifier" if weight is None else f"rows of {weight.shape[1]} values"
+        message = "no classifier" if weight is None else f"rows of {weight.shape[1]} values"
         where = file or args.model
-        raise UsageError(f"{where}: {told}, where --rows needs (classes, {dim}); --rows enrolment needs none")
+        raise UsageError(f"{where}: {message}, where --rows needs (classes, {dim}); --rows enrolment needs none")
     bias = next((tensor for tensor in state.values() if tensor.shape == weight.shape[:1]), None)
     return weight, state.get(f"{name}.bias", bias)
 
@@ -102,8 +102,8 @@ def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> l
     elif len(classes) == count:
         known = {name: place for place, name in enumerate(classes)}
     else:
-        told = f"{len(classes)} classes, {count} rows, and no names that tell which is which"
-        raise UsageError(f"{told}: give --class-map FILE, in which line i names row i")
+        message = f"{len(classes)} classes, {count} rows, and no names that tell which is which"
+        raise UsageError(f"{message}: give --class-map FILE, in which line i names row i")
     if strange := [name for name in classes if not 0 <= known.get(name, -1) < count]:
         where = f"{class_map or 'the classifier'} of {count} rows"
         raise UsageError(f"{len(strange)} classes are not in {where}, {strange[0]!r} first: give --class-map FILE")
