@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 
 from backbone.lora import apply_adapters
@@ -140,6 +139,8 @@ def load_backbone(model: Recognizer, path: Path, adapters: str | None = None) ->
     A classifier that the model does not have is left out; position embeddings of another image size are resampled as timm
     does. `adapters`: of a published one, as in `load_checkpoint`.
     """
+    from backbone.timm_models import timm
+
     backbone, own = model.backbone, model.backbone.state_dict()
     with readable(path):
         state = timm.models.load_state_dict(str(path), weights_only=True)

@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from backbone.heads import HEADS, Head, Softmax
@@ -69,6 +67,8 @@ def _take(head: Head, weight: Tensor, bias: Tensor | None, ids: Sequence[int]) -
 
 def _classifier(args: argparse.Namespace, source: Source, model: Recognizer) -> tuple[Tensor, Tensor | None]:
     """All rows (K, dim) and biases (K,): of the classifier in a timm model's state dict, or of the one matrix in a file."""
+    from backbone.timm_models import timm
+
     file = args.weights if args.rows == "classifier" else args.rows
     if file is not None:
         state = load_rows(Path(file))
@@ -96,6 +96,8 @@ def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> l
         known = {name.split()[0] if name.split() else "": line for line, name in enumerate(names)}
         known |= {name.strip(): line for line, name in enumerate(names)}
     elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        from timm.data import ImageNetInfo
+
         known = {name: place for place, name in enumerate(ImageNetInfo().label_names())}
     elif all(name.isdecimal() for name in classes):
         known = {name: int(name) for name in classes}
@@ -112,6 +114,8 @@ def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> l
 
 def load_rows(path: Path) -> dict[str, Tensor]:
     """The state dict, or .npy matrix, in a file."""
+    from backbone.timm_models import timm
+
     with readable(path):
         if path.suffix == ".npy":
             return {"weight": torch.from_numpy(np.load(path, allow_pickle=False)).float()}
