@@ -171,27 +171,13 @@ def pretrain(
     if task.old:
         print(f"left out: {people(task.old, train_set.classes)}", flush=True)
 
-    start, images_per_second = time.perf_counter(), 0.0
+    start = time.perf_counter()
     if args.rows == "enrolment" and not resume:
         enrol(model, task, train_set, hardware)
-    method = Pretrain(args, hardware)
-    method.begin_task(model, task, train_set, args.epochs)
-    if args.epochs:
-        trainer = Trainer(model, method, task, train_set, Schedule.of(args))
-        last = LastState(folder.last, args.save_every, resume)
-        last.restore(trainer)
-        with (
-            open_writer(folder.path) as writer,
-            Monitor(writer, "pretrain", "pre-training", args.epochs, trainer.position.epoch) as monitor,
-        ):
-            images_per_second = trainer.train(monitor, last.save, last.after_epoch)
-
-    method.end_task(model)
+    images_per_second = train(Pretrain(args, hardware), model, task, train_set, folder, resume)
     accuracies = predict(model, test_set, hardware).accuracies(task.remain)
-    arguments = options.plain_arguments(args)
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
-    recipe = recipe_in(arguments)
-    info |= {"recipe": recipe, "without_classes": list(task.old)}
+    info |= {"recipe": recipe_in(options.plain_arguments(args)), "without_classes": list(task.old)}
     info |= {"class_digests": train_set.contents, "val_fraction": args.val_fraction}
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
@@ -203,6 +189,23 @@ def pretrain(
         f"{measured} accuracy {accuracies['acc']:.2f}%, with margin {accuracies['margin_acc']:.2f}%, after "
         f"{trained if args.epochs else 'enrolment'}: {folder.results}"
     )
+
+
+def train(
+    method: Pretrain, model: Recognizer, task: ForgettingTask, train_set: ImageSet, folder: PretrainFolder, resume: bool
+) -> float:
+    """The epochs that are left. Returns images per second."""
+    args, images_per_second = method.args, 0.0
+    method.begin_task(model, task, train_set, args.epochs)
+    if args.epochs:
+        trainer = Trainer(model, method, task, train_set, Schedule.of(args))
+        last = LastState(folder.last, args.save_every, resume)
+        last.restore(trainer)
+        progress = "pretrain", "pre-training", args.epochs, trainer.position.epoch
+        with open_writer(folder.path) as writer, Monitor(writer, *progress) as monitor:
+            images_per_second = trainer.train(monitor, last.save, last.after_epoch)
+    method.end_task(model)
+    return images_per_second
 
 
 if __name__ == "__main__":

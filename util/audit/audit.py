@@ -14,7 +14,7 @@ from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
 from util.audit import AUDIT_METRICS, AuditMetric
 from util.audit.inputs import AuditedModel, AuditTask
-from util.audit.statistics import bootstrap_interval, compare, value_of
+from util.audit.statistics import Statistic, bootstrap_interval, compare, value_of
 from util.audit.utility import recognition, utility
 from util.audit.verdict import judge
 from util.runtime.errors import UsageError
@@ -93,25 +93,41 @@ def audit(
         check_unseen(unseen, data[0])
     data, present = with_images(*data)
     audited = AuditedModel(with_rows(after, present), *data, unseen, hardware)
-    known = [
-        cached_model(model, weights_sha256(model), present, *data, unseen, hardware, True) for model in (before, *originals)
-    ]
-    never = [cached_model(model, weights_sha256(model), present, *data, unseen, hardware, False) for model in references]
+    known, never = (
+        tuple(cached_model(model, weights_sha256(model), present, *data, unseen, hardware, original) for model in models)
+        for models, original in (((before, *originals), True), (references, False))
+    )
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
-    task = AuditTask(*data, *people, unseen, known[0], tuple(never), hardware, seed)
-    measurements = MeasurementCache(cache, task)
-    found = {}
-    for number, other in enumerate([*never, *known], start=1):
-        progress(f"reference {number} of {len(never) + len(known)}")
-        found[other] = {name: measurements.measured(other, AUDIT_METRICS[name]) for name in metrics}
-    progress("the unlearned model")
-    entries, curves = {}, {}
-    for name in metrics:
-        of = {other: measured[name] for other, measured in found.items()}
-        entries |= _judge(AUDIT_METRICS[name], audited, task, [of[o] for o in never], [of[o] for o in known], curves)
+    task = AuditTask(*data, *people, unseen, known[0], never, hardware, seed)
+    entries, curves = _compare_models(audited, task, known, metrics, MeasurementCache(cache, task), progress)
     useful = utility(audited, task) | {"before": utility(known[0], task)}
     useful["references"] = [recognition(reference, task) for reference in never]  # whose templates are their own
     return Audit(task, audited, entries, rounded(useful), curves)
+
+
+def _compare_models(
+    audited: AuditedModel,
+    task: AuditTask,
+    known: Sequence[AuditedModel],
+    metrics: Sequence[str],
+    measurements: "MeasurementCache",
+    progress: Callable[[str], None],
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The entries and curves of an audit."""
+    others = {}
+    for number, other in enumerate([*task.references, *known], start=1):
+        progress(f"reference {number} of {len(task.references) + len(known)}")
+        others[other] = {name: measurements.measured(other, AUDIT_METRICS[name]) for name in metrics}
+    progress("the unlearned model")
+    entries, curves = {}, {}
+    for name in metrics:
+        of_references, of_known = ([others[model][name] for model in models] for models in (task.references, known))
+        found = AUDIT_METRICS[name].measure(audited, task)
+        entries |= _judge(AUDIT_METRICS[name], found.statistics, task, of_references, of_known)
+        for key, curve in found.curves.items():
+            drawn = [measured["curves"][key] for measured in of_references]
+            curves[key] = {"after": curve, "before": of_known[0]["curves"][key], "references": drawn}
+    return entries, curves
 
 
 @lru_cache(maxsize=16)
@@ -189,30 +205,25 @@ class MeasurementCache:
 
 
 def _judge(
-    metric: AuditMetric,
-    audited: AuditedModel,
-    task: AuditTask,
-    never: list[dict],
-    known: list[dict],
-    curves: dict[str, dict],
+    metric: AuditMetric, statistics: dict[str, Statistic | str], task: AuditTask, never: list[dict], known: list[dict]
 ) -> dict[str, dict]:
-    """The entries of a metric's keys; its curves are added to `curves`."""
-    measurement, entries, num_groups = metric.measure(audited, task), {}, task.num_groups
-    for name, curve in measurement.curves.items():
-        others = [measured["curves"][name] for measured in never]
-        curves[name] = {"after": curve, "before": known[0]["curves"][name], "references": others}
-    for key, statistic in measurement.statistics.items():
+    """The entries of a metric's keys, by what it found in the unlearned model, the references and the originals."""
+    entries = {}
+    for key, statistic in statistics.items():
         entry = unmeasured_entry(metric)
         reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
         if isinstance(statistic, str) or reasons:
             entries[key] = entry | {"reason": statistic if isinstance(statistic, str) else reasons[0]}
             continue
-        entry["value"] = value_of(statistic, num_groups)
+        entry["value"] = value_of(statistic, task.num_groups)
         for group, measured in (("references", never), ("originals", known)):
             entry[group] = [m["values"][key] for m in measured]
         if metric.judged:
             scale = [m["values"][metric.scale_from.get(key, key)] for m in known]
-            entry |= {"interval": bootstrap_interval(statistic, num_groups, task.seed), "known": sum(scale) / len(scale)}
+            entry |= {
+                "interval": bootstrap_interval(statistic, task.num_groups, task.seed),
+                "known": sum(scale) / len(scale),
+            }
             entry["resolution"] = task.resolution(key)
             entry |= vars(
                 compare(entry["value"], entry["references"], scale, entry["resolution"], key in metric.lower_if_known)
