@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     by_name = chosen.forget_classes is not None and chosen.as_published is None
     method = method_class(chosen.method or (BY_NAME["method"] if by_name else "gs_lora"))
     parser = build_parser(method, chosen.as_published)
-    for action in parser._actions:
+    for action in parser.actions():
         if action.dest in BY_NAME:
             action.help += f" (default: {action.default}; of a request by name: {BY_NAME[action.dest]})"
     if by_name:  # epochs that are given are made, and no more

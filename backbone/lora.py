@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.blocks import block_names
+from util.runtime import foreach
 from util.runtime.errors import UsageError
 
 # Which layers of a block, by their names in it. timm calls them so in all its transformers and ConvNeXts; an MLP inside the
@@ -140,7 +141,7 @@ def block_of(layer: str, blocks: list[str]) -> str | None:
 
 def group_norms(groups: dict[str, list[nn.Parameter]]) -> Tensor:
     """‖θ_g‖₂ of every group, (number of groups,), differentiable and with a finite gradient at zero."""
-    norms = torch.stack(torch._foreach_norm([parameter for group in groups.values() for parameter in group]))
+    norms = foreach.norms([parameter for group in groups.values() for parameter in group])
     squares = [part.sum() for part in norms.square().split([len(group) for group in groups.values()])]
     return (torch.stack(squares) + 1e-12).sqrt()
 

@@ -88,13 +88,10 @@ def synthetic_faces(
     shape = (identities * (train_per_identity + test_per_identity), 3, image_size, image_size)
 
     def draw(images: Tensor) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # how many share an operation moves its rounding, and with it a grey level here and there
-        try:
-            for part, (_, stream, count) in zip(images.tensor_split([cut]), splits, strict=True):
-                part.copy_(_draw(people, stream, count, image_size, seed, device))
-        finally:
-            torch.set_num_threads(threads)
+        faces = _uniform(people, IDENTITIES, 1, len(IDENTITY), seed)
+        for part, (_, stream, count) in zip(images.tensor_split([cut]), splits, strict=True):
+            variation = _uniform(people, stream, count, WIDTH, seed)
+            part.copy_(_draw(faces.repeat(count, axis=0), variation, image_size, seed, device))
 
     if cache_dir is None:
         images = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -121,21 +118,23 @@ def _uniform(people: range, stream: int, count: int, width: int, seed: int) -> n
     return np.concatenate([generator.random((count, width), dtype=np.float32) for generator in generators])
 
 
-def _draw(people: range, stream: int, count: int, image_size: int, seed: int, device: torch.device) -> Tensor:
-    """`count` images of each identity, uint8 (N, 3, H, W)."""
-    identity = _uniform(people, IDENTITIES, 1, len(IDENTITY), seed).repeat(count, axis=0)
-    variation = _uniform(people, stream, count, WIDTH, seed)
+def _draw(identity: np.ndarray, variation: np.ndarray, image_size: int, seed: int, device: torch.device) -> Tensor:
     images = torch.empty(len(identity), 3, image_size, image_size, dtype=torch.uint8, device=device)
     bank = np.random.default_rng([seed, 0, NOISE]).standard_normal((3, 2 * image_size, 2 * image_size), np.float32)
     # Every window of the bank is one image's noise: a view, copied only for the windows taken.
     windows = torch.from_numpy(bank).to(device).unfold(1, image_size, 1).unfold(2, image_size, 1)
     chunk = max(1, CHUNK_PIXELS[device.type] // (2 * image_size) ** 2)
-    for start in range(0, len(identity), chunk):
-        part = slice(start, start + chunk)
-        face, corner = _parameters(*(torch.from_numpy(numbers[part]).to(device) for numbers in (identity, variation)))
-        corner = (corner * image_size).long()
-        noise = windows[:, corner[:, 0], corner[:, 1]].transpose(0, 1)
-        images[part] = render(face, image_size, noise)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # how many share an operation moves its rounding, and with it a grey level here and there
+    try:
+        for start in range(0, len(identity), chunk):
+            part = slice(start, start + chunk)
+            face, corner = _parameters(*(torch.from_numpy(numbers[part]).to(device) for numbers in (identity, variation)))
+            corner = (corner * image_size).long()
+            noise = windows[:, corner[:, 0], corner[:, 1]].transpose(0, 1)
+            images[part] = render(face, image_size, noise)
+    finally:
+        torch.set_num_threads(threads)
     return images
 
 

@@ -31,7 +31,7 @@ class Job:
         return Run([sys.executable, str(ROOT / self.script), *self.arguments], self.folder.path / "log.txt")
 
 
-def add_job_options(group: argparse._ActionsContainer) -> None:
+def add_job_options(group: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices to deal the runs out over")
     group.add_argument(
         "--jobs-per-gpu",

@@ -81,13 +81,12 @@ def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
     names = {"input_names": ["images"], "output_names": ["embeddings"]}
     shapes = [{0: torch.export.Dim("images")}]
     program = torch.onnx.export(embedder, (example,), **names, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    graph = program.model.graph
-    for part in (program.model, graph, *graph.all_nodes(), *graph.initializers.values()):
-        part.metadata_props.clear()  # the exporter's notes name the files of this machine
-        for value in getattr(part, "outputs", ()):
-            value.metadata_props.clear()
+    model = program.model_proto
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")  # the exporter's notes name the files of this machine
     with atomic_write(path) as target:
-        target.write(program.model_proto.SerializeToString())
+        target.write(model.SerializeToString())
 
 
 def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         """Raises UsageError for an option that would do nothing as well (`util/cli/ignored.py`)."""
         found = super().parse_args(args, namespace)
         given = given_options(sys.argv[1:] if args is None else args)
-        changed = [action for action in self._actions if getattr(found, action.dest, None) != action.default]
+        changed = [action for action in self.actions() if getattr(found, action.dest, None) != action.default]
         refuse_ignored(found, {name for action in changed for name in action.option_strings if name in given})
         return found
 
@@ -45,9 +45,13 @@ class Parser(argparse.ArgumentParser):
         # "argument -x/--name: …" says no more than "--name …".
         raise UsageError(re.sub(r"^argument ([^:]+): ", r"\1: ", message))
 
+    def actions(self) -> list[argparse.Action]:
+        """The options, which argparse names in no public way."""
+        return self._actions
+
     def use_defaults(self, values: dict[str, Any]) -> None:
         """Take these values, read from a file, as defaults. Raises UsageError for an option that is not here."""
-        actions = {action.dest: action for action in self._actions}
+        actions = {action.dest: action for action in self.actions()}
         for key, value in values.items():
             if key not in actions:
                 raise UsageError(f"{option_name(key)} of the file is no option here; the file is of another version")
@@ -111,12 +115,12 @@ def add_data(parser: Parser) -> None:
     group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=help_text)
 
 
-def add_pairs(group: argparse._ActionsContainer, when: str) -> None:
+def add_pairs(group: argparse.ArgumentParser, when: str) -> None:
     help_text = "verification benchmarks: insightface's FILE.bin, or LFW's list and its folder of people, PAIRS.TXT:FOLDER"
     group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"{when} these {help_text}")
 
 
-def add_published(group: argparse._ActionsContainer, head: bool = True) -> None:
+def add_published(group: argparse.ArgumentParser, head: bool = True) -> None:
     """What a published checkpoint does not tell."""
     if head:
         group.add_argument("--head", help="margin head of a published checkpoint (default: cosface)")
@@ -146,7 +150,7 @@ def add_fast_path(parser: Parser) -> None:
     group.add_argument("--deterministic", action="store_true", help="on CUDA: the same bits every time, slower; a CPU's are")
 
 
-def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, str], help: str) -> None:
+def _add_choice(group: argparse.ArgumentParser, name: str, choices: tuple[str, str], help: str) -> None:
     group.add_argument(f"--{name}", choices=("auto", *choices), default="auto", help=help)
 
 

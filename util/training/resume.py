@@ -25,7 +25,7 @@ FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "s
 FREE_ON_RESUME |= {"checkpoint", "resume_from", "weights", "data"}
 
 
-def add_resume_options(group: argparse._ArgumentGroup) -> None:
+def add_resume_options(group: argparse.ArgumentParser) -> None:
     help_text = "seconds of training between two saves for --resume, each at an epoch's end; 0: every epoch"
     group.add_argument("--save-every", type=number(float, 0), default=60, help=help_text)
     group.add_argument("--overwrite", action="store_true", help="replace the run that --output-dir holds")
