@@ -20,7 +20,7 @@ from torch import Tensor
 from backbone.blocks import replace_lower_half
 from backbone.lora import apply_adapters
 from backbone.recognizer import to_device
-from data import build_datasets, placed
+from data import build_datasets, place_images
 from data.cache import cache_folder
 from data.image_folder import flat_folder
 from data.image_set import ImageSet
@@ -35,7 +35,7 @@ from util.runtime.errors import RunError, UsageError
 from util.runtime.files import load_tensors, read_json, readable, write_json, write_text
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
-from util.storage.folders import CONFIG, claim, folder_of
+from util.storage.folders import CONFIG, claim, default_folder
 from util.training.deletion_record import load_record, settings_of
 from util.training.record_check import signatures, verify_record
 from util.training.rows import class_ids, whole_classifier
@@ -68,10 +68,10 @@ def build_parser() -> options.Parser:
     parser.add_argument("--deposit", type=Path, metavar="FILE", help="deposit of LIRF, in place of the lower half")
     options.add_published(parser)
     options.add_data(parser)
-    told = f"classes to measure as a group (default: those that were forgotten): {options.NAMES}"
-    parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=told)
-    told = "restore the model's own classifier, and measure the classes of DIR/<class>/<image> that --data lacks"
-    parser.add_argument("--whole-classifier", type=Path, metavar="DIR", help=told)
+    help_text = f"classes to measure as a group (default: those that were forgotten): {options.NAMES}"
+    parser.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=help_text)
+    help_text = "restore the model's own classifier, and measure the classes of DIR/<class>/<image> that --data lacks"
+    parser.add_argument("--whole-classifier", type=Path, metavar="DIR", help=help_text)
     options.add_pairs(parser, "to measure instead of --data")
     count = {"type": options.number(int, 0), "default": 20000}
     parser.add_argument("--random-pairs", **count, help="genuine pairs of test images, and impostor pairs as many")
@@ -84,7 +84,7 @@ def build_parser() -> options.Parser:
 def confirm(args: argparse.Namespace) -> None:
     """Print every check of --verify-record. Raises RunError if one fails."""
     record = load_record(args.verify_record)
-    hardware = options.hardware_of(args)
+    hardware = options.start_hardware(args)
     pixels = record["images"]
     data = build_datasets(args, pixels["size"], hardware.device, crop_pct=pixels.get("crop_pct", 1.0))
     said = {True: "confirmed", False: "NOT SO", None: "not checked"}
@@ -126,7 +126,7 @@ def load_images(args: argparse.Namespace, checkpoint: Checkpoint, device: torch.
     """The test set, with the checkpoint's classes, and the groups of these. Images of forgotten classes may be gone."""
     a = checkpoint.model.architecture
     _, test_set = build_datasets(args, a.image_size, device, on_demand=True, crop_pct=a.crop_pct)
-    (test_set,) = placed(args, [test_set], device)
+    (test_set,) = place_images(args, [test_set], device)
     groups = class_groups(args, checkpoint, checkpoint.classes or test_set.classes)
     forgotten = [c for name, classes in groups.items() if name != "remaining" for c in classes]
     (aligned,) = align_classes(checkpoint, [test_set], args.checkpoint, forgotten)
@@ -207,11 +207,11 @@ def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     if args.verify_record is not None:
         return confirm(args)
-    hardware = options.hardware_of(args)
+    hardware = options.start_hardware(args)
     checkpoint = load_model(args)
     more = [*args.adapters, *filter(None, [args.deposit])]
     what = " ".join(args.pairs or []) or (args.forget_classes or "") + str(args.whole_classifier or "")
-    output = args.output_dir or folder_of("test", args.checkpoint, *more, whom=what)
+    output = args.output_dir or default_folder("test", args.checkpoint, *more, suffix=what)
     claim(output, SCRIPT)
     if (output / CONFIG).exists():
         saved = read_json(output / CONFIG).get("arguments", {})

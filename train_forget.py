@@ -18,7 +18,7 @@ from pathlib import Path
 
 from backbone.published import to_published
 from backbone.recognizer import forward_flops, to_device
-from data import build_datasets, placed
+from data import build_datasets, place_images
 from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
 from data.pairs import load_pairs
@@ -38,7 +38,7 @@ from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, epochs_for, make_optimizer
-from util.training.resume import add_resume_options, goes_on, identity_of, needed_bytes
+from util.training.resume import add_resume_options, identity_of, needed_bytes, should_resume
 
 SCRIPT = Path(__file__).name
 # Defaults of a request by name, which is to delete; the others are of the papers' protocol.
@@ -58,7 +58,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     by_name = chosen.forget_classes is not None and chosen.as_published is None
     method = method_class(chosen.method or (BY_NAME["method"] if by_name else "gs_lora"))
     parser = build_parser(method, chosen.as_published)
-    for action in parser._actions:
+    for action in parser.actions():
         if action.dest in BY_NAME:
             action.help += f" (default: {action.default}; of a request by name: {BY_NAME[action.dest]})"
     if by_name:  # epochs that are given are made, and no more
@@ -77,10 +77,10 @@ def add_method_choice(parser: options.Parser) -> None:
     names = f"{', '.join(METHODS)}; --method NAME --help shows its options"
     parser.add_argument("--method", default="gs_lora", metavar="NAME", help=names)
     listed = (f"{name:12} {sys.modules[m.__module__].__doc__.splitlines()[0]}" for name, m in METHODS.items())
-    told = "print each method with its paper"
-    parser.add_argument("--list-methods", action="version", version="\n".join(listed), help=told)
-    told = "options of the published code, for its 4-task table or few-shot; options given after it still count"
-    parser.add_argument("--as-published", nargs="?", const="table", choices=PRESETS, help=told)
+    help_text = "print each method with its paper"
+    parser.add_argument("--list-methods", action="version", version="\n".join(listed), help=help_text)
+    help_text = "options of the published code, for its 4-task table or few-shot; options given after it still count"
+    parser.add_argument("--as-published", nargs="?", const="table", choices=PRESETS, help=help_text)
 
 
 def build_parser(method: type[Method], as_published: str | None) -> options.Parser:
@@ -94,19 +94,19 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group = parser.add_argument_group("forgetting protocol")
     count, ratio = options.number(int, 1), options.number(float, 1e-12, 1)
     group.add_argument("--num-tasks", type=count, help="number of requests, of random classes (default: 4)")
-    told = "number of classes that a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
-    group.add_argument("--forget-per-task", type=count, help=told)
+    help_text = "number of classes that a task forgets (default: a fifth of all, a tenth with --num-tasks 1)"
+    group.add_argument("--forget-per-task", type=count, help=help_text)
     names = {"type": options.class_list, "metavar": "LIST"}
     group.add_argument("--forget-classes", **names, help=f"people to forget, not random classes: {options.NAMES}")
     group.add_argument("--then", action="append", default=[], **names, help="people to forget in a further task; repeatable")
-    told = "go on although photos of a named person also lie under another name"
-    group.add_argument("--allow-copies", action="store_true", help=told)
+    help_text = "go on although photos of a named person also lie under another name"
+    group.add_argument("--allow-copies", action="store_true", help=help_text)
     group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images that are used")
     group.add_argument("--few-shot", type=count, metavar="N", help="training images a class, instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="N", help="remaining classes without images")
     options.add_optimization(parser, epochs=100)
-    streams, told = ("longest", "forget", "remain"), "images of which an epoch is one pass: D_f, D_r, or the longer"
-    parser.add_argument("--epoch-over", choices=streams, default="longest", help=told)
+    streams, help_text = ("longest", "forget", "remain"), "images of which an epoch is one pass: D_f, D_r, or the longer"
+    parser.add_argument("--epoch-over", choices=streams, default="longest", help=help_text)
     none = {"type": options.number(int, 0), "default": 0}
     parser.add_argument("--min-updates", **none, help="fewest updates of a task, which makes more epochs if needed")
     options.add_hardware(parser)
@@ -117,8 +117,8 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     options.add_pairs(group, "to measure before and after each task")
     group.add_argument("--published-layout", action="store_true", help="also write published/task_<t>.pth")
     add_resume_options(group)
-    told = "task_<t>.pth of an earlier run, to continue after its tasks"
-    group.add_argument("--resume-from", type=Path, metavar="FILE", help=told)
+    help_text = "task_<t>.pth of an earlier run, to continue after its tasks"
+    group.add_argument("--resume-from", type=Path, metavar="FILE", help=help_text)
     options.add_method(parser, method, as_published)
     return parser
 
@@ -132,8 +132,8 @@ def make_requests(args: argparse.Namespace, classes: Sequence[str], earlier: lis
     per_task = max(1, round(len(classes) / share)) if args.forget_per_task is None else args.forget_per_task
     requests = drawn_requests(len(classes), num_tasks, per_task, args.seed)
     if earlier != [sorted(request) for request in requests[: len(earlier)]]:
-        told = f"{args.resume_from} has not forgotten what the first tasks of this run forget"
-        raise UsageError(f"{told}: check --seed, --num-tasks and --forget-per-task")
+        message = f"{args.resume_from} has not forgotten what the first tasks of this run forget"
+        raise UsageError(f"{message}: check --seed, --num-tasks and --forget-per-task")
     return requests
 
 
@@ -157,8 +157,8 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     """All parts of a run. Raises UsageError if they do not fit together."""
     checkpoint = load_checkpoint(args.checkpoint, args.head, args.published_adapters)
     if checkpoint.forgotten:
-        told = f"{args.checkpoint} has already forgotten {sum(map(len, checkpoint.forgotten))} classes"
-        raise UsageError(f"{told}: give the pre-trained one with --checkpoint, this one with --resume-from")
+        message = f"{args.checkpoint} has already forgotten {sum(map(len, checkpoint.forgotten))} classes"
+        raise UsageError(f"{message}: give the pre-trained one with --checkpoint, this one with --resume-from")
     model = checkpoint.model
     named = args.forget_classes is not None
     # Of a person who is named, also copies in other files: the pixels tell.
@@ -176,7 +176,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     tasks = make_tasks(args, data[0], earlier)
     refuse = named and not args.allow_copies
     check_forgotten(data, tasks[len(earlier)], {*begun.info.get("forgotten_digests", ())}, refuse)
-    data = placed(args, data, hardware.device, tasks)
+    data = place_images(args, data, hardware.device, tasks)
     sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if by_pixels else data
     check_copies(sets, tasks[len(earlier) :], refuse)
     if named:
@@ -206,7 +206,7 @@ def training_flops(run: ContinualRun) -> float:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = options.hardware_of(args)
+    hardware = options.start_hardware(args)
     run = assemble(args, hardware)
     run.method.hardware = hardware.resolve_compile(training_flops(run))
     folder = RunFolder(args.output_dir or Path("exps") / default_name(args, run))
@@ -216,18 +216,18 @@ def main(argv: list[str] | None) -> None:
 
 def default_name(args: argparse.Namespace, run: ContinualRun) -> str:
     """Of the run's folder: another one for other data, for other people and after other tasks."""
-    whom = ""
+    suffix = ""
     if args.forget_classes is not None:
         requests = [[run.data[0].classes[c] for c in task.forget] for task in run.tasks]
-        whom = f"-named-{hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:8]}"
-    return f"{args.method}-{run.data[0].tag}-{run.tasks[run.earlier].setting}{whom}-seed{args.seed}"
+        suffix = f"-named-{hashlib.sha256(json.dumps(requests).encode()).hexdigest()[:8]}"
+    return f"{args.method}-{run.data[0].tag}-{run.tasks[run.earlier].setting}{suffix}-seed{args.seed}"
 
 
 def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given: set[str]) -> None:
     """The run, in its folder."""
     hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
     identity = identity_of(args, train_set)
-    resume = goes_on(folder, args, hardware, identity, needed_bytes(model, len(run.tasks)))
+    resume = should_resume(folder, args, hardware, identity, needed_bytes(model, len(run.tasks)))
     to_device(model, hardware)
     sizes = [len(task.forget) for task in run.tasks[run.earlier :]]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))

@@ -20,7 +20,7 @@ from backbone.published import to_published
 from backbone.recognizer import Recognizer, forward_flops, to_device
 from data import build_datasets
 from data.image_set import ImageSet, with_classes
-from data.tasks import ForgettingTask, listed_names, named_classes, people, whole_set
+from data.tasks import ForgettingTask, listed_names, named_classes, people, pretraining_task
 from methods.pretrain import Pretrain
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
@@ -34,7 +34,7 @@ from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
 from util.training.optim import Schedule, make_optimizer
-from util.training.resume import LastState, add_resume_options, goes_on, identity_of, needed_bytes
+from util.training.resume import LastState, add_resume_options, identity_of, needed_bytes, should_resume
 from util.training.rows import ROWS, enrol, set_rows
 from util.training.start import build_model, choose_start, describe_model
 
@@ -64,29 +64,31 @@ def build_parser() -> options.Parser:
     parser.add_argument("--without-classes", **names, help=f"people to leave out; class ids stay: {options.NAMES}")
     parser.add_argument("--absent-classes", **names, help="people left out whose images are gone; they keep their class ids")
     group = parser.add_argument_group("model")
-    told = "timm model (face_vit_*, iresnet*, any other), folder with config.json, hf-hub:NAME, or ONNX file"
-    group.add_argument("--model", default="face_vit_tiny", metavar="NAME", help=told)
+    help_text = "timm model (face_vit_*, iresnet*, any other), folder with config.json, hf-hub:NAME, or ONNX file"
+    group.add_argument("--model", default="face_vit_tiny", metavar="NAME", help=help_text)
     group.add_argument("--image-size", type=options.number(int, 1), help="image size in pixels (default: the model's own)")
     group.add_argument("--depth", type=options.number(int, 1), help="number of blocks (default: the model's own)")
     group.add_argument("--head", choices=HEADS, help="head (default: cosface; with --rows classifier softmax)")
-    told = "dropout rate of the embedding and of blocks (default: the model's)"
-    group.add_argument("--drop-rate", type=options.number(float, 0, 0.99), help=told)
+    help_text = "dropout rate of the embedding and of blocks (default: the model's)"
+    group.add_argument("--drop-rate", type=options.number(float, 0, 0.99), help=help_text)
     group.add_argument("--init", choices=("timm", "published"), default="timm", help="random weights to start from")
     group.add_argument("--weights", type=Path, metavar="FILE", help="local file of backbone weights to start from")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
     options.add_published(group, head=False)
-    told = f"rows that the head starts with: {', '.join(ROWS)}, or a file (default: random; with given weights: enrolment)"
-    group.add_argument("--rows", metavar="NAME", help=told)
-    told = "file whose line i names row i of the classifier or of --rows (default: ImageNet's numbers, or numbers)"
-    group.add_argument("--class-map", type=Path, metavar="FILE", help=told)
-    told = "embedding: timm's pooled features, or the model's own last layer"
-    group.add_argument("--embedding", choices=("features", "projection"), default="features", help=told)
+    help_text = (
+        f"rows that the head starts with: {', '.join(ROWS)}, or a file (default: random; with given weights: enrolment)"
+    )
+    group.add_argument("--rows", metavar="NAME", help=help_text)
+    help_text = "file whose line i names row i of the classifier or of --rows (default: ImageNet's numbers, or numbers)"
+    group.add_argument("--class-map", type=Path, metavar="FILE", help=help_text)
+    help_text = "embedding: timm's pooled features, or the model's own last layer"
+    group.add_argument("--embedding", choices=("features", "projection"), default="features", help=help_text)
     rgb = {"type": options.number(float), "nargs": 3, "metavar": ("R", "G", "B")}
     group.add_argument("--mean", **rgb, help="mean of the pixels, 0 to 1 (default: the model's own, or found for ONNX)")
     group.add_argument("--std", **rgb, help="standard deviation of the pixels; 0.0039216 for a model of 0 to 255")
     group.add_argument("--bgr", action="store_true", help="feed pixels as BGR, not RGB")
-    told = "central share of an image's shorter side that is kept"
-    group.add_argument("--crop-pct", type=options.number(float, 0.01, 1), default=1.0, help=told)
+    help_text = "central share of an image's shorter side that is kept"
+    group.add_argument("--crop-pct", type=options.number(float, 0.01, 1), default=1.0, help=help_text)
     options.add_optimization(parser, fewest_epochs=0, lr=1e-3, warmup_epochs=None)
     parser.add_argument("--mirror", choices=("on", "off"), default="on", help="mirror training images at random")
     group = parser.add_argument_group("output")
@@ -115,7 +117,7 @@ def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
-    hardware = options.hardware_of(args)
+    hardware = options.start_hardware(args)
     source = choose_start(args)
     if args.epochs is not None:
         choose_epochs(args, 1)  # finds what is wrong before the data are read
@@ -125,7 +127,7 @@ def main(argv: list[str] | None) -> None:
     train_set = data[0]
     without = [] if args.without_classes is None else named_classes(args.without_classes, train_set.classes)
     without += [c for c, name in enumerate(train_set.classes) if name in absent]
-    task = whole_set(train_set.labels.cpu(), len(train_set.classes), without)
+    task = pretraining_task(train_set.labels.cpu(), len(train_set.classes), without)
     if len(task.remain) < 2:
         raise UsageError(f"--without-classes leaves {len(task.remain)} classes; at least 2 are needed")
     choose_epochs(args, len(task.remain_indices))
@@ -154,7 +156,7 @@ def pretrain(
     """The run, in its folder."""
     train_set, test_set = data
     identity = identity_of(args, train_set)
-    resume = goes_on(folder, args, hardware, identity, needed_bytes(model, 1))
+    resume = should_resume(folder, args, hardware, identity, needed_bytes(model, 1))
     if resume and folder.finished:
         print(f"finished before: {folder.results}")
         return
@@ -169,27 +171,13 @@ def pretrain(
     if task.old:
         print(f"left out: {people(task.old, train_set.classes)}", flush=True)
 
-    start, images_per_second = time.perf_counter(), 0.0
+    start = time.perf_counter()
     if args.rows == "enrolment" and not resume:
         enrol(model, task, train_set, hardware)
-    method = Pretrain(args, hardware)
-    method.begin_task(model, task, train_set, args.epochs)
-    if args.epochs:
-        trainer = Trainer(model, method, task, train_set, Schedule.of(args))
-        last = LastState(folder.last, args.save_every, resume)
-        last.restore(trainer)
-        with (
-            open_writer(folder.path) as writer,
-            Monitor(writer, "pretrain", "pre-training", args.epochs, trainer.position.epoch) as monitor,
-        ):
-            images_per_second = trainer.train(monitor, last.save, last.after_epoch)
-
-    method.end_task(model)
+    images_per_second = train(Pretrain(args, hardware), model, task, train_set, folder, resume)
     accuracies = predict(model, test_set, hardware).accuracies(task.remain)
-    arguments = options.plain_arguments(args)
     info = {"dataset": train_set.name, "epochs": args.epochs, "seed": args.seed, **accuracies}
-    recipe = recipe_in(arguments)
-    info |= {"recipe": recipe, "without_classes": list(task.old)}
+    info |= {"recipe": recipe_in(options.plain_arguments(args)), "without_classes": list(task.old)}
     info |= {"class_digests": train_set.contents, "val_fraction": args.val_fraction}
     save_checkpoint(folder.results, Checkpoint(model, train_set.classes, info=info))
     if args.published_layout:
@@ -201,6 +189,23 @@ def pretrain(
         f"{measured} accuracy {accuracies['acc']:.2f}%, with margin {accuracies['margin_acc']:.2f}%, after "
         f"{trained if args.epochs else 'enrolment'}: {folder.results}"
     )
+
+
+def train(
+    method: Pretrain, model: Recognizer, task: ForgettingTask, train_set: ImageSet, folder: PretrainFolder, resume: bool
+) -> float:
+    """The epochs that are left. Returns images per second."""
+    args, images_per_second = method.args, 0.0
+    method.begin_task(model, task, train_set, args.epochs)
+    if args.epochs:
+        trainer = Trainer(model, method, task, train_set, Schedule.of(args))
+        last = LastState(folder.last, args.save_every, resume)
+        last.restore(trainer)
+        progress = "pretrain", "pre-training", args.epochs, trainer.position.epoch
+        with open_writer(folder.path) as writer, Monitor(writer, *progress) as monitor:
+            images_per_second = trainer.train(monitor, last.save, last.after_epoch)
+    method.end_task(model)
+    return images_per_second
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from util.runtime.errors import UsageError
-from util.runtime.files import misfits
+from util.runtime.files import state_mismatch
 
 
 def block_names(backbone: nn.Module) -> list[str]:
@@ -130,7 +130,7 @@ class Halves:
         hooks = [module.register_forward_pre_hook(lambda m, _: called.add(m)) for module in backbone.modules()]
         was_training = backbone.training
         backbone.eval()
-        told = f"{type(backbone).__name__} cannot be cut in halves"
+        message = f"{type(backbone).__name__} cannot be cut in halves"
         try:
             with torch.no_grad():
                 mid = block_outputs(backbone, images, self.names[-1:])[0]
@@ -139,11 +139,11 @@ class Halves:
                     hook.remove()
                 whole, joined = backbone.forward(images), self.upper(backbone, images, mid)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise UsageError(f"{told}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+            raise UsageError(f"{message}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
         finally:
             backbone.train(was_training)
         if not torch.is_tensor(mid) or not torch.allclose(whole, joined, rtol=1e-3, atol=1e-4):
-            raise UsageError(f"{told}: more than one tensor passes from block to block")
+            raise UsageError(f"{message}: more than one tensor passes from block to block")
         # Whose forward pass begins after the cut. A module that has run is below it with all its parts, which it may use
         # without running them, unless there are blocks among them.
         self.above, settled = [], []
@@ -185,6 +185,6 @@ class Halves:
 def replace_lower_half(backbone: nn.Module, image_size: int, tensors: dict[str, Tensor], source: str | Path) -> None:
     """Load the state dict of a lower half, which must fit exactly."""
     half = Halves(backbone, image_size).lower_half(backbone)
-    if problems := misfits(tensors, half.state_dict()):
+    if problems := state_mismatch(tensors, half.state_dict()):
         raise UsageError(f"{source} is no lower half of this model: {problems}; use the run's own checkpoint")
     backbone.load_state_dict(tensors, strict=False)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.blocks import block_names
+from util.runtime import foreach
 from util.runtime.errors import UsageError
 
 # Which layers of a block, by their names in it. timm calls them so in all its transformers and ConvNeXts; an MLP inside the
@@ -99,8 +100,8 @@ def layers_to_adapt(backbone: nn.Module, rank: int, place: str) -> dict[str, nn.
     chosen = found(place) if place != "auto" else found("ffn") or found("conv") or found("all")
     if not chosen:
         names = ", ".join([*layers][:3])
-        told = f"no layers to adapt: {type(backbone).__name__} has no linear layer or plain convolution {place!r}"
-        raise UsageError(f"{told}; --lora-place takes {', '.join(PLACES)} or a pattern of names like {names}")
+        message = f"no layers to adapt: {type(backbone).__name__} has no linear layer or plain convolution {place!r}"
+        raise UsageError(f"{message}; --lora-place takes {', '.join(PLACES)} or a pattern of names like {names}")
     largest = min(min(len(layer.weight), layer.weight[0].numel()) for layer in chosen.values())
     if not 1 <= rank <= largest:
         raise UsageError(f"rank {rank} is out of range: the adapted layers allow 1 to {largest}")
@@ -140,7 +141,7 @@ def block_of(layer: str, blocks: list[str]) -> str | None:
 
 def group_norms(groups: dict[str, list[nn.Parameter]]) -> Tensor:
     """‖θ_g‖₂ of every group, (number of groups,), differentiable and with a finite gradient at zero."""
-    norms = torch.stack(torch._foreach_norm([parameter for group in groups.values() for parameter in group]))
+    norms = foreach.norms([parameter for group in groups.values() for parameter in group])
     squares = [part.sum() for part in norms.square().split([len(group) for group in groups.values()])]
     return (torch.stack(squares) + 1e-12).sqrt()
 

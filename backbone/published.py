@@ -10,13 +10,12 @@ it does.
 import math
 
 import torch
-from timm.models import is_model
 from torch import Tensor, nn
 
 from backbone.lora import MATRICES, LoRALinear, layers_to_adapt
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from util.runtime.errors import UsageError
-from util.runtime.files import misfits
+from util.runtime.files import state_mismatch
 
 State = dict[str, Tensor]
 
@@ -62,7 +61,7 @@ def from_published(state_dict: dict, head: str | None = None) -> tuple[Architect
             if lora_A in state:
                 model.backbone.set_submodule(name, LoRALinear(layer, _shape(state, lora_A, 2)[0]))
     ours = model.state_dict()
-    if problems := misfits(state, {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}):
+    if problems := state_mismatch(state, {_published_name(key): _to_published(key, tensor) for key, tensor in ours.items()}):
         raise UsageError(f"not a whole Face Transformer in the published layout: {problems}")
     converted = {key: _from_published(key, state[_published_name(key)]) for key in ours}
     adapters = {key.removeprefix("backbone."): converted.pop(key) for key in ours if key.endswith(MATRICES)}
@@ -111,6 +110,8 @@ def _published_name(name: str) -> str:
 
 def _architecture(state: dict, head: str | None) -> Architecture:
     """What a few tensors tell; whether the others agree is left to the comparison."""
+    from backbone.timm_models import timm
+
     dim, values = _shape(state, "patch_to_embedding.weight", 2)
     if values not in PATCH_SIDES:
         raise UsageError(f"patches of {values} values, not of 8×8×3 or 12×12×3")
@@ -122,7 +123,7 @@ def _architecture(state: dict, head: str | None) -> Architecture:
     depth = len({key.split(".")[2] for key in state if key.startswith("transformer.layers.")})
     patch = f"face_vit_p{PATCH_SIDES[values]}s{STRIDE}"
     return Architecture(
-        model=f"{patch}_d{depth}" if is_model(f"{patch}_d{depth}") else f"{patch}_d6",
+        model=f"{patch}_d{depth}" if timm.is_model(f"{patch}_d{depth}") else f"{patch}_d6",
         num_classes=_shape(state, "loss.weight", 2)[0],
         image_size=math.isqrt(max(1, tokens - 1)) * STRIDE,
         head=head or ("softmax" if "loss.bias" in state else "cosface"),

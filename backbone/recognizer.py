@@ -4,16 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import timm
 import torch
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from backbone import face_transformer, insightface  # noqa: F401  register their models with timm
 from backbone.dropout import replace_dropout
 from backbone.heads import HEADS
-from backbone.last_block import replace_last_block
 from backbone.onnx_graph import OnnxBackbone
 from util.runtime.distributed import alone, sharded
 from util.runtime.errors import UsageError
@@ -96,6 +91,8 @@ def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
     if hardware.fast_dropout:
         replace_dropout(model)
     if hardware.cls_only_last_block:
+        from backbone.last_block import replace_last_block  # imports timm
+
         replace_last_block(model)
     if model.convolutional:
         model.to(memory_format=torch.channels_last)  # in bfloat16 they are twice as fast and more
@@ -104,6 +101,8 @@ def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
 
 def forward_flops(model: Recognizer) -> int:
     """Floating-point operations of one image's forward pass: matrix products, convolutions and attention."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports what torch.compile needs
+
     size = model.architecture.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.head.weight.device)
     # On the CPU still, which NCCL does not serve; the counter does not know every shape of fused attention.
@@ -118,6 +117,8 @@ def forward_flops(model: Recognizer) -> int:
 
 def default_image_size(model: str) -> int:
     """The input size, in pixels, in timm's configuration of `model`."""
+    from backbone.timm_models import timm
+
     _check_model_name(model)
     return timm.get_pretrained_cfg(model).input_size[-1]
 
@@ -133,12 +134,14 @@ def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Re
 
 
 def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.Module:
+    from backbone.timm_models import timm
+
     a = architecture
     if a.graph is not None:
         with torch.device("cpu"):  # whatever the caller's: the graph is tried
             return OnnxBackbone(a.graph, a.image_size)
     _check_model_name(a.model)
-    told = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
+    message = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
     options = {"num_classes": 0} | a.model_options
     try:
         try:
@@ -149,15 +152,17 @@ def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.M
             backbone = timm.create_model(a.model, pretrained, **options)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         problem = (str(error).splitlines() or ["its patches do not fit"])[0]  # timm asserts that without a word
-        raise UsageError(f"{told}: {problem}") from None
+        raise UsageError(f"{message}: {problem}") from None
     patches, own = getattr(backbone, "patch_embed", None), backbone.pretrained_cfg["input_size"][-1] == a.image_size
-    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad and not own:
+    if isinstance(patches, timm.layers.PatchEmbed) and not patches.dynamic_img_pad and not own:
         side = math.lcm(*patches.patch_size)
         if a.image_size % side:  # timm would cut a border off and say nothing
-            raise UsageError(f"{told}: the size is no multiple of the patches' {side}")
+            raise UsageError(f"{message}: the size is no multiple of the patches' {side}")
     return backbone
 
 
 def _check_model_name(model: str) -> None:
+    from backbone.timm_models import timm
+
     if not timm.is_model(model):
         raise UsageError(f"unknown model {model!r}; timm.list_models() names them all")

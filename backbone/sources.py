@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import timm
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import Tensor
 
 from backbone.onnx_graph import read_onnx
@@ -33,6 +31,8 @@ class Source:
 
 def find_source(name: str) -> Source:
     """Raises UsageError where there is no such model."""
+    from backbone.timm_models import timm
+
     if name.endswith(".onnx"):
         if not Path(name).is_file():
             raise UsageError(f"no file {name}: --model takes a name of timm's, a folder with config.json, or an ONNX file")
@@ -40,9 +40,9 @@ def find_source(name: str) -> Source:
         return Source(Path(name).name, size, pixels=pixels, graph=graph, state=state, weights=Path(name))
     folder = name.removeprefix("local-dir:")
     if name.startswith("local-dir:") or (Path(folder) / "config.json").is_file():
-        return _configured(name, *_config(load_model_config_from_path, folder), weights=_weights_in(Path(folder)))
+        return _configured(name, *_config(folder, hub=False), weights=_weights_in(Path(folder)))
     if name.startswith(("hf-hub:", "hf_hub:")):
-        found = _configured(name, *_config(load_model_config_from_hf, name.partition(":")[2]))
+        found = _configured(name, *_config(name.partition(":")[2], hub=True))
         found.state = timm.create_model(name, pretrained=True).state_dict()
         return found
     if not timm.is_model(name.partition(".")[0]):
@@ -50,14 +50,19 @@ def find_source(name: str) -> Source:
     return Source(name, timm.get_pretrained_cfg(name).input_size[-1])
 
 
-def _config(load, place: str) -> tuple[dict, str, dict]:
+def _config(place: str, hub: bool) -> tuple[dict, str, dict]:
+    """The pretrained_cfg, architecture and model_args of a folder, or of a repository on Hugging Face's hub."""
+    from timm.models import _hub  # of a folder, timm offers this nowhere else
+
     try:
-        return load(place)
+        return _hub.load_model_config_from_hf(place) if hub else _hub.load_model_config_from_path(place)
     except Exception as error:  # a file that is missing or damaged; without a network, the hub's own
         raise UsageError(f"{place}: its config.json cannot be read as timm's: {str(error).splitlines()[0]}") from None
 
 
 def _configured(name: str, config: dict, architecture: str, options: dict | None, weights: Path | None = None) -> Source:
+    from backbone.timm_models import timm
+
     if not timm.is_model(architecture):
         raise UsageError(f"{name}: its config.json names {architecture!r}, which is no model of timm's")
     own = timm.get_pretrained_cfg(architecture, allow_unregistered=True)

@@ -23,8 +23,8 @@ def build_datasets(
     """The training and the test set that the data options name; on the device if the training set has room there.
 
     `args.data` is "synthetic_faces", an image folder (one of that name is reached as ./synthetic_faces) or a .rec. With
-    `on_demand`, no training image is decoded, and both sets are in host memory: `placed` does the rest. `crop_pct`, the
-    share of the shorter side that is seen, does nothing to synthetic faces.
+    `on_demand`, no training image is decoded, and both sets are in host memory: `place_images` does the rest.
+    `crop_pct`, the share of the shorter side that is seen, does nothing to synthetic faces.
     """
     cache_dir = args.cache_dir or cache_folder()
     with distributed.main_process_first():
@@ -39,10 +39,10 @@ def build_datasets(
         split = split_validation(train_set.labels, len(train_set.classes), args.val_fraction)
         train_set, test_set = map(train_set.subset, split)
     data = train_set, test_set
-    return data if on_demand else placed(args, data, device)
+    return data if on_demand else place_images(args, data, device)
 
 
-def placed(
+def place_images(
     args: argparse.Namespace, data: Sequence[ImageSet], device: torch.device, tasks: Sequence[ForgettingTask] = ()
 ) -> tuple[ImageSet, ...]:
     """`data` where --images says, on the device if its first set has room there; the images of `tasks` are decoded."""

@@ -84,11 +84,11 @@ def batches(
     train_set: ImageSet, plan: Pass, generator: torch.Generator, device: torch.device, start: int = 0
 ) -> Iterator[Batch]:
     """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
-    home = train_set.images.device
+    image_device = train_set.images.device
     sizes = [plan.sizes_at(step) for step in range(start, plan.steps)]
-    rows = sent(plan.schedule(generator)[start:], home)
+    rows = sent(plan.schedule(generator)[start:], image_device)
     schedule = [row[: sum(size.values())] for row, size in zip(rows, sizes, strict=True)]
-    if home.type == device.type:
+    if image_device.type == device.type:
         gathered = ((train_set.images[rows], train_set.labels[rows], rows) for rows in schedule)
     else:
         gathered = gathered_ahead(train_set, schedule, pin=True)

@@ -33,12 +33,12 @@ def check_copies(data: Sequence[ImageSet], tasks: Sequence[ForgettingTask], refu
     for task in tasks:
         found |= copies(data, {*task.forget}, {*task.remain})
     for kept in (True, False):
-        told = [
+        findings = [
             f"{len(files)} of the photos of {classes[c]} are kept as {classes[other]}'s ({files[0][0]} is {files[0][1]})"
             for (c, other), files in found.items()
             if (other in last) == kept
         ]
-        _tell(data[0].name, told, refuse and kept)
+        _warn_or_raise(data[0].name, findings, refuse and kept)
 
 
 def check_forgotten(data: Sequence[ImageSet], task: ForgettingTask, known: Collection[str], refuse: bool) -> None:
@@ -47,8 +47,10 @@ def check_forgotten(data: Sequence[ImageSet], task: ForgettingTask, known: Colle
     for c, file, digest in _images(data):
         if digest[:DIGITS] in known and c not in task.old:
             found[data[0].classes[c]].append(file)
-    told = [f"{len(files)} photos that were forgotten before are {name}'s now ({files[0]})" for name, files in found.items()]
-    _tell(data[0].name, told, refuse)
+    findings = [
+        f"{len(files)} photos that were forgotten before are {name}'s now ({files[0]})" for name, files in found.items()
+    ]
+    _warn_or_raise(data[0].name, findings, refuse)
 
 
 def _images(data: Sequence[ImageSet]) -> Iterator[tuple[int, str, str]]:
@@ -57,10 +59,10 @@ def _images(data: Sequence[ImageSet]) -> Iterator[tuple[int, str, str]]:
         yield from zip(images.labels.tolist(), images.files, images.digests, strict=False)  # none: images that are no files
 
 
-def _tell(name: str, told: list[str], refuse: bool) -> None:
-    more = [f"and {len(told) - SHOWN} more such pairs of people"] * (len(told) > SHOWN)
-    message = f"{name}: {'; '.join(told[:SHOWN] + more)}"
-    if told and refuse:
+def _warn_or_raise(name: str, findings: list[str], refuse: bool) -> None:
+    more = [f"and {len(findings) - SHOWN} more such pairs of people"] * (len(findings) > SHOWN)
+    message = f"{name}: {'; '.join(findings[:SHOWN] + more)}"
+    if findings and refuse:
         raise UsageError(f"{message}: remove them there, name both people, or add --allow-copies")
-    if told:
+    if findings:
         print(f"warning: {message}", file=sys.stderr)

@@ -32,8 +32,8 @@ def list_records(path: Path, val_fraction: float | None = None) -> ImageFiles:
 
     Raises UsageError for a file that is not there, RunError for one that is damaged.
     """
-    index, told = path.with_suffix(".idx"), "no readable records of images"
-    with readable(index, told), readable(path, told), open(path, "rb") as file, warnings.catch_warnings():
+    index, message = path.with_suffix(".idx"), "no readable records of images"
+    with readable(index, message), readable(path, message), open(path, "rb") as file, warnings.catch_warnings():
         warnings.simplefilter("error")  # numpy's, of what is no number
         keys, offsets = np.fromfile(index, np.int64, sep=" ").reshape(-1, 2).T
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -84,23 +84,15 @@ def synthetic_faces(
     cache_dir: where the faces are kept once drawn; then they are mapped from there, on the CPU.
     """
     device, cut, people = torch.device(device), identities * train_per_identity, range(first, first + identities)
-    splits = [(slice(cut), TRAIN, train_per_identity), (slice(cut, None), TEST, test_per_identity)]
-
-    def uniform(stream: int, count: int, width: int) -> np.ndarray:
-        """Rows for `count` images of every identity; an identity's are filled in order, the same for every count."""
-        generators = [np.random.default_rng([seed, identity, stream]) for identity in people]
-        return np.concatenate([generator.random((count, width), dtype=np.float32) for generator in generators])
+    splits = [("train", TRAIN, train_per_identity), ("test", TEST, test_per_identity)]
+    shape = (identities * (train_per_identity + test_per_identity), 3, image_size, image_size)
 
     def draw(images: Tensor) -> None:
-        who, threads = uniform(IDENTITIES, 1, len(IDENTITY)), torch.get_num_threads()
-        torch.set_num_threads(1)  # how many share an operation moves its rounding, and with it a grey level here and there
-        try:
-            for part, stream, count in splits:
-                images[part] = _draw(who.repeat(count, axis=0), uniform(stream, count, WIDTH), image_size, seed, device)
-        finally:
-            torch.set_num_threads(threads)
+        faces = _uniform(people, IDENTITIES, 1, len(IDENTITY), seed)
+        for part, (_, stream, count) in zip(images.tensor_split([cut]), splits, strict=True):
+            variation = _uniform(people, stream, count, WIDTH, seed)
+            part.copy_(_draw(faces.repeat(count, axis=0), variation, image_size, seed, device))
 
-    shape = (identities * (train_per_identity + test_per_identity), 3, image_size, image_size)
     if cache_dir is None:
         images = torch.empty(shape, dtype=torch.uint8, device=device)
         draw(images)
@@ -110,42 +102,53 @@ def synthetic_faces(
         digest = hashlib.sha256(repr((VERSION, numbers, device.type)).encode()).hexdigest()[:32]
         key = f"synthetic_faces-{image_size}-{digest}"
         images = cached_images(key, shape, lambda array: draw(torch.from_numpy(array)), cache_dir)
-    who = torch.arange(identities, device=images.device)
-    labels = torch.cat([who.repeat_interleave(count) for _, _, count in splits])
+    ids = torch.arange(identities, device=images.device)
+    labels = torch.cat([ids.repeat_interleave(count) for _, _, count in splits])
     classes = tuple(f"id{identity:03d}" for identity in people)
-    drawn = [(stream, i, k) for _, stream, count in splits for i in people for k in range(count)]
-    files = tuple(f"{'train' if stream == TRAIN else 'test'}/id{i:03d}/{k}" for stream, i, k in drawn)
-    digests = tuple(hashlib.sha256(repr((VERSION, seed, *one)).encode()).hexdigest() for one in drawn)
+    drawn = [(split, stream, i, k) for split, stream, count in splits for i in people for k in range(count)]
+    files = tuple(f"{split}/id{i:03d}/{k}" for split, _, i, k in drawn)
+    digests = tuple(hashlib.sha256(repr((VERSION, seed, *one)).encode()).hexdigest() for _, *one in drawn)
     whole = ImageSet("synthetic_faces", images, labels, classes, files, digests)
     return whole.subset(slice(cut)), whole.subset(slice(cut, None))
 
 
-def _draw(who: np.ndarray, how: np.ndarray, image_size: int, seed: int, device: torch.device) -> Tensor:
-    images = torch.empty(len(who), 3, image_size, image_size, dtype=torch.uint8, device=device)
+def _uniform(people: range, stream: int, count: int, width: int, seed: int) -> np.ndarray:
+    """Rows for `count` images of every identity; an identity's are filled in order, the same for every count."""
+    generators = [np.random.default_rng([seed, identity, stream]) for identity in people]
+    return np.concatenate([generator.random((count, width), dtype=np.float32) for generator in generators])
+
+
+def _draw(identity: np.ndarray, variation: np.ndarray, image_size: int, seed: int, device: torch.device) -> Tensor:
+    images = torch.empty(len(identity), 3, image_size, image_size, dtype=torch.uint8, device=device)
     bank = np.random.default_rng([seed, 0, NOISE]).standard_normal((3, 2 * image_size, 2 * image_size), np.float32)
     # Every window of the bank is one image's noise: a view, copied only for the windows taken.
     windows = torch.from_numpy(bank).to(device).unfold(1, image_size, 1).unfold(2, image_size, 1)
     chunk = max(1, CHUNK_PIXELS[device.type] // (2 * image_size) ** 2)
-    for start in range(0, len(who), chunk):
-        part = slice(start, start + chunk)
-        face, corner = _parameters(torch.from_numpy(who[part]).to(device), torch.from_numpy(how[part]).to(device))
-        corner = (corner * image_size).long()
-        noise = windows[:, corner[:, 0], corner[:, 1]].transpose(0, 1)
-        images[part] = render(face, image_size, noise)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # how many share an operation moves its rounding, and with it a grey level here and there
+    try:
+        for start in range(0, len(identity), chunk):
+            part = slice(start, start + chunk)
+            face, corner = _parameters(*(torch.from_numpy(numbers[part]).to(device) for numbers in (identity, variation)))
+            corner = (corner * image_size).long()
+            noise = windows[:, corner[:, 0], corner[:, 1]].transpose(0, 1)
+            images[part] = render(face, image_size, noise)
+    finally:
+        torch.set_num_threads(threads)
     return images
 
 
-def _parameters(who: Tensor, how: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def _parameters(identity: Tensor, variation: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Uniform numbers → the renderer's parameters, and each image's place in the noise bank (B, 2) in [0, 1)."""
-    face = _scale(who, IDENTITY) | _scale(how[:, : len(VARIATION)], VARIATION)
-    rest = how[:, len(VARIATION) :]
+    face = _scale(identity, IDENTITY) | _scale(variation[:, : len(VARIATION)], VARIATION)
+    rest = variation[:, len(VARIATION) :]
     for name, (low, high) in VARIATION_COLOURS.items():
         face[name], rest = low + (high - low) * rest[:, :3, None, None], rest[:, 3:]
     patches, corner = rest[:, :-2].reshape(-1, 3, BACKGROUND_GRID, BACKGROUND_GRID), rest[:, -2:]
     face["background"] = torch.lerp(face["backdrop_colour"], patches, face["patchiness"]).contiguous()
     for part, tones in {"skin": SKIN_TONES, "hair": HAIR_TONES, "iris": IRIS_TONES}.items():
         face[f"{part}_colour"] = palette(tones, face[f"{part}_tone"])
-    red = who.new_tensor([0.72, 0.25, 0.27]).view(1, 3, 1, 1)
+    red = identity.new_tensor([0.72, 0.25, 0.27]).view(1, 3, 1, 1)
     face["lip_colour"] = torch.lerp(face["skin_colour"] * 0.72, red, 0.25 + 0.55 * face["lip_tone"])
     face["frame_colour"] = face["frame_tone"].expand(-1, 3, 1, 1)
     face["cast"] = face["cast"] * face["exposure"]

@@ -155,11 +155,11 @@ def warn_of_few_photos(tasks: Sequence[ForgettingTask], labels: Tensor, classes:
     counts = {c: int((labels[task.forget_indices] == c).sum()) for task in tasks for c in task.forget}
     few = [f"{classes[c]} ({count})" for c, count in counts.items() if count < FEW_PHOTOS]
     if few:
-        told = f"fewer than {FEW_PHOTOS} training photos of {people(range(len(few)), few)}"
-        print(f"warning: {told}: the model may still know them afterwards", file=sys.stderr)
+        message = f"fewer than {FEW_PHOTOS} training photos of {people(range(len(few)), few)}"
+        print(f"warning: {message}: the model may still know them afterwards", file=sys.stderr)
 
 
-def whole_set(labels: Tensor, num_classes: int, without: Sequence[int] = ()) -> ForgettingTask:
+def pretraining_task(labels: Tensor, num_classes: int, without: Sequence[int] = ()) -> ForgettingTask:
     """Nothing to forget, every class and image to learn, but for the classes `without` (`old`): pre-training's task."""
     remain = tuple(c for c in range(num_classes) if c not in without)
     none, images = torch.empty(0, dtype=torch.long), torch.isin(labels, torch.tensor(remain)).nonzero()[:, 0]

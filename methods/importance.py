@@ -9,18 +9,19 @@ from torch.func import functional_call, grad, vmap
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
-from util.runtime.distributed import alone, share_of, sum_over_processes
+from util.runtime.distributed import alone, local_share, sum_over_processes
 from util.runtime.hardware import Hardware, plain_attention
 
 # Gradients of several images are held at once: as many as fit in this many bytes, four times as many on a GPU.
 GRADIENT_BYTES = 1 << 29
 
 Importance = dict[str, Tensor]
+Objective = Callable[[Tensor, Tensor], Tensor]
 
 
 def mean_importance(
     model: Recognizer,
-    objective: Callable[[Tensor, Tensor], Tensor],
+    objective: Objective,
     measure: Callable[[Tensor], Tensor],
     image_set: ImageSet,
     indices: Tensor,
@@ -35,38 +36,45 @@ def mean_importance(
     evaluation mode.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    constants = {name: parameter.detach() for name, parameter in trained.items()}
-
-    def of_one(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return objective(functional_call(model, parameters, (image[None],)), label[None])
-
-    of_each = vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")
     # A graph of ONNX reads numbers out of tensors, which a batched gradient cannot.
-    one_by_one = batch_size is None and model.architecture.graph is not None
-
-    def measured(images: Tensor, labels: Tensor) -> Importance:
-        if batch_size is None and not one_by_one:
-            return {name: measure(g).sum(dim=0) for name, g in of_each(constants, images, labels).items()}
-        gradients = torch.autograd.grad(objective(model(images), labels), [*trained.values()])
-        return {name: measure(g) for name, g in zip(trained, gradients, strict=True)}
-
-    was_training = model.training
-    model.eval()
-    total = {name: torch.zeros_like(parameter) for name, parameter in constants.items()}
+    vectorized = batch_size is None and model.architecture.graph is None
     if batch_size is None:
         room = GRADIENT_BYTES * (1 if hardware.device.type == "cpu" else 4)
-        chunk = 1 if one_by_one else max(1, room // sum(4 * parameter.numel() for parameter in trained.values()))
-        chunks, count = share_of(indices).split(chunk), len(indices)
+        at_once = max(1, room // sum(4 * parameter.numel() for parameter in trained.values())) if vectorized else 1
+        chunks, count = local_share(indices).split(at_once), len(indices)
     else:  # class by class, gradients of a batch would not cancel as those of a mixed one do
         batches = indices[torch.randperm(len(indices))].split(batch_size)
-        chunks, count = share_of(batches), len(batches)
+        chunks, count = local_share(batches), len(batches)
+    was_training = model.training
+    model.eval()
+    total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
     # Fused attention has no batching rule: vmap would call it image by image.
     with plain_attention(model) if batch_size is None else contextlib.nullcontext():
         for rows in (rows.to(image_set.images.device) for rows in chunks if len(rows)):  # a share may be none
             images, labels = image_set.images[rows].to(hardware.device), image_set.labels[rows].to(hardware.device)
             with alone(), hardware.autocast(), hardware.eager():
-                part = measured(images, labels)
-            for name, value in part.items():
-                total[name] += value
+                gradients = (image_gradients if vectorized else batch_gradient)(model, objective, trained, images, labels)
+            for name, gradient in gradients.items():
+                total[name] += measure(gradient).sum(dim=0)
     model.train(was_training)
     return {name: value / count for name, value in sum_over_processes(total).items()}
+
+
+def image_gradients(
+    model: Recognizer, objective: Objective, trained: dict[str, Tensor], images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """∂ objective / ∂θ of each image, (B, …), by name."""
+
+    def of_one(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return objective(functional_call(model, parameters, (image[None],)), label[None])
+
+    constants = {name: parameter.detach() for name, parameter in trained.items()}
+    return vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")(constants, images, labels)
+
+
+def batch_gradient(
+    model: Recognizer, objective: Objective, trained: dict[str, Tensor], images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """∂ objective / ∂θ of the batch, (1, …), by name."""
+    gradients = torch.autograd.grad(objective(model(images), labels), [*trained.values()])
+    return {name: gradient[None] for name, gradient in zip(trained, gradients, strict=True)}

@@ -12,6 +12,7 @@ from data.tasks import ForgettingTask
 from methods.base import Method, Option
 from methods.importance import Importance
 from methods.relabel import WRONG_LABELS, draw_labels
+from util.runtime import foreach
 
 IMPORTANCE_DATA = Option(
     "importance_data",
@@ -27,14 +28,12 @@ class _Quadratic(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, roots: list[Tensor], centre: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.roots, ctx.weighted = roots, torch._foreach_mul(torch._foreach_sub(parameters, centre), roots)
-        return torch.stack(torch._foreach_norm(ctx.weighted)).square().sum()
+        ctx.roots, ctx.weighted = roots, foreach.products(foreach.differences(parameters, centre), roots)
+        return foreach.norms(ctx.weighted).square().sum()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch._foreach_mul(ctx.weighted, ctx.roots)
-        torch._foreach_mul_(gradients, 2 * gradient)
-        return None, None, *gradients
+        return None, None, *foreach.products(foreach.products(ctx.weighted, ctx.roots), 2 * gradient)
 
 
 class QuadraticPenalty(Method):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -11,6 +10,7 @@ from data.batches import Batch, Pass
 from data.tasks import ForgettingTask
 from methods.base import Option, TaskOutput
 from methods.distillation import KD_LOGITS, Distillation, kl_divergences
+from util.runtime import foreach
 
 AVERAGE_WEIGHT = 0.1  # of the newest weights in SCRUB-S's running average
 
@@ -98,8 +98,8 @@ class SCRUBS(SCRUB):
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         losses = super().loss(model, batch)
-        differences = torch._foreach_sub([*self.trained], [average.detach() for average in self.average.module])
-        distance = torch.stack(torch._foreach_norm(differences)).sum()
+        averages = [average.detach() for average in self.average.module]
+        distance = foreach.norms(foreach.differences([*self.trained], averages)).sum()
         return losses | {"total": losses["total"] + self.args.rho * distance, "distance": distance}
 
     def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:

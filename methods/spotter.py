@@ -35,8 +35,8 @@ class Spotter(DELETE):
     def prepare(self, model: Recognizer) -> None:
         super().prepare(model)
         teacher = self.teacher_of(model).eval()  # training begins with train()
-        home = self.task.forget_indices.to(self.train_set.images.device)
-        images, labels = (part[home].to(self.hardware.device) for part in (self.train_set.images, self.train_set.labels))
+        indices = self.task.forget_indices.to(self.train_set.images.device)
+        images, labels = (part[indices].to(self.hardware.device) for part in (self.train_set.images, self.train_set.labels))
         # With gradients, as many at once as in a step. Eager: a compiled step would be compiled anew for these.
         chunks = zip(images.split(self.args.batch_size), labels.split(self.args.batch_size), strict=True)
         with alone(), self.hardware.autocast(), self.hardware.eager():  # every process perturbs all images

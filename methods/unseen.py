@@ -73,13 +73,13 @@ class Unseen(Method):
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
         if len(block_names(model.backbone)) < 2:
-            told = f"unseen looks at early blocks, and {type(model.backbone).__name__} has none"
-            raise UsageError(f"{told}: choose another --method, as gs_lora")
+            message = f"unseen looks at early blocks, and {type(model.backbone).__name__} has none"
+            raise UsageError(f"{message}: choose another --method, as gs_lora")
         for task in tasks:
             counts = train_set.labels.cpu()[task.remain_indices].unique(return_counts=True)[1]
             if len(counts) < 2 or counts.max() < 2:
-                told = f"task {task.number}: unseen needs images of two remaining classes, two of one of them"
-                raise UsageError(f"{told}: raise --data-ratio or --few-shot, or forget fewer")
+                message = f"task {task.number}: unseen needs images of two remaining classes, two of one of them"
+                raise UsageError(f"{message}: raise --data-ratio or --few-shot, or forget fewer")
         if self.args.strangers:
             about, cache_dir = model.architecture, self.args.cache_dir or cache_folder()
             self.strangers = flat_folder(self.args.strangers, about.image_size, cache_dir, about.crop_pct)

@@ -10,7 +10,7 @@ Missing references are trained first; with --strangers nothing is trained.
 import argparse
 import os
 import sys
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 # A script's own folder, not the repository's root, is where Python looks first.
@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import SYNTHETIC
 from methods import METHODS
+from scripts.audited_run import AuditedRun
 from scripts.jobs import add_job_options
 from scripts.references import train_references
-from scripts.trail import Trail
-from util.audit import BESIDE_STRANGERS, FIGURES
-from util.audit.audit import LEAST_REFERENCES
+from util.audit import AUDIT_METRICS, STRANGER_METRICS
+from util.audit.audit import MIN_REFERENCES
 from util.cli import options
 from util.cli.main import run_main
 from util.report.audit_tables import comparison_markdown, overview, verdicts
@@ -55,13 +55,15 @@ def build_parser() -> options.Parser:
         metavar="N",
         help="requests to audit, each after its task (default: 1); all audits each again after the last task",
     )
-    told = f"metrics: {', '.join(FIGURES)} (default: all)"
-    group.add_argument("--metrics", nargs="+", choices=FIGURES, default=list(FIGURES), metavar="NAME", help=told)
+    help_text = f"metrics: {', '.join(AUDIT_METRICS)} (default: all)"
+    group.add_argument(
+        "--metrics", nargs="+", choices=AUDIT_METRICS, default=list(AUDIT_METRICS), metavar="NAME", help=help_text
+    )
     group.add_argument("--quick", action="store_true", help="first look: four quick metrics, 3 references, no pictures")
     group.add_argument("--seed", type=options.number(int, 0), default=0, help="seed of galleries, pairs and bootstrap")
     group = parser.add_argument_group("references")
     count = options.number(int, 1)
-    least = options.number(int, LEAST_REFERENCES)
+    least = options.number(int, MIN_REFERENCES)
     group.add_argument("--num-references", type=least, default=5, help="number of never-seen models; 3 are a first look")
     group.add_argument("--num-originals", type=count, default=3, help="number of models trained with everybody")
     group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given never-seen models: none is trained")
@@ -84,8 +86,8 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
-    if args.strangers and not {*args.metrics} & {*BESIDE_STRANGERS}:
-        raise UsageError(f"--strangers needs one of --metrics {' '.join(BESIDE_STRANGERS)}")
+    if args.strangers and not {*args.metrics} & {*STRANGER_METRICS}:
+        raise UsageError(f"--strangers needs one of --metrics {' '.join(STRANGER_METRICS)}")
     files = (args.after, args.forget_classes)
     if (files != (None, None)) if args.runs else (None in (args.before, *files)):
         raise UsageError("name the folders of runs, or --before, --after and --forget-classes")
@@ -112,7 +114,7 @@ def run_folders(paths: list[Path]) -> list[RunFolder]:
     return sorted(found, key=lambda run: (results[run]["seed"], order.index(results[run]["method"])))
 
 
-def trail_of(run: RunFolder, argv: list[str] | None) -> Trail:
+def load_audited_run(run: RunFolder, argv: list[str] | None) -> AuditedRun:
     """The run beside what it began with. Raises UsageError where that is gone or another file."""
     config = read_json(run.config)
     with readable(run.config, "damaged config"):
@@ -124,48 +126,54 @@ def trail_of(run: RunFolder, argv: list[str] | None) -> Trail:
             raise UsageError(f"{args.before} is not the checkpoint that {run.path} began with: --before names that")
         if args.data != SYNTHETIC and not Path(args.data).is_dir():
             raise UsageError(f"no folder {args.data}: --data says where the images of {run.path} lie")
-    return Trail(args, run)
+    return AuditedRun(args, run)
 
 
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     if args.gpus:  # the audit itself is on the first; each reference sees the one that it is dealt
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]
-    runs = run_folders(args.runs)
-    if args.output_dir is not None and len(runs) > 1:
-        raise UsageError(f"--output-dir is for one run, here are {len(runs)}: each gets a folder audit of its own")
-    table = args.runs[0] / "audit.md" if len(args.runs) == 1 and len(runs) > 1 else None
+    folders = run_folders(args.runs)
+    if args.output_dir is not None and len(folders) > 1:
+        raise UsageError(f"--output-dir is for one run, here are {len(folders)}: each gets a folder audit of its own")
+    table = args.runs[0] / "audit.md" if len(args.runs) == 1 and len(folders) > 1 else None
     if table and not (table.exists() and table.read_bytes().startswith(TABLE_BEGINS.encode())):
         for path in (table, *map(table.with_name, (INDEX, SCATTER, ROWS))):
             if path.exists():
                 raise UsageError(f"{path} is there and not of this script: move it")
-    trails = [trail_of(run, argv) for run in runs] or [Trail(args)]
-    for trail in trails:
-        trail.claim()
+    runs = [load_audited_run(folder, argv) for folder in folders] or [AuditedRun(args)]
+    for run in runs:
+        run.claim()
     if args.references is None and not args.strangers:
-        jobs = [job for trail in trails for case in trail.cases for group in trail.reference_jobs(case) for job in group]
-        train_references(jobs, args)
-    tables, pages, width = [], [], max(len(trail.label) for trail in trails)
-    for seed, group in groupby(trails, lambda trail: trail.results and trail.results["seed"]):  # who is forgotten
-        audits, whom = [], None
-        for trail in group:
-            audits.append((trail.label, trail.results, trail.write()))
-            pages.append((*audits[-1], os.path.relpath(trail.output / "audit.html", args.runs[0] if args.runs else ".")))
-            if len(audits[0][2]["requests"]) == 1:
-                lines, before, whom = overview(audits[-1:], width), whom, trail.cases[0].forget
-                print(*lines if whom != before else lines[-1:], sep="\n", flush=True)
-        if len(audits[0][2]["requests"]) > 1:
-            print(*overview(audits, width), sep="\n")
-        print("", *verdicts(audits), sep="\n")
-        tables.append(f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(audits)}")
+        train_references([job for run in runs for job in run.all_reference_jobs()], args)
+    width = max(len(run.label) for run in runs)
+    audits = {seed: print_audits([*group], width) for seed, group in groupby(runs, lambda run: run.seed)}
+    index = None
     if table:
-        write_text(table, "\n\n".join(tables) + "\n")
-        index = write_comparison(
-            pages, table.parent, f"{len(trails)} runs on {trails[0].data[0].name}, request {trails[0].cases[0].task}"
-        )
-    if not table or index is None:
-        index = f"{trails[0].output if len(trails) == 1 else trails[0].run.path.parent / '*' / 'audit'}/audit.html"
+        parts = [f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(group)}" for seed, group in audits.items()]
+        write_text(table, "\n\n".join(parts) + "\n")
+        pages = [os.path.relpath(run.output / "audit.html", table.parent) for run in runs]
+        rows = [(*audit, page) for audit, page in zip(chain(*audits.values()), pages, strict=True)]
+        title = f"{len(runs)} runs on {runs[0].data[0].name}, request {runs[0].requests[0].task}"
+        index = write_comparison(rows, table.parent, title)
+    if index is None:
+        index = (runs[0].output if len(runs) == 1 else runs[0].run.path.parent / "*" / "audit") / "audit.html"
     print(f"\nthe page to look at: {index}")
+
+
+def print_audits(runs: list[AuditedRun], width: int) -> list[tuple[str, dict | None, dict]]:
+    """Audit the runs of one seed, which share who is forgotten, and print what was found, line by line where that is one
+    request a run; labels are padded to `width`. Returns (label, content of results.json, content of audit.json) of each."""
+    audits, people = [], None
+    for run in runs:
+        audits.append((run.label, run.results, run.write()))
+        if len(audits[0][2]["requests"]) == 1:
+            lines, before, people = overview(audits[-1:], width), people, run.requests[0].forget
+            print(*lines if people != before else lines[-1:], sep="\n", flush=True)
+    if len(audits[0][2]["requests"]) > 1:
+        print(*overview(audits, width), sep="\n")
+    print("", *verdicts(audits), sep="\n")
+    return audits
 
 
 if __name__ == "__main__":

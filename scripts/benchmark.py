@@ -24,7 +24,7 @@ import train_forget
 from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, to_device
 from data.batches import Batch, batches
 from data.synthetic_faces import synthetic_faces
-from data.tasks import forgetting_tasks, whole_set
+from data.tasks import forgetting_tasks, pretraining_task
 from methods import METHODS
 from methods.pretrain import Pretrain
 from util.cli import options
@@ -52,7 +52,7 @@ class Bench:
         self.model, self.batch_size, self.device = model, batch_size, device
         self.faces, _ = synthetic_faces(IDENTITIES, count, 1, default_image_size(model), 0, device)
         (self.task,) = forgetting_tasks(self.faces.labels, IDENTITIES, [range(IDENTITIES // 2)], seed=0, data_ratio=1)
-        self.whole = whole_set(self.faces.labels, IDENTITIES)
+        self.whole = pretraining_task(self.faces.labels, IDENTITIES)
 
     def untrained(self, hardware: Hardware) -> Recognizer:
         architecture = Architecture(self.model, IDENTITIES, default_image_size(self.model))
@@ -129,7 +129,7 @@ def main(argv: list[str] | None) -> None:
     options.add_hardware(parser)
     options.add_fast_path(parser)
     args = parser.parse_args(argv)
-    hardware = options.hardware_of(args).resolve_compile(math.inf)
+    hardware = options.start_hardware(args).resolve_compile(math.inf)
     args.device = hardware.device.type
     print(f"{args.model}, batch size {args.batch_size}, torch {torch.__version__}, {hardware.describe()}", flush=True)
     rows = MODES[args.mode](args, hardware)

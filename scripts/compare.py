@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import train_forget
 from methods import METHODS, method_class
-from scripts.jobs import Job, add_job_options, deal_out, places
+from scripts.jobs import Job, add_job_options, job_slots, run_jobs
 from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
@@ -94,7 +94,7 @@ def main(argv: list[str] | None) -> None:
     print(f"{len(jobs)} runs, {len(finished)} of them finished before → {args.output_dir}\n", flush=True)
     with end_on_sigterm():
         waiting.sort(key=lambda job: job.arguments[1] not in FIRST)
-        ended = chain(finished, deal_out(waiting, places(args, len(waiting))))
+        ended = chain(finished, run_jobs(waiting, job_slots(args, len(waiting))))
         print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 
     failures = {job.label: job.failure for job in jobs if job.failure}

@@ -188,8 +188,8 @@ def main(argv: list[str] | None) -> None:
     recipes = read_json(RECIPES)
     parser = options.Parser(__doc__, "%(prog)s NAME [ARCHIVE] [options]")
     parser.add_argument("name", choices=recipes, metavar="NAME", help=f"data set: {', '.join(recipes)}")
-    told = "zip, tar or unpacked folder of what the owners publish (default: download it)"
-    parser.add_argument("archive", nargs="?", type=Path, metavar="ARCHIVE", help=told)
+    help_text = "zip, tar or unpacked folder of what the owners publish (default: download it)"
+    parser.add_argument("archive", nargs="?", type=Path, metavar="ARCHIVE", help=help_text)
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="folder to make (default: one in data/)")
     args = parser.parse_args(argv)
     recipe = recipes[args.name]

@@ -31,7 +31,7 @@ class Job:
         return Run([sys.executable, str(ROOT / self.script), *self.arguments], self.folder.path / "log.txt")
 
 
-def add_job_options(group: argparse._ActionsContainer) -> None:
+def add_job_options(group: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices for the runs")
     group.add_argument(
         "--jobs-per-gpu",
@@ -39,13 +39,15 @@ def add_job_options(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="number of runs at a time on each device (default: 1; on a CPU, one on each core)",
     )
-    told = "slurm sends each run to the cluster as a job of its own, from a folder that its nodes see"
-    group.add_argument("--cluster", choices=("local", "slurm"), default="local", help=told)
-    told = 'options of sbatch for each job: --sbatch="--partition=gpu --gpus=1 --time=240"; after its time a job is requeued'
-    group.add_argument("--sbatch", default="", metavar="STRING", help=told)
+    help_text = "slurm sends each run to the cluster as a job of its own, from a folder that its nodes see"
+    group.add_argument("--cluster", choices=("local", "slurm"), default="local", help=help_text)
+    help_text = (
+        'options of sbatch for each job: --sbatch="--partition=gpu --gpus=1 --time=240"; after its time a job is requeued'
+    )
+    group.add_argument("--sbatch", default="", metavar="STRING", help=help_text)
 
 
-def places(args: argparse.Namespace, count: int) -> list[str] | Cluster:
+def job_slots(args: argparse.Namespace, count: int) -> list[str] | Cluster:
     """Where `count` runs may run at once: GPUs by name, "" for the device that a run finds itself; or a cluster."""
     if args.cluster == "slurm":
         return Cluster.parse(args.sbatch)
@@ -55,7 +57,7 @@ def places(args: argparse.Namespace, count: int) -> list[str] | Cluster:
     return (args.gpus or [""]) * (args.jobs_per_gpu or max(1, at_once))
 
 
-def deal_out(jobs: list[Job], where: list[str] | Cluster) -> Iterator[Job]:
+def run_jobs(jobs: list[Job], where: list[str] | Cluster) -> Iterator[Job]:
     """Yield each job as it ends. A run is a process that sees one of the GPUs `where` ("": all of them).
 
     A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle. Runs

@@ -20,11 +20,11 @@ from backbone.recognizer import build_recognizer
 from backbone.sources import find_source
 from data.cache import cache_folder
 from data.image_set import ImageSet
-from scripts.jobs import Job, deal_out, places
+from scripts.jobs import Job, job_slots, run_jobs
 from train_pretrain import RECIPE, RECIPE_OF_WEIGHTS, recipe_in
 from util.cli.options import option_name
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import file_lock, misfits, read_json, readable, sha256
+from util.runtime.files import file_lock, read_json, readable, sha256, state_mismatch
 from util.runtime.interrupt import end_on_sigterm
 from util.storage.checkpoint import Checkpoint
 from util.storage.folders import PretrainFolder
@@ -36,7 +36,7 @@ DATA_OPTIONS = ("data", "cache_dir", "identities", "train_per_identity", "test_p
 PASSED_ON = (*DATA_OPTIONS, "device", "precision", "cls_only_last_block", "images")
 
 
-def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
+def pretraining_recipe(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
     """How the pre-trained model was trained, from the checkpoint or the config.json of its run.
 
     Raises UsageError where neither tells, where that is another model's, or where the weights it began with are gone.
@@ -58,7 +58,7 @@ def recipe_of(checkpoint: Checkpoint, path: Path, config: Path | None) -> dict:
         if recipe["epochs"] == 0:
             raise UsageError(f"{path} was enrolled, not trained here, so no reference can be: audit it with --strangers")
         range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers
-        if problems := misfits(checkpoint.model.state_dict(), model.state_dict()):
+        if problems := state_mismatch(checkpoint.model.state_dict(), model.state_dict()):
             raise UsageError(f"{path} was not trained by the recipe in {config or path}: {problems}")
         if recipe["weights"] and not Path(recipe["weights"]).is_file():
             raise UsageError(
@@ -100,15 +100,15 @@ def train_references(jobs: Sequence[Job], args: argparse.Namespace) -> None:
     if not missing:
         return
     print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
-    at_once = len(missing) if args.cluster == "slurm" else len(places(args, len(missing)))
+    at_once = len(missing) if args.cluster == "slurm" else len(job_slots(args, len(missing)))
     with end_on_sigterm():
         for done, job in enumerate(_trained(missing, args), start=1):
             if job.failure:
                 raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
             seconds = time.perf_counter() - start
             left = seconds * (ceil(len(missing) / at_once) / ceil(done / at_once) - 1)  # in rounds of so many side by side
-            told = f"{_clock(seconds)}, about {_clock(left)} left"
-            print(f"reference {done} of {len(missing)}: {job.label} · {told}", flush=True)
+            message = f"{_clock(seconds)}, about {_clock(left)} left"
+            print(f"reference {done} of {len(missing)}: {job.label} · {message}", flush=True)
 
 
 def _trained(jobs: list[Job], args: argparse.Namespace) -> Iterator[Job]:
@@ -118,7 +118,7 @@ def _trained(jobs: list[Job], args: argparse.Namespace) -> Iterator[Job]:
             locks = {job.folder.path: held.enter_context(lock) for job in jobs if (lock := _reserve(job))}
             idle, there = not locks, [job for job in jobs if job.folder.finished]
             todo = [job for job in jobs if job.folder.path in locks and job not in there]
-            for job in chain(there, deal_out(todo, places(args, len(todo)))):
+            for job in chain(there, run_jobs(todo, job_slots(args, len(todo)))):
                 locks.pop(job.folder.path, ExitStack()).close()
                 if job.failure and not _reserve(job):
                     job.failure = ""  # one that an audit has left behind when it was killed goes on

@@ -53,8 +53,8 @@ class Embedder(nn.Module):
 
 def released(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the rows and names of the remaining classes alone, and nothing said of others."""
-    gone = {c for task in checkpoint.forgotten for c in task}
-    kept = [c for c in range(checkpoint.model.architecture.num_classes) if c not in gone]
+    forgotten = {c for task in checkpoint.forgotten for c in task}
+    kept = [c for c in range(checkpoint.model.architecture.num_classes) if c not in forgotten]
     return Checkpoint(with_rows(checkpoint.model, kept), tuple(checkpoint.classes[c] for c in kept if checkpoint.classes))
 
 
@@ -81,13 +81,12 @@ def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
     names = {"input_names": ["images"], "output_names": ["embeddings"]}
     shapes = [{0: torch.export.Dim("images")}]
     program = torch.onnx.export(embedder, (example,), **names, dynamo=True, dynamic_shapes=shapes, verbose=False)
-    graph = program.model.graph
-    for part in (program.model, graph, *graph.all_nodes(), *graph.initializers.values()):
-        part.metadata_props.clear()  # the exporter's notes name the files of this machine
-        for value in getattr(part, "outputs", ()):
-            value.metadata_props.clear()
+    model = program.model_proto
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")  # the exporter's notes name the files of this machine
     with atomic_write(path) as target:
-        target.write(program.model_proto.SerializeToString())
+        target.write(model.SerializeToString())
 
 
 def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Tensor]:
@@ -156,9 +155,9 @@ def main(argv: list[str] | None) -> None:
     pairs = load_pairs(args.pairs or [], a.image_size, None, a.crop_pct)
     for name, found in pair_benchmark(recognizer, pairs, Hardware(torch.device("cpu"), bf16=False)).items():
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
-    gone = [c for task in checkpoint.forgotten for c in task]
-    whom = people(gone, checkpoint.classes) if checkpoint.classes else f"{len(gone)} classes"
-    print(f"{args.output_dir}: {a.num_classes} classes, without {whom}; the run's folder stays behind")
+    forgotten = [c for task in checkpoint.forgotten for c in task]
+    names = people(forgotten, checkpoint.classes) if checkpoint.classes else f"{len(forgotten)} classes"
+    print(f"{args.output_dir}: {a.num_classes} classes, without {names}; the run's folder stays behind")
 
 
 if __name__ == "__main__":

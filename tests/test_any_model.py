@@ -8,12 +8,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.models import save_for_hf
 
+from backbone.timm_models import timm
 from data.image_folder import decode_image
 from tests.onnx_models import SIZE, small_onnx
 from util.storage.checkpoint import load_checkpoint

@@ -3,7 +3,7 @@
 import re
 
 from tests.conftest import ROOT
-from util.audit import FIGURES
+from util.audit import AUDIT_METRICS
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
@@ -29,7 +29,7 @@ def test_the_audits_page_names_metrics_as_scripts_and_pages_do():
     text = (ROOT / "docs" / "audit.md").read_text().split("## From a metric")[0]
     cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in text.splitlines() if line.startswith("|")]
     groups, titles, keys = (" ".join(column) for column in zip(*cells, strict=True))
-    assert [name for name in FIGURES if f"`{name}`" not in groups] == []
-    found = [(key, title) for figure in FIGURES.values() for key, title in figure.titles.items()]
+    assert [name for name in AUDIT_METRICS if f"`{name}`" not in groups] == []
+    found = [(key, title) for figure in AUDIT_METRICS.values() for key, title in figure.titles.items()]
     assert [key for key, _ in found if f"`{key}`" not in keys] == []
     assert [title for _, title in found if title not in titles] == []

@@ -36,7 +36,7 @@ def parser_of(script: str, method: str) -> argparse.ArgumentParser:
 def odd_words(parser: argparse.ArgumentParser, chance: random.Random, paths: list[str]) -> list[str]:
     """One to three options of the parser, each with a value that may or may not make sense."""
     words = []
-    for action in chance.sample([a for a in parser._actions if a.dest not in LEFT_OUT], chance.randint(1, 3)):
+    for action in chance.sample([a for a in parser.actions() if a.dest not in LEFT_OUT], chance.randint(1, 3)):
         if getattr(action.type, "__name__", "") in ("int", "float"):
             values = NUMBERS + [LARGE] * ("seed" in action.dest)
         elif action.type is Path:

@@ -237,7 +237,7 @@ def test_as_published_sets_them(name):
 @PUBLISHED_ONES
 def test_an_explicit_option_wins_over_the_published_value(name):
     published = published_of(name)
-    actions = {action.dest: action for action in build_parser(METHODS[name], None)._actions}
+    actions = {action.dest: action for action in build_parser(METHODS[name], None).actions()}
     for key, value in published.items():
         action = actions[key]
         if action.choices is not None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.tasks import whole_set
+from data.tasks import pretraining_task
 from methods import pretrain
 from tests.methods.conftest import first_batch
 
@@ -13,7 +13,7 @@ def test_the_loss_is_its_formula(make_recognizer, make_images, arithmetic, cpu, 
     monkeypatch.setattr(pretrain, "random_flip", lambda images: images.flip(-1))
     images, model = make_images(), make_recognizer().eval()
     method = pretrain.Pretrain(SimpleNamespace(batch_size=8, last_batch="full", mirror="on"), cpu)
-    method.begin_task(model, whole_set(images.labels, 6), images, 1)
+    method.begin_task(model, pretraining_task(images.labels, 6), images, 1)
     batch = first_batch(method, images)
     expected = arithmetic.cross_entropy(arithmetic.logits(model, batch.images.flip(-1)), batch.labels)
     assert method.loss(model, batch)["total"].item() == pytest.approx(expected, rel=1e-5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backbone.heads import HEADS
-from data.tasks import whole_set
+from data.tasks import pretraining_task
 from methods import pretrain
 from tests.methods.conftest import first_batch
 
@@ -22,7 +22,7 @@ def begun(make_recognizer, make_images, cpu, monkeypatch):
     def begun(without, **options):
         images, model = make_images(), make_recognizer(**options).eval()
         method = pretrain.Pretrain(SimpleNamespace(batch_size=8, last_batch="full", mirror="on"), cpu)
-        method.begin_task(model, whole_set(images.labels, 6, without), images, 1)
+        method.begin_task(model, pretraining_task(images.labels, 6, without), images, 1)
         return method, model, first_batch(method, images)
 
     return begun
@@ -30,10 +30,10 @@ def begun(make_recognizer, make_images, cpu, monkeypatch):
 
 def test_the_task_keeps_class_ids_and_leaves_their_images_out():
     labels = torch.tensor([3, 1, 0, 2, 1, 4, 0])
-    task = whole_set(labels, 5, [4, 1, 4])
+    task = pretraining_task(labels, 5, [4, 1, 4])
     assert (task.remain, task.old, task.forget, task.missing) == ((0, 2, 3), (1, 4), (), ())
     assert task.remain_indices.tolist() == [0, 2, 3, 6]
-    assert whole_set(labels, 5).remain_indices.tolist() == [*range(7)]
+    assert pretraining_task(labels, 5).remain_indices.tolist() == [*range(7)]
 
 
 def test_the_loss_is_cross_entropy_over_the_classes_that_are_there(begun, arithmetic):

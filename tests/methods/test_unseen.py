@@ -41,9 +41,9 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float, new: np.ndarray) -> np.n
     return (new - centre) @ (x - centre).T @ np.linalg.solve(kernel, y - mean) + mean
 
 
-def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
+def as_strangers(kept: np.ndarray, job_slots: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
     """Ridge regression to where the kept people lie."""
-    means = {person: places[people == person].mean(axis=0) for person in np.unique(people)}
+    means = {person: job_slots[people == person].mean(axis=0) for person in np.unique(people)}
     own = np.stack([means[person] for person in people]) - np.mean([*means.values()], axis=0)
     centre, scale = kept.mean(axis=0), kept.std(axis=0)
     return ridge((kept - centre) / scale, own, len(kept) / 170, (forgotten - centre) / scale)

@@ -13,7 +13,7 @@ import pytest
 
 import scripts.cluster
 from scripts.cluster import Cluster, ClusterRun, Run
-from scripts.jobs import Job, deal_out, places
+from scripts.jobs import Job, job_slots, run_jobs
 from util.runtime.errors import RunError, UsageError
 from util.storage.folders import PretrainFolder
 
@@ -95,12 +95,12 @@ def pythons_of(group: int) -> list[int]:
 
 
 def on_slurm(sbatch: str = "") -> Cluster:
-    return places(Namespace(cluster="slurm", sbatch=sbatch), 3)
+    return job_slots(Namespace(cluster="slurm", sbatch=sbatch), 3)
 
 
 def test_each_run_is_a_job_that_goes_on_when_it_is_requeued(slurm, make_jobs):
     jobs = make_jobs("one", "bad", "long")
-    ended = deal_out(jobs, on_slurm("--partition=gpu --exclusive --time=60"))
+    ended = run_jobs(jobs, on_slurm("--partition=gpu --exclusive --time=60"))
     first = next(ended)
     wait_for(jobs[2].folder.path / "log.txt")
     script = (slurm / "3").read_text()
@@ -121,7 +121,7 @@ def test_each_run_is_a_job_that_goes_on_when_it_is_requeued(slurm, make_jobs):
 
 def test_a_cancelled_job_fails_and_the_others_end_with_the_script(slurm, make_jobs):
     jobs = make_jobs("long 1", "long 2")
-    ended = deal_out(jobs, on_slurm())
+    ended = run_jobs(jobs, on_slurm())
     wait = subprocess.Popen(["bash", "-c", f"while ! [ -s '{jobs[0].folder.path}/log.txt' ]; do sleep 0.1; done; scancel 1"])
     assert next(ended).failure.startswith("job 1 ended without a result: cancelled, or killed by SLURM")
     assert wait.wait() == 0
@@ -132,13 +132,13 @@ def test_a_cancelled_job_fails_and_the_others_end_with_the_script(slurm, make_jo
 
 def test_what_is_wrong_is_one_line(slurm, make_jobs, monkeypatch):
     with pytest.raises(RunError, match="sbatch refused a job: sbatch: error: invalid partition"):
-        next(deal_out(make_jobs("one"), on_slurm("--partition=none")))
+        next(run_jobs(make_jobs("one"), on_slurm("--partition=none")))
     with pytest.raises(UsageError, match="'gpu' is not of the form --option=value"):
         on_slurm("--partition gpu")
-    assert not [*deal_out([], on_slurm())]
+    assert not [*run_jobs([], on_slurm())]
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     with pytest.raises(UsageError, match="there is no srun here"):
-        next(deal_out(make_jobs("one"), on_slurm()))
+        next(run_jobs(make_jobs("one"), on_slurm()))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from scripts.jobs import Job, deal_out, places
+from scripts.jobs import Job, job_slots, run_jobs
 from util.storage.folders import PretrainFolder
 
 
@@ -24,7 +24,7 @@ from util.storage.folders import PretrainFolder
 def test_devices_or_cores_are_shared_out(monkeypatch, gpus, jobs_per_gpu, cuda, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
-    assert places(Namespace(gpus=gpus, jobs_per_gpu=jobs_per_gpu, cluster="local"), 3) == expected
+    assert job_slots(Namespace(gpus=gpus, jobs_per_gpu=jobs_per_gpu, cluster="local"), 3) == expected
 
 
 WAVES = [(2, 3, 3), (2, 4, 2), (2, 13, 2), (2, 1, 1), (1, 3, 1), (1, 1, 1), (8, 13, 13)]
@@ -34,7 +34,7 @@ WAVES = [(2, 3, 3), (2, 4, 2), (2, 13, 2), (2, 1, 1), (1, 3, 1), (1, 1, 1), (8, 
 def test_a_wave_that_would_leave_cores_idle_joins_the_one_before(monkeypatch, cores, runs, at_once):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert places(Namespace(gpus=[], jobs_per_gpu=None, cluster="local"), runs) == [""] * at_once
+    assert job_slots(Namespace(gpus=[], jobs_per_gpu=None, cluster="local"), runs) == [""] * at_once
 
 
 @pytest.mark.parametrize(("own", "threads", "cuda"), [(None, "3", False), (None, "3", True), ("5", "5", True)])
@@ -48,7 +48,7 @@ def test_runs_side_by_side_share_the_cores_and_see_one_gpu(monkeypatch, tmp_path
     if own:  # what the user says counts
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     jobs = [Job(name, PretrainFolder(tmp_path / name), str(script), []) for name in ("one", "two", "three")]
-    done = {job.label: (job.folder.path / "log.txt").read_text().split() for job in deal_out(jobs, ["", "4"])}
+    done = {job.label: (job.folder.path / "log.txt").read_text().split() for job in run_jobs(jobs, ["", "4"])}
     assert done.keys() == {"one", "two", "three"}
     assert {seen[0] for seen in done.values()} == {threads}
     assert {seen[1] for seen in done.values()} == {"None", "4"}
@@ -61,5 +61,5 @@ def test_what_a_run_says_is_logged_whatever_it_is(tmp_path):
     job = Job("odd", PretrainFolder(tmp_path / "odd"), str(script), [])
     with job.run.open_log() as log:
         log.write("\udcfd ")
-    assert [done.failure for done in deal_out([job], [""])] == ["err\\xfe"]
+    assert [done.failure for done in run_jobs([job], [""])] == ["err\\xfe"]
     assert (tmp_path / "odd" / "log.txt").read_bytes() == b"\\udcfd out\xfferr\\xfe"

@@ -22,7 +22,7 @@ import train_pretrain
 from data import build_datasets
 from data.tasks import named_classes
 from scripts.audit import parse_arguments
-from scripts.references import _locks, recipe_of, reference_job, train_references
+from scripts.references import _locks, pretraining_recipe, reference_job, train_references
 from tests.conftest import ROOT, SMALL
 from tests.test_bad_input import refused
 from train_pretrain import RECIPE
@@ -51,14 +51,14 @@ def here(monkeypatch) -> list[str]:
     """References are trained in this process, which spares start-ups: the labels of those that were."""
     trained = []
 
-    def deal_out(jobs, gpus):
+    def run_jobs(jobs, gpus):
         for job in jobs:
             trained.append(job.label)
             with job.run.open_log() as log, contextlib.redirect_stdout(log):
                 train_pretrain.main(job.arguments)
             yield job
 
-    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
+    monkeypatch.setattr(scripts.references, "run_jobs", run_jobs)
     return trained
 
 
@@ -265,7 +265,7 @@ def test_a_reference_that_another_audit_trains_is_waited_for(held, killed, colou
     other = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
 
-    def deal_out(jobs, gpus):
+    def run_jobs(jobs, gpus):
         for job in jobs:
             trained.append(job.label)
             job.folder.results.write_bytes(b"")
@@ -276,7 +276,7 @@ def test_a_reference_that_another_audit_trains_is_waited_for(held, killed, colou
         if "waiting" in line:
             threading.Timer(0.2, other.kill if killed else other.stdin.close).start()
 
-    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
+    monkeypatch.setattr(scripts.references, "run_jobs", run_jobs)
     monkeypatch.setattr(scripts.references, "print", note, raising=False)
     train_references(jobs, ONE_DEVICE)
     other.wait()
@@ -291,7 +291,7 @@ def test_a_reference_that_another_audit_trains_is_waited_for(held, killed, colou
 
 def test_references_on_a_cluster_tell_their_time_as_side_by_side(colours, recipe, monkeypatch, tmp_path):
     jobs, lines = [job_of(colours, recipe, (4,), seed, cache_dir=tmp_path) for seed in (1, 2)], []
-    monkeypatch.setattr(scripts.references, "deal_out", lambda jobs, where: iter(jobs))
+    monkeypatch.setattr(scripts.references, "run_jobs", lambda jobs, where: iter(jobs))
     monkeypatch.setattr(scripts.references, "print", lambda line, **_: lines.append(line), raising=False)
     train_references(jobs, Namespace(gpus=[], jobs_per_gpu=None, cluster="slurm", sbatch=""))
     assert [line.split(", ")[-1] for line in lines[1:]] == ["about 0:00 left"] * 2
@@ -301,14 +301,14 @@ def test_a_run_that_another_process_has_taken_in_the_meantime_is_waited_for(colo
     """A killed audit's run may begin late: ours fails then, and is no failure."""
     job, tried = job_of(colours, recipe, (4,), cache_dir=tmp_path), []
 
-    def deal_out(jobs, gpus):
+    def run_jobs(jobs, gpus):
         for job in jobs:
             tried.append(job.label)
             with file_lock(_locks(job)[1]) if len(tried) == 1 else contextlib.nullcontext():
                 job.failure = "in use by another" if len(tried) == 1 else ""
                 yield job
 
-    monkeypatch.setattr(scripts.references, "deal_out", deal_out)
+    monkeypatch.setattr(scripts.references, "run_jobs", run_jobs)
     train_references([job], ONE_DEVICE)
     assert len(tried) == 2
 
@@ -352,5 +352,5 @@ def test_an_unknown_recipe_is_asked_for(asked, trained, early, here, tmp_path):
 def test_the_recipe_of_a_config_file_is_the_checkpoints_own(early, colours, recipe):
     checkpoint = load_checkpoint(early)
     for config in (None, early.parent / "config.json"):
-        found = recipe_of(checkpoint, early, config)
+        found = pretraining_recipe(checkpoint, early, config)
         assert (found, [*found]) == (recipe, [*RECIPE])

@@ -1,7 +1,7 @@
-"""Does the model still know the person? One file a figure, and this registry, in the order of the tables."""
+"""Does the model still know the person? One file a metric, and this registry, in the order of the tables."""
 
 from util.audit.apart import Apart
-from util.audit.base import Figure
+from util.audit.base import AuditMetric
 from util.audit.cka import CKA
 from util.audit.enrolment import Enrolment
 from util.audit.membership_images import MembershipOfImages
@@ -11,10 +11,10 @@ from util.audit.readout import Readout
 from util.audit.relearning import Relearning
 from util.audit.verification import Verification
 
-FIGURES: dict[str, Figure] = {
-    figure.name: figure()
-    for figure in (Readout, Enrolment, Verification, Probe, MembershipOfImages, MembershipOfPerson, Relearning, CKA)
+AUDIT_METRICS: dict[str, AuditMetric] = {
+    metric.name: metric()
+    for metric in (Readout, Enrolment, Verification, Probe, MembershipOfImages, MembershipOfPerson, Relearning, CKA)
 }
 # Of these, the ones that look at embeddings and rows alone. Strangers are whom MembershipOfPerson tells the forgotten from.
-BESIDE_STRANGERS: dict[str, Figure] = {name: FIGURES[name] for name in ("readout", "enrolment", "verification")}
-BESIDE_STRANGERS |= {"membership_images": FIGURES["membership_images"], "membership_person": Apart()}
+STRANGER_METRICS: dict[str, AuditMetric] = {name: AUDIT_METRICS[name] for name in ("readout", "enrolment", "verification")}
+STRANGER_METRICS |= {"membership_images": AUDIT_METRICS["membership_images"], "membership_person": Apart()}

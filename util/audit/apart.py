@@ -4,13 +4,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from util.audit.base import Figure, Measurement
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import AuditedModel, AuditTask
 from util.audit.statistics import auc_statistic
-from util.audit.subject import Scene, Subject
 
 
-class Apart(Figure):
-    """AUC of the forgotten people's photos against those of `scene.strangers`, by the largest cosine to a kept row, negated.
+class Apart(AuditMetric):
+    """AUC of the forgotten people's photos against those of `task.strangers`, by the largest cosine to a kept row, negated.
 
     photos_apart: of training photos; apart: of test photos. 50 is chance, and what strangers have on average.
     """
@@ -22,12 +22,12 @@ class Apart(Figure):
         "apart": "membership inference (person): other photos far from kept rows (AUC)",
     }
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        rows, statistics = F.normalize(subject.rows(scene)[0][list(scene.remain)]), {}
-        sets = (subject.train, scene.train_set), (subject.test, scene.test_set)
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        rows, statistics = F.normalize(audited.rows(task)[0][list(task.remain)]), {}
+        sets = (audited.train_embeddings, task.train_set), (audited.test_embeddings, task.test_set)
         for key, (embeddings, images) in zip(self.titles, sets, strict=True):
-            own, strangers = (torch.isin(images.labels, torch.tensor(group)) for group in (scene.forget, scene.strangers))
+            own, strangers = (torch.isin(images.labels, torch.tensor(group)) for group in (task.forget, task.strangers))
             far = -(F.normalize(embeddings) @ rows.T).amax(dim=1).numpy()
-            who = np.searchsorted(scene.forget, images.labels[own].numpy())
-            statistics[key] = auc_statistic(far[own], far[strangers], who[:, None])
+            test_groups = np.searchsorted(task.forget, images.labels[own].numpy())
+            statistics[key] = auc_statistic(far[own], far[strangers], test_groups[:, None])
         return Measurement(statistics)

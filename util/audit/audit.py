@@ -1,4 +1,4 @@
-"""The audit of one request: each figure of the unlearned model, beside models that never saw the person and that did."""
+"""The audit of one request: each metric of the unlearned model, beside models that never saw the person and that did."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ import torch
 
 from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
-from util.audit import FIGURES, Figure
-from util.audit.statistics import bootstrap_interval, compare, value_of
-from util.audit.subject import Scene, Subject
+from util.audit import AUDIT_METRICS, AuditMetric
+from util.audit.inputs import AuditedModel, AuditTask
+from util.audit.statistics import Statistic, bootstrap_interval, compare, value_of
 from util.audit.utility import recognition, utility
 from util.audit.verdict import judge
 from util.runtime.errors import UsageError
@@ -22,7 +22,7 @@ from util.runtime.files import read_json, write_json
 from util.runtime.hardware import Hardware
 from util.storage.hashes import data_sha256, image_hashes, weights_sha256
 
-LEAST_REFERENCES = 3
+MIN_REFERENCES = 3
 # What was measured by other code is measured again. As it was when this process began, which may run for hours.
 CODE = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
 DIGITS = 4
@@ -30,32 +30,32 @@ DIGITS = 4
 
 @dataclass
 class Audit:
-    """What was found of one request; `scene` and `after` are what pictures are drawn from.
+    """What was found of one request; `task` and `after` are what pictures are drawn from.
 
-    figures: by key, {"family", "value", "interval", "references", "originals", "known", "resolution", "delta", "z", "rho",
+    metrics: by key, {"family", "value", "interval", "references", "originals", "known", "resolution", "delta", "z", "rho",
     "power", "significant", "verdict"}, in percent but for z, rho and power; what could not be measured is None, with a
     "reason". "known" is the originals' mean, "resolution" what one image is worth.
     utility: of the unlearned model, "before" of the pre-trained one, "references" of each reference.
     strangers: of an audit beside strangers, {"people", "photos" that each enrols and tests with, "left_out"}.
     """
 
-    scene: Scene
-    after: Subject
-    figures: dict[str, dict]
+    task: AuditTask
+    after: AuditedModel
+    metrics: dict[str, dict]
     utility: dict
     curves: dict[str, dict]
     strangers: dict | None = None
 
     @property
     def verdict(self) -> str:
-        return judge(self.figures, self.strangers)["verdict"]
+        return judge(self.metrics, self.strangers)["verdict"]
 
     def as_dict(self) -> dict:
         """One of the `requests` of audit.json."""
-        names = [self.scene.train_set.classes[c] for c in self.scene.forget]
-        about = {"forget": names, "images": len(self.scene.forget_test), **judge(self.figures, self.strangers)}
+        names = [self.task.train_set.classes[c] for c in self.task.forget]
+        about = {"forget": names, "images": len(self.task.forget_test), **judge(self.metrics, self.strangers)}
         about |= {"strangers": self.strangers}
-        return about | {"utility": self.utility, "figures": self.figures, "curves": self.curves}
+        return about | {"utility": self.utility, "figures": self.metrics, "curves": self.curves}
 
 
 def audit(
@@ -69,7 +69,7 @@ def audit(
     hardware: Hardware,
     originals: Sequence[Recognizer] = (),
     remain: Sequence[int] | None = None,
-    figures: Sequence[str] = tuple(FIGURES),
+    metrics: Sequence[str] = tuple(AUDIT_METRICS),
     seed: int = 0,
     cache: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
@@ -88,41 +88,59 @@ def audit(
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
     check_references(references, forget, data[0].classes)
     check_originals([before, *originals], forget, data[0].classes)
-    Scene(*data, tuple(sorted(forget)), tuple(sorted(remain)), unseen, None, (), hardware).check()
+    AuditTask(*data, tuple(sorted(forget)), tuple(sorted(remain)), unseen, None, (), hardware).check()
     if unseen is not None:
         check_unseen(unseen, data[0])
     data, present = with_images(*data)
-    subject = Subject(with_rows(after, present), *data, unseen, hardware)
-    known = [shared(model, weights_sha256(model), present, *data, unseen, hardware, True) for model in (before, *originals)]
-    never = [shared(model, weights_sha256(model), present, *data, unseen, hardware, False) for model in references]
+    audited = AuditedModel(with_rows(after, present), *data, unseen, hardware)
+    known, never = (
+        tuple(cached_model(model, weights_sha256(model), present, *data, unseen, hardware, original) for model in models)
+        for models, original in (((before, *originals), True), (references, False))
+    )
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
-    scene = Scene(*data, *people, unseen, known[0], tuple(never), hardware, seed)
-    store = Store(cache, scene)
-    found = {}
-    for number, other in enumerate([*never, *known], start=1):
-        progress(f"reference {number} of {len(never) + len(known)}")
-        found[other] = {name: store.measured(other, FIGURES[name]) for name in figures}
+    task = AuditTask(*data, *people, unseen, known[0], never, hardware, seed)
+    entries, curves = _compare_models(audited, task, known, metrics, MeasurementCache(cache, task), progress)
+    useful = utility(audited, task) | {"before": utility(known[0], task)}
+    useful["references"] = [recognition(reference, task) for reference in never]  # whose templates are their own
+    return Audit(task, audited, entries, rounded(useful), curves)
+
+
+def _compare_models(
+    audited: AuditedModel,
+    task: AuditTask,
+    known: Sequence[AuditedModel],
+    metrics: Sequence[str],
+    measurements: "MeasurementCache",
+    progress: Callable[[str], None],
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The entries and curves of an audit."""
+    others = {}
+    for number, other in enumerate([*task.references, *known], start=1):
+        progress(f"reference {number} of {len(task.references) + len(known)}")
+        others[other] = {name: measurements.measured(other, AUDIT_METRICS[name]) for name in metrics}
     progress("the unlearned model")
     entries, curves = {}, {}
-    for name in figures:
-        of = {other: measured[name] for other, measured in found.items()}
-        entries |= _judge(FIGURES[name], subject, scene, [of[o] for o in never], [of[o] for o in known], curves)
-    useful = utility(subject, scene) | {"before": utility(known[0], scene)}
-    useful["references"] = [recognition(reference, scene) for reference in never]  # whose templates are their own
-    return Audit(scene, subject, entries, rounded(useful), curves)
+    for name in metrics:
+        of_references, of_known = ([others[model][name] for model in models] for models in (task.references, known))
+        found = AUDIT_METRICS[name].measure(audited, task)
+        entries |= _judge(AUDIT_METRICS[name], found.statistics, task, of_references, of_known)
+        for key, curve in found.curves.items():
+            drawn = [measured["curves"][key] for measured in of_references]
+            curves[key] = {"after": curve, "before": of_known[0]["curves"][key], "references": drawn}
+    return entries, curves
 
 
 @lru_cache(maxsize=16)
-def shared(model: Recognizer, _weights_sha256: str, present: tuple[int, ...], *rest: Any) -> Subject:
+def cached_model(model: Recognizer, _weights_sha256: str, present: tuple[int, ...], *rest: Any) -> AuditedModel:
     """The next audit in this process, of another model beside the same ones, finds them embedded."""
-    return Subject(with_rows(model, present), *rest)
+    return AuditedModel(with_rows(model, present), *rest)
 
 
 @lru_cache(maxsize=1)
 def with_images(train_set: ImageSet, test_set: ImageSet) -> tuple[tuple[ImageSet, ImageSet], tuple[int, ...]]:
     """The sets with the classes alone that have training images, numbered anew, and their ids of before.
 
-    Whoever asked to be forgotten may have had all images erased: such people take no part in any figure.
+    Whoever asked to be forgotten may have had all images erased: such people take no part in any metric.
     """
     present = train_set.labels.unique()
     names, data = tuple(train_set.classes[c] for c in present), (train_set, test_set)
@@ -132,8 +150,8 @@ def with_images(train_set: ImageSet, test_set: ImageSet) -> tuple[tuple[ImageSet
 
 
 def check_references(references: Sequence[Recognizer], forget: Sequence[int], classes: Sequence[str]) -> None:
-    if len(references) < LEAST_REFERENCES:
-        raise UsageError(f"{len(references)} references: their spread cannot be told from fewer than {LEAST_REFERENCES}")
+    if len(references) < MIN_REFERENCES:
+        raise UsageError(f"{len(references)} references: their spread cannot be told from fewer than {MIN_REFERENCES}")
     if len({weights_sha256(model) for model in references}) < len(references):
         raise UsageError("two references are the same model: give each once")
     for number, model in enumerate(references, start=1):
@@ -152,71 +170,73 @@ def check_originals(originals: Sequence[Recognizer], forget: Sequence[int], clas
 
 
 def check_unseen(unseen: ImageSet, train_set: ImageSet) -> None:
-    if shared := sorted({*unseen.classes} & {*train_set.classes}):
-        raise UsageError(f"--unseen has {len(shared)} identities of the training set, {shared[0]!r} first")
+    if cached_model := sorted({*unseen.classes} & {*train_set.classes}):
+        raise UsageError(f"--unseen has {len(cached_model)} identities of the training set, {cached_model[0]!r} first")
     known = {*image_hashes(train_set)}
     same = [unseen.classes[label] for label, h in zip(unseen.labels, image_hashes(unseen), strict=True) if h in known]
     if same:
         raise UsageError(f"--unseen has {len(same)} images of the training set, of {same[0]!r} first")
 
 
-class Store:
+class MeasurementCache:
     """Measurements of references and originals, kept by all that they depend on."""
 
-    def __init__(self, folder: Path | None, scene: Scene) -> None:
-        self.folder, self.scene = folder, scene
+    def __init__(self, folder: Path | None, task: AuditTask) -> None:
+        self.folder, self.task = folder, task
         if folder is not None:
-            images = [data_sha256(s) for s in (scene.train_set, scene.test_set, scene.unseen) if s is not None]
-            asked = [scene.forget, scene.remain, scene.seed, scene.hardware.bf16, weights_sha256(scene.before.model)]
+            images = [data_sha256(s) for s in (task.train_set, task.test_set, task.unseen) if s is not None]
+            asked = [task.forget, task.remain, task.seed, task.hardware.bf16, weights_sha256(task.before.model)]
             self.key = json.dumps([images, asked, CODE])
 
-    def measured(self, subject: Subject, figure: Figure) -> dict:
+    def measured(self, audited: AuditedModel, metric: AuditMetric) -> dict:
         """{"values": {key: %, or why there is none}, "curves"}"""
-        if self.folder is None or not figure.judged:  # what is not judged depends on the references there are
-            return self._measure(subject, figure)
-        key = f"{self.key} {weights_sha256(subject.model)} {subject.original} {figure.name}"
+        if self.folder is None or not metric.judged:  # what is not judged depends on the references there are
+            return self._measure(audited, metric)
+        key = f"{self.key} {weights_sha256(audited.model)} {audited.original} {metric.name}"
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
         if not path.exists():
-            write_json(path, self._measure(subject, figure))
+            write_json(path, self._measure(audited, metric))
         return read_json(path)
 
-    def _measure(self, subject: Subject, figure: Figure) -> dict:
-        measurement, drawn = figure.measure(subject, self.scene), self.scene.drawn
-        values = {k: s if isinstance(s, str) else value_of(s, drawn) for k, s in measurement.statistics.items()}
+    def _measure(self, audited: AuditedModel, metric: AuditMetric) -> dict:
+        measurement, num_groups = metric.measure(audited, self.task), self.task.num_groups
+        values = {k: s if isinstance(s, str) else value_of(s, num_groups) for k, s in measurement.statistics.items()}
         return {"values": values, "curves": measurement.curves}
 
 
 def _judge(
-    figure: Figure, subject: Subject, scene: Scene, never: list[dict], known: list[dict], curves: dict[str, dict]
+    metric: AuditMetric, statistics: dict[str, Statistic | str], task: AuditTask, never: list[dict], known: list[dict]
 ) -> dict[str, dict]:
-    """The entries of a figure's keys; its curves are added to `curves`."""
-    measurement, entries, drawn = figure.measure(subject, scene), {}, scene.drawn
-    for name, curve in measurement.curves.items():
-        others = [measured["curves"][name] for measured in never]
-        curves[name] = {"after": curve, "before": known[0]["curves"][name], "references": others}
-    for key, statistic in measurement.statistics.items():
-        entry = unmeasured(figure)
+    """The entries of a metric's keys, by what it found in the unlearned model, the references and the originals."""
+    entries = {}
+    for key, statistic in statistics.items():
+        entry = unmeasured_entry(metric)
         reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
         if isinstance(statistic, str) or reasons:
             entries[key] = entry | {"reason": statistic if isinstance(statistic, str) else reasons[0]}
             continue
-        entry["value"] = value_of(statistic, drawn)
+        entry["value"] = value_of(statistic, task.num_groups)
         for group, measured in (("references", never), ("originals", known)):
             entry[group] = [m["values"][key] for m in measured]
-        if figure.judged:
-            scale = [m["values"][figure.known_by.get(key, key)] for m in known]
-            entry |= {"interval": bootstrap_interval(statistic, drawn, scene.seed), "known": sum(scale) / len(scale)}
-            entry["resolution"] = scene.resolution(key)
-            entry |= vars(compare(entry["value"], entry["references"], scale, entry["resolution"], key in figure.falling))
+        if metric.judged:
+            scale = [m["values"][metric.scale_from.get(key, key)] for m in known]
+            entry |= {
+                "interval": bootstrap_interval(statistic, task.num_groups, task.seed),
+                "known": sum(scale) / len(scale),
+            }
+            entry["resolution"] = task.resolution(key)
+            entry |= vars(
+                compare(entry["value"], entry["references"], scale, entry["resolution"], key in metric.lower_if_known)
+            )
         else:
             entry["reason"] = "a picture of where, no verdict"
         entries[key] = rounded(entry)
     return entries
 
 
-def unmeasured(figure: Figure) -> dict:
+def unmeasured_entry(metric: AuditMetric) -> dict:
     nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))
-    return {"family": figure.family} | nothing | {"references": [], "originals": []}
+    return {"family": metric.family} | nothing | {"references": [], "originals": []}
 
 
 def rounded(value):

@@ -4,21 +4,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from util.audit.base import Figure, Measurement
-from util.audit.subject import Scene, Subject
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import AuditedModel, AuditTask
 
 
-class CKA(Figure):
+class CKA(AuditMetric):
     """Of forgotten test images, to the references (other than itself) and to the pre-trained model; no verdict."""
 
     name = "cka"
     family = ""
     titles = {"cka": "similarity to models that never saw them (CKA)"}
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        own = subject.test[scene.forget_test]
-        to = [linear_cka(own, other.test[scene.forget_test]) for other in scene.references if other is not subject]
-        to_before = linear_cka(own, scene.before.test[scene.forget_test])
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        own = audited.test_embeddings[task.forget_test]
+        to = [linear_cka(own, other.test_embeddings[task.forget_test]) for other in task.references if other is not audited]
+        to_before = linear_cka(own, task.before.test_embeddings[task.forget_test])
         mean = sum(to) / len(to)
         curve = {"references": round(mean, 4), "before": round(to_before, 4)}
         return Measurement({"cka": lambda weights: np.full(len(weights), mean)}, {"cka": curve})

@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from util.audit.base import Figure, Measurement
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import DRAWS, ENROLLED, AuditedModel, AuditTask
 from util.audit.statistics import mean_statistic
-from util.audit.subject import DRAWS, ENROLLED, Scene, Subject
 
 SIMILARITIES = 1 << 26  # most that are computed at a time: 256 MB
 FPIR = 0.01
 
 
-class Enrolment(Figure):
+class Enrolment(AuditMetric):
     """enrolment_k: rank-1 identification in a gallery of all identities, each the normalized mean of k training images.
 
     photos_enrolment_1: that of the forgotten training images that are not in the gallery. A model that was trained on them
@@ -32,33 +32,35 @@ class Enrolment(Figure):
         "tpir_1pct": "open-set identification from 5 photos (TPIR at FPIR 1%)",
     }
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        statistics, kept_labels = {}, scene.test_set.labels.cpu()[scene.remain_test]
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        statistics, kept_labels = {}, task.test_set.labels.cpu()[task.remain_test]
         kept = dict.fromkeys((1, ENROLLED), 0.0)
-        again, shown = np.zeros((2, len(scene.forget_train)))
-        trained = scene.train_set.labels.cpu()[scene.forget_train]
+        again, shown = np.zeros((2, len(task.forget_train)))
+        trained = task.train_set.labels.cpu()[task.forget_train]
         for images in kept:
-            hits, identified = np.zeros((2, len(scene.forget_test)))
+            hits, identified = np.zeros((2, len(task.forget_test)))
             for draw in range(DRAWS):
-                gallery = subject.templates(scene, images, draw)
-                similarity, found = search(subject.test[scene.forget_test], gallery)
-                right = (found == scene.forget_labels).numpy()
+                gallery = audited.templates(task, images, draw)
+                similarity, found = search(audited.test_embeddings[task.forget_test], gallery)
+                right = (found == task.forget_labels).numpy()
                 hits += right / DRAWS
                 if images == 1:
-                    _, found = search(subject.train[scene.forget_train], gallery)
-                    new = ~np.isin(scene.forget_train, np.concatenate(scene.enrolled(1, draw)))
+                    _, found = search(audited.train_embeddings[task.forget_train], gallery)
+                    new = ~np.isin(task.forget_train, np.concatenate(task.enrolled(1, draw)))
                     again, shown = again + (new & (found == trained).numpy()), shown + new
-                _, found = search(subject.test[scene.remain_test], gallery)
+                _, found = search(audited.test_embeddings[task.remain_test], gallery)
                 kept[images] += 100 * (found == kept_labels).float().mean().item() / DRAWS
-                if images == ENROLLED and scene.unseen is not None:
-                    strangers, _ = search(subject.unknown, gallery)
+                if images == ENROLLED and task.unseen is not None:
+                    strangers, _ = search(audited.stranger_embeddings, gallery)
                     threshold = np.quantile(strangers.numpy(), 1 - FPIR)
                     identified += (right & (similarity.numpy() > threshold)) / DRAWS
-            statistics[f"enrolment_{images}"] = mean_statistic(hits, scene.who, scene.drawn)
+            statistics[f"enrolment_{images}"] = mean_statistic(hits, task.test_groups, task.num_groups)
         seen = shown > 0
-        statistics["photos_enrolment_1"] = mean_statistic(again[seen] / shown[seen], scene.who_trained[seen], scene.drawn)
-        measured = mean_statistic(identified, scene.who, scene.drawn)
-        statistics["tpir_1pct"] = measured if scene.unseen is not None else "needs --unseen"
+        statistics["photos_enrolment_1"] = mean_statistic(
+            again[seen] / shown[seen], task.train_groups[seen], task.num_groups
+        )
+        measured = mean_statistic(identified, task.test_groups, task.num_groups)
+        statistics["tpir_1pct"] = measured if task.unseen is not None else "needs --unseen"
         curve = {"images": [*kept], "kept": [round(value, 2) for value in kept.values()]}
         return Measurement(statistics, {"enrolment": curve})
 

@@ -4,12 +4,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from util.audit.base import Figure, Measurement
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import AuditedModel, AuditTask
 from util.audit.statistics import Statistic, auc_statistic, value_of
-from util.audit.subject import Scene, Subject
 
 
-class MembershipOfImages(Figure):
+class MembershipOfImages(AuditMetric):
     """AUC of the forgotten identities' training against their test images, by the score that tells them best apart:
 
     (a) the cosine to the mean of the identity's other training images, (b) the largest cosine to a kept row. Chance, 50,
@@ -20,27 +20,29 @@ class MembershipOfImages(Figure):
     family = "membership"
     titles = {"membership_images": "membership inference (photo): training photos against others (AUC)"}
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        train, test = F.normalize(subject.train), F.normalize(subject.test)
-        rows = F.normalize(subject.rows(scene)[0][list(scene.remain)])
-        labels = scene.test_set.labels.cpu()
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        train, test = F.normalize(audited.train_embeddings), F.normalize(audited.test_embeddings)
+        rows = F.normalize(audited.rows(task)[0][list(task.remain)])
+        labels = task.test_set.labels.cpu()
         scores: dict[str, list] = {"own": [], "row": []}
-        for c in scene.forget:
-            seen, new = train[torch.from_numpy(scene.train_by_class[c])], test[labels == c]
+        for c in task.forget:
+            seen, new = train[torch.from_numpy(task.train_by_class[c])], test[labels == c]
             # Each image against the mean of all training images but one: itself, or for a test image any.
             others = F.normalize((seen.sum(dim=0) - seen) / (len(seen) - 1))
             left_out = torch.arange(len(new)) % len(seen)
             scores["own"].append(((seen * others).sum(dim=1), (new * others[left_out]).sum(dim=1)))
             scores["row"].append(((seen @ rows.T).amax(dim=1), (new @ rows.T).amax(dim=1)))
-        found = [self._auc(parts, scene) for parts in scores.values()]
-        if scene.strangers:  # every group of people by the score that tells it best
+        found = [self._auc(parts, task) for parts in scores.values()]
+        if task.strangers:  # every group of people by the score that tells it best
             return Measurement({self.name: lambda weights: 50 + np.max([abs(one(weights) - 50) for one in found], axis=0)})
-        best = max(found, key=lambda statistic: abs(value_of(statistic, scene.drawn) - 50))
+        best = max(found, key=lambda statistic: abs(value_of(statistic, task.num_groups) - 50))
         # Training raises one score and may lower the other: what tells is the distance to chance.
-        told = best if value_of(best, scene.drawn) >= 50 else lambda weights: 100 - best(weights)
-        return Measurement({"membership_images": told})
+        best_statistic = best if value_of(best, task.num_groups) >= 50 else lambda weights: 100 - best(weights)
+        return Measurement({"membership_images": best_statistic})
 
-    def _auc(self, parts: list, scene: Scene) -> Statistic:
+    def _auc(self, parts: list, task: AuditTask) -> Statistic:
         seen, new = (torch.cat([part[i] for part in parts]).numpy() for i in (0, 1))
-        who = np.concatenate([np.flatnonzero(scene.forget_labels == c) for c in scene.forget])  # person by person, as here
-        return auc_statistic(seen, new, scene.who_trained[:, None], scene.who[who, None])
+        test_groups = np.concatenate(
+            [np.flatnonzero(task.forget_labels == c) for c in task.forget]
+        )  # person by person, as here
+        return auc_statistic(seen, new, task.train_groups[:, None], task.test_groups[test_groups, None])

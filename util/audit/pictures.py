@@ -7,7 +7,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from util.audit.audit import Audit
-from util.audit.subject import Subject
+from util.audit.inputs import AuditedModel
 
 POINTS = 300  # most of each group on the map
 FACES, NEIGHBOURS = 6, 3
@@ -18,21 +18,21 @@ def pictures(audit: Audit) -> dict:
 
     The models are "before", "after" and "never seen" (the first reference).
     """
-    scene = audit.scene
-    models = {"before": scene.before, "after": audit.after, "never seen": scene.references[0]}
+    task = audit.task
+    models = {"before": task.before, "after": audit.after, "never seen": task.references[0]}
     return {
-        "map": {name: _map(subject, audit) for name, subject in models.items()},
+        "map": {name: _map(audited, audit) for name, audited in models.items()},
         "neighbours": [_neighbours(face, models, audit) for face in _faces(models, audit)],
     }
 
 
-def _map(subject: Subject, audit: Audit) -> dict[str, np.ndarray]:
-    scene = audit.scene
-    groups = {"forgotten": subject.test[scene.forget_test], "kept": subject.test[scene.remain_test]}
-    groups |= {"never seen": subject.unknown} if scene.unseen is not None else {}
-    groups = {name: _some(embeddings, scene.seed) for name, embeddings in groups.items()}
+def _map(audited: AuditedModel, audit: Audit) -> dict[str, np.ndarray]:
+    task = audit.task
+    groups = {"forgotten": audited.test_embeddings[task.forget_test], "kept": audited.test_embeddings[task.remain_test]}
+    groups |= {"never seen": audited.stranger_embeddings} if task.unseen is not None else {}
+    groups = {name: _some(embeddings, task.seed) for name, embeddings in groups.items()}
     points = F.normalize(torch.cat([*groups.values()])).numpy()
-    tsne = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=scene.seed)
+    tsne = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=task.seed)
     placed = np.split(tsne.fit_transform(points), np.cumsum([len(group) for group in groups.values()])[:-1])
     return dict(zip(groups, placed, strict=True))
 
@@ -41,29 +41,31 @@ def _some(rows: Tensor, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:POINTS]]
 
 
-def _faces(models: dict[str, Subject], audit: Audit) -> list[int]:
+def _faces(models: dict[str, AuditedModel], audit: Audit) -> list[int]:
     """Positions of a few forgotten test faces: those where the models differ most in how many neighbours are of the same
     person, and of different people as far as there are."""
-    scene = audit.scene
-    labels, own = scene.train_set.labels.cpu(), scene.forget_labels[:, None]
+    task = audit.task
+    labels, own = task.train_set.labels.cpu(), task.forget_labels[:, None]
     same = []
-    for subject in models.values():
-        similarity = F.normalize(subject.test[scene.forget_test]) @ F.normalize(subject.train).T
+    for audited in models.values():
+        similarity = F.normalize(audited.test_embeddings[task.forget_test]) @ F.normalize(audited.train_embeddings).T
         same.append((labels[similarity.topk(NEIGHBOURS).indices] == own).sum(dim=1))
     differ = torch.stack(same).amax(dim=0) - torch.stack(same).amin(dim=0)
     order = differ.argsort(descending=True, stable=True)
-    first = np.sort(np.unique(scene.who[order.numpy()], return_index=True)[1])
+    first = np.sort(np.unique(task.test_groups[order.numpy()], return_index=True)[1])
     chosen = [*first, *np.setdiff1d(np.arange(len(order)), first)][:FACES]
-    return scene.forget_test[order[chosen]].tolist()
+    return task.forget_test[order[chosen]].tolist()
 
 
-def _neighbours(face: int, models: dict[str, Subject], audit: Audit) -> dict:
+def _neighbours(face: int, models: dict[str, AuditedModel], audit: Audit) -> dict:
     """The training images, of everybody, that each model finds most like a test face."""
-    train, test = audit.scene.train_set, audit.scene.test_set
+    train, test = audit.task.train_set, audit.task.test_set
     label = test.labels[face].item()
     row = {"face": test.images[face].cpu().numpy(), "name": test.classes[label]}
-    for name, subject in models.items():
-        similarity, nearest = (F.normalize(subject.train) @ F.normalize(subject.test[face], dim=0)).topk(NEIGHBOURS)
+    for name, audited in models.items():
+        similarity, nearest = (
+            F.normalize(audited.train_embeddings) @ F.normalize(audited.test_embeddings[face], dim=0)
+        ).topk(NEIGHBOURS)
         row[name] = [
             {
                 "face": train.images[position].cpu().numpy(),

@@ -11,12 +11,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from util.audit.base import Figure, Measurement
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import PER_IDENTITY, AuditedModel, AuditTask
 from util.audit.statistics import mean_statistic
-from util.audit.subject import PER_IDENTITY, Scene, Subject
 
 
-class Probe(Figure):
+class Probe(AuditMetric):
     """Accuracy on forgotten test images of a logistic regression fitted on training images of all identities.
 
     On the class token after each block, and on the embedding; features standardized, C by cross-validation. The curve has
@@ -27,18 +27,18 @@ class Probe(Figure):
     family = "verification"
     titles = {"probe_embedding": "linear probe on the embedding"}
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        positions = torch.from_numpy(np.concatenate([own[:PER_IDENTITY] for own in scene.train_by_class]))
-        if scene.seed not in subject.probes:  # fitted on everybody: further requests find them
-            labels, tokens = scene.train_set.labels.cpu()[positions], subject.tokens(scene.train_set, positions)
-            subject.probes[scene.seed] = [fit_probe(seen, labels) for seen in (subject.train[positions], *tokens)]
-        tokens = subject.tokens(scene.test_set, scene.forget_test)
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        positions = torch.from_numpy(np.concatenate([own[:PER_IDENTITY] for own in task.train_by_class]))
+        if task.seed not in audited.probes:  # fitted on everybody: further requests find them
+            labels, tokens = task.train_set.labels.cpu()[positions], audited.tokens(task.train_set, positions)
+            audited.probes[task.seed] = [fit_probe(seen, labels) for seen in (audited.train_embeddings[positions], *tokens)]
+        tokens = audited.tokens(task.test_set, task.forget_test)
         keys = ["probe_embedding", *(f"probe_block_{block}" for block in range(len(tokens)))]
-        layers = zip(keys, subject.probes[scene.seed], (subject.test[scene.forget_test], *tokens), strict=True)
+        layers = zip(keys, audited.probes[task.seed], (audited.test_embeddings[task.forget_test], *tokens), strict=True)
         statistics, curve = {}, {"layers": [], "all": [], "forgotten": []}
         for key, probe, faces in layers:
-            among_all, among_forgotten = probe_hits(probe, faces, scene)
-            statistics[key] = mean_statistic(among_all, scene.who, scene.drawn)
+            among_all, among_forgotten = probe_hits(probe, faces, task)
+            statistics[key] = mean_statistic(among_all, task.test_groups, task.num_groups)
             curve["layers"].append(key.removeprefix("probe_").replace("_", " "))
             curve["all"].append(round(100 * among_all.mean(), 2))
             curve["forgotten"].append(round(100 * among_forgotten.mean(), 2))
@@ -58,8 +58,8 @@ def fit_probe(seen: Tensor, labels: Tensor) -> GridSearchCV:
         return search.fit(seen.numpy(), labels.numpy())
 
 
-def probe_hits(probe: GridSearchCV, faces: Tensor, scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def probe_hits(probe: GridSearchCV, faces: Tensor, task: AuditTask) -> tuple[np.ndarray, np.ndarray]:
     """Which forgotten test images (N, dim) are recognized among all, and among the forgotten alone: bool (N,) each."""
-    scores, truth = probe.decision_function(faces.numpy()), scene.forget_labels.numpy()
-    forgotten = np.isin(probe.classes_, scene.forget)
+    scores, truth = probe.decision_function(faces.numpy()), task.forget_labels.numpy()
+    forgotten = np.isin(probe.classes_, task.forget)
     return probe.classes_[scores.argmax(1)] == truth, probe.classes_[forgotten][scores[:, forgotten].argmax(1)] == truth

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from util.audit.base import Figure, Measurement
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import DRAWS, AuditedModel, AuditTask
 from util.audit.statistics import mean_statistic
-from util.audit.subject import DRAWS, Scene, Subject
 
 
-class Readout(Figure):
+class Readout(AuditMetric):
     """acc_forget: the own class has the largest logit, over rows made anew of 5 images, for every model alike.
 
     sign_flip: the smallest, over the model's own rows: a method that pushes the own class from the top of the list to its
@@ -20,13 +20,13 @@ class Readout(Figure):
         "acc_forget": "top-1 accuracy, over rows rebuilt from 5 photos",
         "sign_flip": "inverted ranking: the smallest logit, over its own rows",
     }
-    known_by = {"sign_flip": "acc_forget"}
+    scale_from = {"sign_flip": "acc_forget"}
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        hits, faces = np.zeros((2, len(scene.forget_test))), subject.test[scene.forget_test]
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        hits, faces = np.zeros((2, len(task.forget_test))), audited.test_embeddings[task.forget_test]
         for draw in range(DRAWS):
             for row, sign, own in zip(hits, (1, -1), (False, True), strict=True):
-                logits = sign * subject.logits(faces, *subject.rows(scene, draw, own))
-                row += (logits.argmax(dim=1) == scene.forget_labels).numpy() / DRAWS
-        largest, smallest = (mean_statistic(row, scene.who, scene.drawn) for row in hits)
+                logits = sign * audited.logits(faces, *audited.rows(task, draw, own))
+                row += (logits.argmax(dim=1) == task.forget_labels).numpy() / DRAWS
+        largest, smallest = (mean_statistic(row, task.test_groups, task.num_groups) for row in hits)
         return Measurement({"acc_forget": largest, "sign_flip": smallest})

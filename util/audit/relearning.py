@@ -8,16 +8,16 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 
 from backbone.recognizer import to_device
-from util.audit.base import Figure, Measurement
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import ENROLLED, TRAINED, AuditedModel, AuditTask
 from util.audit.statistics import mean_statistic
-from util.audit.subject import ENROLLED, TRAINED, Scene, Subject
 from util.evaluation.evaluate import embed_images
 
 STEPS = (0, 1, 2, 5, 10, 20, 50, 100)
 BATCH, LR = 16, 1e-4  # images of each kind in a step
 
 
-class Relearning(Figure):
+class Relearning(AuditMetric):
     """The accuracy on forgotten test faces while all weights are trained by AdamW: its mean over the logarithm of steps.
 
     relearn_k: new rows for the forgotten, from k training images each, are trained on these images and as many kept ones.
@@ -34,54 +34,54 @@ class Relearning(Figure):
         "relearn_kept_only": "relearning from kept people's photos alone",
     }
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
-        forget, runs = torch.tensor(scene.forget), {}
-        own, bias = subject.rows(scene)  # bias: the kept ones' mean for everybody else
-        length = own[list(scene.remain)].norm(dim=1).mean()
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        forget, runs = torch.tensor(task.forget), {}
+        own, bias = audited.rows(task)  # bias: the kept ones' mean for everybody else
+        length = own[list(task.remain)].norm(dim=1).mean()
         for images in (1, ENROLLED):
-            chosen = scene.enrolled(images, 0)
-            shown = torch.from_numpy(np.concatenate([chosen[c] for c in scene.forget]))
-            rows = own.index_copy(0, forget, length * subject.templates(scene, images, 0)[forget])
+            chosen = task.enrolled(images, 0)
+            shown = torch.from_numpy(np.concatenate([chosen[c] for c in task.forget]))
+            rows = own.index_copy(0, forget, length * audited.templates(task, images, 0)[forget])
             runs[f"relearn_{images}"] = rows, bias, shown
-        known = subject if subject.original else scene.before
+        known = audited if audited.original else task.before
         put_back = [
             None if part is None else part.index_copy(0, forget, theirs[forget])
-            for part, theirs in zip((own, bias), known.rows(scene, own=True), strict=True)
+            for part, theirs in zip((own, bias), known.rows(task, own=True), strict=True)
         ]
         runs["relearn_kept_only"] = *put_back, torch.empty(0, dtype=torch.long)
         statistics, curves = {}, {}
         for key, run in runs.items():
             # Of one photo each; of five, what is left of few people is little.
-            new = ~np.isin(scene.forget_train, run[2]) & (key == "relearn_1")
-            hits, trained = relearn(subject, scene, *run, scene.forget_train[new])
-            statistics[key] = mean_statistic(_mean_over_log_steps(hits), scene.who, scene.drawn)
+            new = ~np.isin(task.forget_train, run[2]) & (key == "relearn_1")
+            hits, trained = relearn(audited, task, *run, task.forget_train[new])
+            statistics[key] = mean_statistic(_mean_over_log_steps(hits), task.test_groups, task.num_groups)
             if new.any():
                 mean = _mean_over_log_steps(trained)
-                statistics[f"{TRAINED}{key}"] = mean_statistic(mean, scene.who_trained[new], scene.drawn)
+                statistics[f"{TRAINED}{key}"] = mean_statistic(mean, task.train_groups[new], task.num_groups)
             curves[key] = {"steps": list(STEPS), "accuracy": [round(100 * float(row.mean()), 2) for row in hits]}
         return Measurement(statistics, curves)
 
 
 def relearn(
-    subject: Subject, scene: Scene, rows: Tensor, bias: Tensor | None, shown: Tensor, new: Tensor
+    audited: AuditedModel, task: AuditTask, rows: Tensor, bias: Tensor | None, shown: Tensor, new: Tensor
 ) -> tuple[np.ndarray, np.ndarray]:
     """Train a copy of the model, with these rows (C, dim) and bias (C,), on `shown` training images and as many kept ones.
 
     Returns which of the forgotten test images, and of the training images `new`, are recognized after each of STEPS steps:
     float (steps, N) in {0, 1}.
     """
-    hardware = scene.hardware
-    model = to_device(copy.deepcopy(subject.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable
+    hardware = task.hardware
+    model = to_device(copy.deepcopy(audited.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable
     model.head.weight.data.copy_(rows)
     if bias is not None:
         model.head.bias.data.copy_(bias)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(scene.seed)
-    labels = scene.train_set.labels.cpu()
-    kept = torch.isin(labels, torch.tensor(scene.remain)).nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(task.seed)
+    labels = task.train_set.labels.cpu()
+    kept = torch.isin(labels, torch.tensor(task.remain)).nonzero()[:, 0]
     half = min(BATCH, len(shown)) or BATCH
-    faces = (scene.test_set, scene.forget_test), (scene.train_set, new)
-    hits, home = [[], []], scene.train_set.images.device
+    faces = (task.test_set, task.forget_test), (task.train_set, new)
+    hits, image_device = [[], []], task.train_set.images.device
     for step in range(max(STEPS) + 1):
         if step in STEPS:
             for found, (images, where) in zip(hits, faces, strict=True):
@@ -92,7 +92,7 @@ def relearn(
         batch = kept[torch.randint(len(kept), (half,), generator=generator)]
         if len(shown):
             batch = torch.cat([shown[torch.randperm(len(shown), generator=generator)[:half]], batch])
-        images = scene.train_set.images[batch.to(home)].to(hardware.device)
+        images = task.train_set.images[batch.to(image_device)].to(hardware.device)
         with hardware.autocast():
             loss = model.head.loss(model.embed(images), labels[batch].to(hardware.device))
         loss.backward()

@@ -1,7 +1,7 @@
 """From measurements to verdicts: bootstrap over identities, and comparison with models that never saw the person.
 
-A *statistic* is a figure as a function of the identities' weights: (B, identities) → (B,), in percent. With all weights 1
-it is the figure itself, with weights drawn anew its bootstrap.
+A *statistic* is a metric as a function of the identities' weights: (B, identities) → (B,), in percent. With all weights 1
+it is the metric itself, with weights drawn anew its bootstrap.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,32 +14,32 @@ from scipy.stats import t as student_t
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 REPLICATES, CONFIDENCE = 1000, 0.95
-SURE = 0.995  # beside groups of strangers: they differ more than references, and in all of some ten figures at once
-MARGIN, POWER = 0.2, 3.0  # the equivalence margin of |ρ|; power from which on a figure can tell
+STRANGER_CONFIDENCE = 0.995  # for groups of strangers, which differ more than references, in some ten metrics at once
+MARGIN, POWER = 0.2, 3.0  # the equivalence margin of |ρ|; power from which on a metric can tell
 
 STILL_KNOWN, OVER_FORGOTTEN = "still known", "over-forgotten"
 WITHIN, INCONCLUSIVE = "within the margin", "inconclusive"
 
 
-def mean_statistic(hits: np.ndarray, who: np.ndarray, identities: int) -> Statistic:
+def mean_statistic(hits: np.ndarray, groups: np.ndarray, identities: int) -> Statistic:
     """The share of hits: hits (N,) in [0, 1], who (N,) the identity of each, or (N, m) those whose weights multiply."""
-    who = who.reshape(len(hits), -1)
+    groups = groups.reshape(len(hits), -1)
 
     def one(weights: np.ndarray) -> float:
-        times = _times(weights, who)
+        times = _times(weights, groups)
         with np.errstate(invalid="ignore"):  # none of the identities drawn has an image
             return 100 * (times @ hits) / times.sum()
 
     return lambda weights: np.array([one(row) for row in weights])
 
 
-def _times(weights: np.ndarray, who: np.ndarray) -> np.ndarray:
+def _times(weights: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """What (N, m) identities' weights multiply to; column by column, as m is small."""
-    return reduce(np.multiply, (weights[column] for column in who.T))
+    return reduce(np.multiply, (weights[column] for column in groups.T))
 
 
 def auc_statistic(
-    positive: np.ndarray, negative: np.ndarray, positive_who: np.ndarray, negative_who: np.ndarray | None = None
+    positive: np.ndarray, negative: np.ndarray, positive_groups: np.ndarray, negative_groups: np.ndarray | None = None
 ) -> Statistic:
     """Area under the ROC curve, ties counting half: P(positive > negative).
 
@@ -50,8 +50,8 @@ def auc_statistic(
     positive_rank, negative_rank = np.split(rank, [len(positive)])
 
     def one(weights: np.ndarray) -> float:
-        up = np.bincount(positive_rank, _times(weights, positive_who), len(scores))
-        down_weights = None if negative_who is None else _times(weights, negative_who)
+        up = np.bincount(positive_rank, _times(weights, positive_groups), len(scores))
+        down_weights = None if negative_groups is None else _times(weights, negative_groups)
         down = np.bincount(negative_rank, down_weights, len(scores))
         pairs = up.sum() * down.sum()
         return 100 * float(up @ (down.cumsum() - down / 2)) / pairs if pairs else np.nan
@@ -64,7 +64,7 @@ def value_of(statistic: Statistic, identities: int) -> float:
 
 
 def bootstrap_interval(statistic: Statistic, identities: int, seed: int) -> tuple[float, float]:
-    """The middle 95% of the figure over samples of the identities, drawn with replacement."""
+    """The middle 95% of the metric over samples of the identities, drawn with replacement."""
     draws = np.random.default_rng(seed).multinomial(identities, [1 / identities] * identities, REPLICATES)
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.nanpercentile(statistic(draws.astype(float)), [tail, 100 - tail])
@@ -73,7 +73,7 @@ def bootstrap_interval(statistic: Statistic, identities: int, seed: int) -> tupl
 
 @dataclass(frozen=True)
 class Comparison:
-    """One figure of an unlearned model beside those of the references R (never seen) and the originals O.
+    """One metric of an unlearned model beside those of the references R (never seen) and the originals O.
 
     delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s.
     significant: |z| is beyond the 97.5% quantile of Student's t at K − 1 degrees.
@@ -92,24 +92,26 @@ def compare(
     references: Sequence[float],
     originals: Sequence[float],
     resolution: float,
-    falls: bool = False,
+    lower_if_known: bool = False,
     independent: float | None = None,
 ) -> Comparison:
-    """Judge a figure. `resolution`: the least s, what one image is worth: K values may agree by chance. `independent`: where
+    """Judge a metric. `resolution`: the least s, what one image is worth: K values may agree by chance. `independent`: where
     the references are groups of strangers, how many groups there are without anybody in two: K in z.
 
-    A figure has no power where the originals show less of the person than the references. One that `falls` has power where
-    they show more of it, and says of a model only that too much was forgotten: little of it is no sign of knowing.
+    A metric has no power where the originals show less of the person than the references; with `lower_if_known`, where they
+    show more. Such a metric says of a model only that too much was forgotten: little of it is no sign of knowing.
     """
     mean = float(np.mean(references))
     spread = max(float(np.std(references, ddof=1)), resolution)
     delta, gap = value - mean, float(np.mean(originals)) - mean
     z, power = (
         delta / (spread * (1 + 1 / (independent or len(references))) ** 0.5),
-        max(0.0, -gap if falls else gap) / spread,
+        max(0.0, -gap if lower_if_known else gap) / spread,
     )
     rho = delta / gap if abs(gap) > 1e-6 else None
-    significant = bool(abs(z) > student_t.ppf((1 + (SURE if independent else CONFIDENCE)) / 2, len(references) - 1))
+    significant = bool(
+        abs(z) > student_t.ppf((1 + (STRANGER_CONFIDENCE if independent else CONFIDENCE)) / 2, len(references) - 1)
+    )
     if power < POWER:
         verdict = INCONCLUSIVE
     elif abs(rho) <= MARGIN:
@@ -117,5 +119,5 @@ def compare(
     elif not significant:
         verdict = INCONCLUSIVE  # the references' own spread could explain it
     else:
-        verdict = OVER_FORGOTTEN if rho < 0 else INCONCLUSIVE if falls else STILL_KNOWN
+        verdict = OVER_FORGOTTEN if rho < 0 else INCONCLUSIVE if lower_if_known else STILL_KNOWN
     return Comparison(delta, z, rho, power, significant, verdict)

@@ -1,49 +1,49 @@
-"""From figures to the verdict on a request, and whether that verdict is right where the truth is known."""
+"""From metrics to the verdict on a request, and whether that verdict is right where the truth is known."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-from util.audit import FIGURES
+from util.audit import AUDIT_METRICS
 from util.audit.base import FAMILIES
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, POWER, STILL_KNOWN, WITHIN, compare
 
 AS_IF_NEVER_SEEN, NOT_ENOUGH = "as if never seen", "not enough evidence"
 LIKE_STRANGERS, UNLIKE_STRANGERS = "like strangers", "unlike strangers"
 VERDICTS = (STILL_KNOWN, OVER_FORGOTTEN, UNLIKE_STRANGERS, AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH)
-BESIDE_STRANGERS = {AS_IF_NEVER_SEEN: LIKE_STRANGERS, OVER_FORGOTTEN: UNLIKE_STRANGERS}
-ENOUGH = 3  # families of figures that must show that nothing is left
+STRANGER_VERDICTS = {AS_IF_NEVER_SEEN: LIKE_STRANGERS, OVER_FORGOTTEN: UNLIKE_STRANGERS}
+MIN_FAMILIES = 3  # families of metrics that must show that nothing is left
 
-FALLING = frozenset().union(*(figure.falling for figure in FIGURES.values()))
-BORROWED = {key for figure in FIGURES.values() for key in figure.known_by}
+LOWER_IF_KNOWN = frozenset().union(*(metric.lower_if_known for metric in AUDIT_METRICS.values()))
+BORROWED_SCALE = {key for metric in AUDIT_METRICS.values() for key in metric.scale_from}
 
 
-def judge(figures: dict[str, dict], strangers: dict | None = None) -> dict:
-    """The verdict on a request from its `figures` in audit.json: {"verdict", "families", "tally", "undecided"}. Beside
-    `strangers` it has words of its own.
+def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
+    """The verdict on a request from its `metrics` in audit.json: {"verdict", "families", "tally", "undecided"}. Against
+    `strangers` it has names of its own.
 
-    Still known if any figure says so, else over-forgotten if any does; else as if never seen, if in ENOUGH families a figure
-    with power is within the margin; else there is not enough evidence.
+    Still known if any metric says so, else over-forgotten if any does; else as if never seen, if in MIN_FAMILIES families a
+    metric with power is within the margin; else there is not enough evidence.
 
-    families:  by name, the first of these that a figure of it says: still known, over-forgotten, within, inconclusive.
-    tally:     {"within", "significantly_off" (of these), "with_power"}, numbers of figures.
-    undecided: {"figure", "rho"} of the inconclusive figure that is farthest on the way back, or None.
+    families:  by name, the first of these that a metric of it says: still known, over-forgotten, within, inconclusive.
+    tally:     {"within", "significantly_off" (of these), "with_power"}, numbers of metrics.
+    undecided: {"figure", "rho"} of the inconclusive metric that is farthest on the way back, or None.
     """
-    counted = {key: entry for key, entry in figures.items() if counts(key, entry)}
+    counted = {key: entry for key, entry in metrics.items() if counts(key, entry)}
     found = {name: {e["verdict"] for e in counted.values() if e["family"] == name} for name in FAMILIES}
     order = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
-    families = {name: next(verdict for verdict in order if verdict in told) for name, told in found.items() if told}
+    families = {name: next(verdict for verdict in order if verdict in given) for name, given in found.items() if given}
     verdicts = [*families.values()]
     worst = next((verdict for verdict in (STILL_KNOWN, OVER_FORGOTTEN) if verdict in verdicts), None)
     undecided = ((k, e) for k, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1)
-    open_ = {key: entry["rho"] for key, entry in undecided if key not in FALLING}  # which are no sign of knowing
+    open_ = {key: entry["rho"] for key, entry in undecided if key not in LOWER_IF_KNOWN}  # which are no sign of knowing
     farthest = max(open_, key=open_.get, default=None)
-    verdict = worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= ENOUGH else NOT_ENOUGH)
+    verdict = worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= MIN_FAMILIES else NOT_ENOUGH)
     return {
-        "verdict": BESIDE_STRANGERS.get(verdict, verdict) if strangers else verdict,
+        "verdict": STRANGER_VERDICTS.get(verdict, verdict) if strangers else verdict,
         "families": families,
         "tally": {
             "within": sum(entry["verdict"] == WITHIN for entry in counted.values()),
-            "significantly_off": sum(significantly_off(*figure) for figure in counted.items()),
+            "significantly_off": sum(significantly_off(*metric) for metric in counted.items()),
             "with_power": sum(entry["power"] >= POWER for entry in counted.values()),
         },
         "undecided": farthest and {"figure": farthest, "rho": open_[farthest]},
@@ -51,12 +51,12 @@ def judge(figures: dict[str, dict], strangers: dict | None = None) -> dict:
 
 
 def counts(key: str, entry: dict) -> bool:
-    """Is a figure evidence? Nothing to be seen upside down is no sign of forgetting: originals show nothing there either."""
-    return bool(entry["verdict"]) and (key not in BORROWED or entry["verdict"] == STILL_KNOWN)
+    """Is a metric evidence? Nothing to be seen upside down is no sign of forgetting: originals show nothing there either."""
+    return bool(entry["verdict"]) and (key not in BORROWED_SCALE or entry["verdict"] == STILL_KNOWN)
 
 
 def significantly_off(key: str, entry: dict) -> bool:
-    """Is a figure that is evidence within the margin, and yet farther from the references than chance explains?"""
+    """Is a metric that is evidence within the margin, and yet farther from the references than chance explains?"""
     return counts(key, entry) and entry["verdict"] == WITHIN and entry["significant"]
 
 
@@ -64,8 +64,8 @@ def calibration(requests: Sequence[dict]) -> dict[str, Counter]:
     """The verdicts where the truth is known: on references, each judged by the others, on originals, and on groups of
     strangers; of `requests` in audit.json, those of several models on the same people beside the same references once."""
     found = {"references": Counter(), "originals": Counter(), "strangers": Counter()}
-    beside = [request for request in requests if not request.get("strangers")]
-    for request in {(*r["forget"], *r["references"]): r for r in beside}.values():
+    retrained = [request for request in requests if not request.get("strangers")]
+    for request in {(*r["forget"], *r["references"]): r for r in retrained}.values():
         for group in ("references", "originals"):
             found[group] += _verdicts_on(request, group)
     for request in (request for request in requests if request.get("strangers")):
@@ -77,10 +77,10 @@ def _verdicts_on(request: dict, group: str) -> Counter:
     """On the references or originals of a request, each as if it were the model that was to forget."""
     found, judged = Counter(), {key: entry for key, entry in request["figures"].items() if entry["verdict"]}
     for place in range(len(next(iter(judged.values()))[group]) if judged else 0):
-        figures = {}
+        metrics = {}
         for key, entry in judged.items():
             never = [value for i, value in enumerate(entry["references"]) if (group, place) != ("references", i)]
-            rest = entry["resolution"], key in FALLING, entry.get("independent")
-            figures[key] = {"family": entry["family"]} | vars(compare(entry[group][place], never, [entry["known"]], *rest))
-        found[judge(figures, request.get("strangers"))["verdict"]] += 1
+            rest = entry["resolution"], key in LOWER_IF_KNOWN, entry.get("independent")
+            metrics[key] = {"family": entry["family"]} | vars(compare(entry[group][place], never, [entry["known"]], *rest))
+        found[judge(metrics, request.get("strangers"))["verdict"]] += 1
     return found

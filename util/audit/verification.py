@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_curve
 from torch import Tensor
 
-from util.audit.base import Figure, Measurement
+from util.audit.base import AuditMetric, Measurement
+from util.audit.inputs import AuditedModel, AuditTask
 from util.audit.statistics import auc_statistic, mean_statistic
-from util.audit.subject import Scene, Subject
 from util.evaluation.verification import draw_pairs
 
 PAIRS = 100_000  # most of each kind
@@ -17,7 +17,7 @@ LEAST = 10  # false accepts that the threshold of the smaller one must rest on
 CURVE_POINTS = 200
 
 
-class Verification(Figure):
+class Verification(AuditMetric):
     """verification_auc: genuine against impostor pairs, both among the forgotten; of one person's against the kept.
 
     photos_verification_auc: the same of the forgotten training images; one person's against the kept test images.
@@ -28,7 +28,7 @@ class Verification(Figure):
 
     name = "verification"
     family = "verification"
-    falling = frozenset({"collapse_1pct"})
+    lower_if_known = frozenset({"collapse_1pct"})
     titles = {
         "verification_auc": "verification: two photos matched (AUC)",
         "photos_verification_auc": "verification on training photos (AUC)",
@@ -37,30 +37,30 @@ class Verification(Figure):
         "collapse_1pct": "mistaken for somebody else, at FMR 1%",
     }
 
-    def measure(self, subject: Subject, scene: Scene) -> Measurement:
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
         auc, trained_auc, *keys = self.titles
-        unit, labels = F.normalize(subject.test), scene.test_set.labels.cpu()
-        forgotten, remaining = unit[scene.forget_test], unit[scene.remain_test]
-        known = _scores(remaining, draw_pairs(labels[scene.remain_test], PAIRS, scene.seed)[1])
-        trained = F.normalize(subject.train[scene.forget_train]), scene.train_set.labels.cpu()[scene.forget_train]
-        own, who, other, other_who = self._pairs(*trained, scene.who_trained, remaining, scene)
-        statistics = {trained_auc: auc_statistic(own, other, who, other_who)}
-        own, who, other, other_who = self._pairs(forgotten, scene.forget_labels, scene.who, remaining, scene)
+        unit, labels = F.normalize(audited.test_embeddings), task.test_set.labels.cpu()
+        forgotten, remaining = unit[task.forget_test], unit[task.remain_test]
+        known = _scores(remaining, draw_pairs(labels[task.remain_test], PAIRS, task.seed)[1])
+        trained = F.normalize(audited.train_embeddings[task.forget_train]), task.train_set.labels.cpu()[task.forget_train]
+        own, test_groups, other, other_who = self._pairs(*trained, task.train_groups, remaining, task)
+        statistics = {trained_auc: auc_statistic(own, other, test_groups, other_who)}
+        own, test_groups, other, other_who = self._pairs(forgotten, task.forget_labels, task.test_groups, remaining, task)
         if not len(own):
             return Measurement(statistics | dict.fromkeys((auc, *keys), "needs two test images of a forgotten person"))
-        statistics[auc] = auc_statistic(own, other, who, other_who)
+        statistics[auc] = auc_statistic(own, other, test_groups, other_who)
         for key, rate, needed in zip(keys, RATES, (1, LEAST / RATES[1], 1), strict=True):
             if len(known) < needed:
                 statistics[key] = f"needs {needed:.0f} impostor pairs of kept faces, there are {len(known)}"
                 continue
             threshold = np.quantile(known, 1 - rate)
             if key != "collapse_1pct":
-                statistics[key] = mean_statistic(own > threshold, who, scene.drawn)
+                statistics[key] = mean_statistic(own > threshold, test_groups, task.num_groups)
                 continue
-            strangers = labels[:, None] != scene.forget_labels
+            strangers = labels[:, None] != task.forget_labels
             # At the threshold counts, up to rounding: where all faces are one point, all pairs are.
             above = ((unit @ forgotten.T >= threshold - 1e-6) & strangers).sum(dim=0) / strangers.sum(dim=0)
-            statistics[key] = mean_statistic(above.numpy(), scene.who, scene.drawn)
+            statistics[key] = mean_statistic(above.numpy(), task.test_groups, task.num_groups)
         # The curve's false pairs are those of the thresholds, so that it goes through the rates above.
         false = known if len(known) else other
         far, tar, _ = roc_curve(np.repeat([1, 0], [len(own), len(false)]), np.concatenate([own, false]))
@@ -70,16 +70,16 @@ class Verification(Figure):
         return Measurement(statistics, {"roc": curve})
 
     def _pairs(
-        self, unit: Tensor, labels: Tensor, who: np.ndarray, remaining: Tensor, scene: Scene
+        self, unit: Tensor, labels: Tensor, test_groups: np.ndarray, remaining: Tensor, task: AuditTask
     ) -> tuple[np.ndarray, ...]:
         """Cosines of genuine pairs of forgotten faces `unit` (N, dim), whose pairs they are, and both of impostor pairs."""
-        genuine, impostor = (pairs.numpy() for pairs in draw_pairs(labels, PAIRS, scene.seed))
-        if len(scene.forget) - len(scene.strangers) > 1:
-            return _scores(unit, genuine), who[genuine[:, :1]], _scores(unit, impostor), who[impostor]
-        others = scene.generator().permutation(len(remaining))[: max(1, PAIRS // len(unit))]
+        genuine, impostor = (pairs.numpy() for pairs in draw_pairs(labels, PAIRS, task.seed))
+        if len(task.forget) - len(task.strangers) > 1:
+            return _scores(unit, genuine), test_groups[genuine[:, :1]], _scores(unit, impostor), test_groups[impostor]
+        others = task.generator().permutation(len(remaining))[: max(1, PAIRS // len(unit))]
         other = (unit @ remaining[others].T).flatten().numpy()
         # Of two photos of the person both may be drawn anew.
-        return _scores(unit, genuine), who[genuine], other, np.repeat(who, len(others))[:, None]
+        return _scores(unit, genuine), test_groups[genuine], other, np.repeat(test_groups, len(others))[:, None]
 
 
 def _scores(unit: Tensor, pairs: Tensor | np.ndarray) -> np.ndarray:

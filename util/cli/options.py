@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         """Raises UsageError for an option that would do nothing as well (`util/cli/ignored.py`)."""
         found = super().parse_args(args, namespace)
         given = given_options(sys.argv[1:] if args is None else args)
-        changed = [action for action in self._actions if getattr(found, action.dest, None) != action.default]
+        changed = [action for action in self.actions() if getattr(found, action.dest, None) != action.default]
         refuse_ignored(found, {name for action in changed for name in action.option_strings if name in given})
         return found
 
@@ -45,9 +45,13 @@ class Parser(argparse.ArgumentParser):
         # "argument -x/--name: …" says no more than "--name …".
         raise UsageError(re.sub(r"^argument ([^:]+): ", r"\1: ", message))
 
+    def actions(self) -> list[argparse.Action]:
+        """The options, which argparse names in no public way."""
+        return self._actions
+
     def use_defaults(self, values: dict[str, Any]) -> None:
         """Take these values, read from a file, as defaults. Raises UsageError for an option that is not here."""
-        actions = {action.dest: action for action in self._actions}
+        actions = {action.dest: action for action in self.actions()}
         for key, value in values.items():
             if key not in actions:
                 raise UsageError(f"{option_name(key)} of the file is no option here; the file is of another version")
@@ -67,8 +71,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""
-        told = action.default in (None, False, "auto", "", []) or "default:" in action.help
-        text = action.help if told else super()._get_help_string(action)
+        help_text = action.default in (None, False, "auto", "", []) or "default:" in action.help
+        text = action.help if help_text else super()._get_help_string(action)
         many = isinstance(action.default, list)
         return text.replace("%(default)s", " ".join(map(str, action.default))) if many else text
 
@@ -103,28 +107,28 @@ NAMES = "names separated by commas; #13 is class id 13; @FILE has a name a line"
 
 def add_data(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    told = f"folder with train/ and test/, insightface's FILE.rec, or {SYNTHETIC}"
-    group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=told)
+    help_text = f"folder with train/ and test/, insightface's FILE.rec, or {SYNTHETIC}"
+    group.add_argument("--data", default=SYNTHETIC, metavar="DIR", help=help_text)
     group.add_argument("--cache-dir", type=Path, help="folder of decoded images (default: the user's cache folder)")
     group.add_argument("--identities", type=number(int, 2), default=100, help=f"number of classes, {SYNTHETIC}")
     group.add_argument("--train-per-identity", type=number(int, 1), default=24, help=f"training images a class, {SYNTHETIC}")
     group.add_argument("--test-per-identity", type=number(int, 1), default=6, help=f"test images a class, {SYNTHETIC}")
     group.add_argument("--data-seed", type=number(int, 0), default=0, help=f"seed of {SYNTHETIC}")
-    told = "share of each class's training images to hold out, and to measure on instead of the test set"
-    group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=told)
+    help_text = "share of each class's training images to hold out, and to measure on instead of the test set"
+    group.add_argument("--val-fraction", type=number(float, 1e-12, 1), help=help_text)
 
 
-def add_pairs(group: argparse._ActionsContainer, when: str) -> None:
-    told = "insightface's FILE.bin, or LFW's list with its folder of people, PAIRS.TXT:FOLDER"
-    group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"verification benchmarks {when}: {told}")
+def add_pairs(group: argparse.ArgumentParser, when: str) -> None:
+    help_text = "insightface's FILE.bin, or LFW's list with its folder of people, PAIRS.TXT:FOLDER"
+    group.add_argument("--pairs", nargs="+", metavar="FILE", help=f"verification benchmarks {when}: {help_text}")
 
 
-def add_published(group: argparse._ActionsContainer, head: bool = True) -> None:
+def add_published(group: argparse.ArgumentParser, head: bool = True) -> None:
     """What a published checkpoint does not tell."""
     if head:
         group.add_argument("--head", metavar="NAME", help="head of a published checkpoint (default: cosface)")
-    told = "whether the weights of a published checkpoint contain its adapters (its authors' files do)"
-    group.add_argument("--published-adapters", choices=("merged", "apart"), help=told)
+    help_text = "whether the weights of a published checkpoint contain its adapters (its authors' files do)"
+    group.add_argument("--published-adapters", choices=("merged", "apart"), help=help_text)
 
 
 def add_hardware(parser: Parser) -> None:
@@ -149,11 +153,11 @@ def add_fast_path(parser: Parser) -> None:
     group.add_argument("--deterministic", action="store_true", help="repeat CUDA runs exactly, but slower (CPU runs do)")
 
 
-def _add_choice(group: argparse._ArgumentGroup, name: str, choices: tuple[str, str], help: str) -> None:
+def _add_choice(group: argparse.ArgumentParser, name: str, choices: tuple[str, str], help: str) -> None:
     group.add_argument(f"--{name}", choices=("auto", *choices), default="auto", help=help)
 
 
-def hardware_of(args: argparse.Namespace) -> Hardware:
+def start_hardware(args: argparse.Namespace) -> Hardware:
     """The hardware that the options above choose."""
     names = inspect.signature(choose_hardware).parameters
     choices = {name: getattr(args, name) for name in names if hasattr(args, name)}
@@ -169,8 +173,8 @@ def add_optimization(parser: Parser, fewest_epochs: int = 1, **defaults: Any) ->
     group = parser.add_argument_group("optimization")
     group.add_argument("--epochs", type=number(int, fewest_epochs), help="epochs, of each task where there are several")
     group.add_argument("--batch-size", type=number(int, 1), default=48, help="images of each stream in a step")
-    told = "size of a stream's last batch: filled up from the next shuffle, or what is left"
-    group.add_argument("--last-batch", choices=("full", "short"), default="full", help=told)
+    help_text = "size of a stream's last batch: filled up from the next shuffle, or what is left"
+    group.add_argument("--last-batch", choices=("full", "short"), default="full", help=help_text)
     group.add_argument("--lr", type=number(float, 1e-12), default=1e-4, help="peak learning rate")
     group.add_argument("--min-lr", type=number(float, 0), default=1e-5, help="learning rate at the end of the cosine")
     group.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="weight decay")

@@ -18,8 +18,8 @@ from PIL import Image
 from util.audit.base import FAMILIES
 from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, WITHIN
 from util.audit.titles import title_of
-from util.audit.verdict import BORROWED, ENOUGH, counts, significantly_off
-from util.report.audit_tables import OFF, beside, never_seen_utility, summary
+from util.audit.verdict import BORROWED_SCALE, MIN_FAMILIES, counts, significantly_off
+from util.report.audit_tables import OFF, never_seen_utility, strangers_note, summary
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 MODELS = {"before": "the pre-trained model", "after": "this model", "never seen": "a model that never saw them"}
@@ -59,12 +59,12 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
         "number": _number,
         "never_seen": never_seen_utility,
         "summary": summary,
-        "beside": beside,
+        "strangers_note": strangers_note,
         "shown": shown,
     }
     environment.filters["file"] = lambda path: "/".join(PurePath(path).parts[-3:])
     requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
-    words = {"models": MODELS, "margin": MARGIN, "within": WITHIN, "power": POWER, "enough": ENOUGH, "off": OFF}
+    words = {"models": MODELS, "margin": MARGIN, "within": WITHIN, "power": POWER, "enough": MIN_FAMILIES, "off": OFF}
     drawn = {"marks": MARKS, "place": _place, "shapes": SHAPES, "width": WIDTH, "height": HEIGHT, "map_size": MAP}
     return environment.get_template(TEMPLATE.name).render(words | drawn, title=title, audit=audit, requests=requests)
 
@@ -108,7 +108,7 @@ def _strip(key: str, entry: dict) -> dict:
         wide = "no sign of knowing" if entry["significant"] else "never-seen models differ as much"
         strip["why"] = f"power {_number(entry['power'])}, too low" if entry["power"] < POWER else wide
     if entry["verdict"] and entry["power"] >= SHOWN:
-        originals = [] if key in BORROWED else entry["originals"]  # which show nothing of such a figure
+        originals = [] if key in BORROWED_SCALE else entry["originals"]  # which show nothing of such a figure
         values = {"small": originals[1:], "before": originals[:1], "after": [entry["value"]]}
         values["never"] = shown(entry["references"])
         values["interval"] = sorted(entry["interval"] or [entry["value"]] * 2, reverse=entry["known"] < never)

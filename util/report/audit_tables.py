@@ -52,7 +52,7 @@ def _overview_frame(models: Sequence[tuple[str, dict | None, dict]]) -> pd.DataF
     for _, results, request in models:
         values = {key: entry["value"] for key, entry in request["figures"].items() if entry["value"] is not None}
         rows.append(_row(_h_mean(results, request), values, tally(request), request["verdict"]))
-    labels = [never_of(models[0][2]), PRETRAINED, *(label for label, *_ in models)]
+    labels = [reference_label(models[0][2]), PRETRAINED, *(label for label, *_ in models)]
     return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), COUNTED, "verdict"])
 
 
@@ -78,20 +78,21 @@ def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) ->
 
 def _title(request: dict) -> str:
     later = "" if request["task"] == request["after_task"] else f", after task {request['after_task']}"
-    return f"Request {request['task']}{later}{beside(request)}"
+    return f"Request {request['task']}{later}{strangers_note(request)}"
 
 
-def never_of(request: dict) -> str:
+def reference_label(request: dict) -> str:
     return STRANGERS if request.get("strangers") else NEVER_SEEN
 
 
-def beside(request: dict) -> str:
+def strangers_note(request: dict) -> str:
     """Of a comparison with strangers: how many there were, and how many were left out."""
     if not (found := request.get("strangers")):
         return ""
     enrolled, tested = found["photos"]
-    told = f", compared with {found['people']} strangers, no retrained references ({enrolled} + {tested} photos of everybody"
-    return told + (f"; {found['left_out']} people with fewer left out)" if found["left_out"] else ")")
+    photos = f"{enrolled} + {tested} photos of everybody"
+    message = f", compared with {found['people']} strangers, no retrained references ({photos}"
+    return message + (f"; {found['left_out']} people with fewer left out)" if found["left_out"] else ")")
 
 
 def _people(request: dict) -> str:
@@ -111,9 +112,9 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
         rows += [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys), ""]]
         for _, results, other in models:
             entries = [(key, other["figures"][key]) for key in keys]
-            told = (f"{e['value']:.1f} {SIGNS[e['verdict']]}{OFF * significantly_off(k, e)}" for k, e in entries)
-            rows.append([percent(_h_mean(results, other)), *told, tally(other)])
-        labels = [never_of(request), "Originals", *(label for label, *_ in models)]
+            message = (f"{e['value']:.1f} {SIGNS[e['verdict']]}{OFF * significantly_off(k, e)}" for k, e in entries)
+            rows.append([percent(_h_mean(results, other)), *message, tally(other)])
+        labels = [reference_label(request), "Originals", *(label for label, *_ in models)]
         table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys), COUNTED]).rename_axis("Method")
         about = f"{count_of(request)}, {request['images']} test faces"
         about += f", K = {max(len(entry['references']) for entry in first.values())}"
@@ -144,13 +145,13 @@ def summary(request: dict) -> str:
     """What the verdict rests on, in a sentence without its full stop."""
     families = "; ".join(f"{name}: {verdict}" for name, verdict in request["families"].items())
     counts, undecided = request["tally"], request["undecided"]
-    told = f"{WITHIN.capitalize()} ({MARGIN:.0%} of the way from never seen to known): {counts['within']} of"
-    told += f" {counts['with_power']} metrics with power"
-    told += f", {off} of these significantly off{OFF}" if (off := counts["significantly_off"]) else ""
-    told += f". By family: {families or 'no metric judged'}"
+    message = f"{WITHIN.capitalize()} ({MARGIN:.0%} of the way from never seen to known): {counts['within']} of"
+    message += f" {counts['with_power']} metrics with power"
+    message += f", {off} of these significantly off{OFF}" if (off := counts["significantly_off"]) else ""
+    message += f". By family: {families or 'no metric judged'}"
     if undecided and undecided["rho"] > MARGIN and request["verdict"] in (AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH):
-        told += f". Worst inconclusive: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
-    return told
+        message += f". Worst inconclusive: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
+    return message
 
 
 def never_seen_utility(utility: dict, key: str) -> float | None:
@@ -169,7 +170,7 @@ def audit_markdown(content: dict) -> str:
     parts += [f"**First look**: {'; '.join(content['first_look'])}."] if content["first_look"] else []
     for request in content["requests"]:
         about = f"{count_of(request)}, {request['images']} test faces: **{request['verdict']}**"
-        parts.append(f"## Request {request['task']}, after task {request['after_task']}{beside(request)}: {about}")
+        parts.append(f"## Request {request['task']}, after task {request['after_task']}{strangers_note(request)}: {about}")
         parts.append(f"{summary(request)}.")
         rows = []
         for key, entry in request["figures"].items():
@@ -177,17 +178,17 @@ def audit_markdown(content: dict) -> str:
             low, high = entry["interval"] or (None, None)
             row = {"Metric": f"{title_of(key)} (`{key}`)", "Value": percent(entry["value"])}
             row |= {"95% interval": "–" if low is None else f"{low:.1f} to {high:.1f}"}
-            row |= {never_of(request): percent(never), "Original": percent(known)}
+            row |= {reference_label(request): percent(never), "Original": percent(known)}
             row |= {name: percent(entry[key]) for name, key in (("ρ", "rho"), ("z", "z"), ("Power", "power"))}
             off = ", and yet significantly off" * significantly_off(key, entry)
             rows.append(row | {"Verdict": (entry["verdict"] or entry["reason"]) + off})
         align = ["left"] + ["right"] * 7 + ["left"]
         parts.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align))
         useful, before = request["utility"], request["utility"]["before"]
-        told = [
+        message = [
             f"{name} {percent(before[key])} → {percent(useful[key])} ({percent(never_seen_utility(useful, key))})"
             for key, name in UTILITY.items()
         ]
-        parts.append(f"Kept people, before → after (never seen): {', '.join(told)}.")
+        parts.append(f"Kept people, before → after (never seen): {', '.join(message)}.")
         parts.append("; ".join(verdicts([("", None, {"requests": [request]})])) + ".")
     return "\n\n".join(parts)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from util.report.audit_tables import COUNTED, PRETRAINED, STRANGERS, never_of, tally
+from util.report.audit_tables import COUNTED, PRETRAINED, STRANGERS, reference_label, tally
 from util.report.figures import forgetting_scatter, save_figure
 from util.runtime.files import write_text
 
@@ -36,7 +36,7 @@ def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
     rows = [_row(*one) for one in first]
     several = len({results["seed"] for _, results, *_ in first}) > 1
     moment = frame["request"] == first[0][2]["task"], frame["after_task"] == first[0][2]["after_task"]
-    band = "strangers" if never_of(first[0][2]) == STRANGERS else "models that never saw them"
+    band = "strangers" if reference_label(first[0][2]) == STRANGERS else "models that never saw them"
     figure = scatter_of(frame[moment[0] & moment[1]], title, band)
     save_figure(figure, folder / SCATTER)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
@@ -97,7 +97,7 @@ def _row(label: str, results: dict, request: dict, page: str) -> dict:
 
 def _yardsticks(first: Sequence[tuple[str, dict, dict, str]]) -> dict[str, dict[str, list[float]]]:
     """Of never-seen models and of the pre-trained one: the values of each metric, of every request."""
-    found = {never_of(first[0][2]): {}, PRETRAINED: {}}
+    found = {reference_label(first[0][2]): {}, PRETRAINED: {}}
     for _, _, request, _ in first:
         for key in METRICS:
             entry = request["figures"].get(key) or {"references": [], "originals": []}

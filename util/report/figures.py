@@ -112,9 +112,9 @@ def forgetting_scatter(
     panel.set_ylabel("forgotten people re-identified from one photo (%) → worse")
     panel.set_title(title, fontsize=11)
     panel.grid(alpha=0.3)
-    told = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "dimgrey"}
+    text_style = {"va": "bottom", "ha": "right", "fontsize": 8, "color": "dimgrey"}
     for height, words in ((high, band), (before, "before forgetting")):
-        panel.text(0.99, height, words, transform=panel.get_yaxis_transform(), **told)
+        panel.text(0.99, height, words, transform=panel.get_yaxis_transform(), **text_style)
     _label(figure, panel, models)
     return figure
 

@@ -39,8 +39,8 @@ def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict], p
     name = {"casia_100": of_missing or name, "imagenet_100": f"imagenet_100{of_missing}"}[published]
     table = papers.get(name, {"settings": []})
     if dataset["name"] == "synthetic_faces" or dataset["classes"] != 100 or not {*settings} <= {*table["settings"]}:
-        told = f"of {published} in {', '.join(table['settings'])}" if table["settings"] else "of no such missing classes"
-        raise UsageError(f"the published tables are {told}: they cannot be compared")
+        message = f"of {published} in {', '.join(table['settings'])}" if table["settings"] else "of no such missing classes"
+        raise UsageError(f"the published tables are {message}: they cannot be compared")
     ratios, rows = papers["tunable_ratio"] if published == "casia_100" else {"others": math.nan}, []
     for label, method in frame[["label", "method"]].drop_duplicates().itertuples(index=False):
         about = {"label": label + PUBLISHED, "margin": PAPERS[published]}
@@ -78,8 +78,10 @@ class Comparison:
         for run, label in zip(runs, labels, strict=True):
             own = [task["setting"] for task in run["tasks"]]
             if run["dataset"] != self.dataset or own != self.settings[: len(own)]:
-                told = f"{run['dataset']['name']}, {' '.join(own)} against {self.dataset['name']}, {' '.join(self.settings)}"
-                raise UsageError(f"{label} and the others are not of the same data and tasks: {told}")
+                message = (
+                    f"{run['dataset']['name']}, {' '.join(own)} against {self.dataset['name']}, {' '.join(self.settings)}"
+                )
+                raise UsageError(f"{label} and the others are not of the same data and tasks: {message}")
         self.failures, self.sweep = failures or {}, sweep
         self.labels = [*dict.fromkeys(labels)]
         seeds = ", ".join(dict.fromkeys(str(run["seed"]) for run in runs))
@@ -104,8 +106,8 @@ class Comparison:
         """A row per label, pre-trained first; a column per (setting, metric)."""
         rows = [PRETRAINED]
         for label in self.labels:
-            beside = margin == self.papers_margin and label + PUBLISHED in self.about.index
-            rows += [label, label + PUBLISHED] if beside else [label]
+            strangers_note = margin == self.papers_margin and label + PUBLISHED in self.about.index
+            rows += [label, label + PUBLISHED] if strangers_note else [label]
         table = self.stats[statistic].xs(margin, level="margin").unstack(["setting", "metric"])
         return table.reindex(index=rows, columns=pd.MultiIndex.from_tuples(self.columns))
 

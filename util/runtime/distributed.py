@@ -91,7 +91,7 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-def share_of(items: list) -> list:
+def local_share(items: list) -> list:
     """Every N-th of the items, from this process's number on."""
     return items[rank() :: world_size()] if world_size() > 1 else items
 

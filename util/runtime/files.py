@@ -56,8 +56,8 @@ def file_lock(path: Path, wait: bool = True) -> Iterator[None]:
         except BlockingIOError:
             raise
         except OSError as error:
-            told = f"{path.parent} cannot be locked ({error.strerror}): nothing keeps a second run out"
-            print(f"warning: {told}", file=sys.stderr)
+            message = f"{path.parent} cannot be locked ({error.strerror}): nothing keeps a second run out"
+            print(f"warning: {message}", file=sys.stderr)
         yield
 
 
@@ -119,7 +119,7 @@ def check_finite(tensors: dict[str, Tensor], path: Path) -> None:
             raise RunError(f"{path}: {name} holds values that are not finite; the file is damaged, or its training diverged")
 
 
-def misfits(state: dict, expected: dict[str, Tensor]) -> str:
+def state_mismatch(state: dict, expected: dict[str, Tensor]) -> str:
     """What keeps `state` from being loaded where `expected` is the state dict; empty if nothing does."""
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is unexpected" for key in state if key not in expected]

@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import timm
 import torch
 
 from backbone.lora import apply_adapters
@@ -14,7 +13,7 @@ from backbone.published import from_published, is_published
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet, with_classes
 from util.runtime.errors import RunError, UsageError
-from util.runtime.files import atomic_write, check_finite, misfits, readable
+from util.runtime.files import atomic_write, check_finite, readable, state_mismatch
 
 FORMAT = "continual-forgetting-1"
 # Arguments of timm's that name files or addresses to load.
@@ -108,8 +107,8 @@ def _load_published(path: Path, data: dict, head: str | None, merged_or_apart: s
     model = build_recognizer(architecture)
     load_weights(model, state, path)
     if merged_or_apart is None and any(tensor.any() for name, tensor in adapters.items() if name.endswith("lora_B")):
-        told = f"{path} has adapters, and does not say whether its weights contain them"
-        raise UsageError(f"{told}: add --published-adapters merged (the published training loop saves them so) or apart")
+        message = f"{path} has adapters, and does not say whether its weights contain them"
+        raise UsageError(f"{message}: add --published-adapters merged (the published training loop saves them so) or apart")
     if merged_or_apart != "merged":
         apply_adapters(model.backbone, adapters, path)
     return Checkpoint(model)
@@ -129,7 +128,7 @@ def load_weights(model: torch.nn.Module, state: dict, path: Path) -> None:
 
 
 def _check_fits(model: torch.nn.Module, state: dict, path: Path) -> None:
-    if problems := misfits(state, model.state_dict()):
+    if problems := state_mismatch(state, model.state_dict()):
         raise UsageError(f"{path} does not fit the model: {problems}")
 
 
@@ -140,6 +139,8 @@ def load_backbone(model: Recognizer, path: Path, adapters: str | None = None) ->
     A classifier that the model does not have is left out; position embeddings of another image size are resampled as timm
     does. `adapters`: of a published one, as in `load_checkpoint`.
     """
+    from backbone.timm_models import timm
+
     backbone, own = model.backbone, model.backbone.state_dict()
     with readable(path):
         state = timm.models.load_state_dict(str(path), weights_only=True)
@@ -179,14 +180,14 @@ def align_classes(
     """
     known, name, found = checkpoint.model.architecture.num_classes, data[0].name, data[0].classes
     classes = checkpoint.classes or found
-    gone = {classes[c] for c in {*forgotten}.union(*checkpoint.forgotten) if c < len(classes)}
-    missing, strange = sorted({*classes} - {*found} - gone), sorted({*found} - {*classes})
+    may_lack = {classes[c] for c in {*forgotten}.union(*checkpoint.forgotten) if c < len(classes)}
+    missing, strange = sorted({*classes} - {*found} - may_lack), sorted({*found} - {*classes})
     if missing or strange or len(classes) != known:
         first = [f"{names[0]!r} {where}" for names, where in ((missing, "there"), (strange, "here")) if names]
-        told = f"{path} knows {known} classes, the data set {name} has {len(found)}"
-        raise UsageError(f"{told}: not in both are {', '.join(first)}" if first else f"{told}: use its training data")
+        message = f"{path} knows {known} classes, the data set {name} has {len(found)}"
+        raise UsageError(f"{message}: not in both are {', '.join(first)}" if first else f"{message}: use its training data")
     before, now = checkpoint.info.get("class_digests", {}), data[0].contents
     if other := sorted(c for c in before.keys() & now.keys() if before[c] != now[c]):
-        told = f"the images of {len(other)} of {known} classes are others than {path} was trained on, {other[0]!r} first"
-        print(f"warning: {name}: {told}", file=sys.stderr)
+        message = f"the images of {len(other)} of {known} classes are others than {path} was trained on, {other[0]!r} first"
+        print(f"warning: {name}: {message}", file=sys.stderr)
     return tuple(with_classes(images, classes) for images in data)

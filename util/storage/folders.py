@@ -58,15 +58,15 @@ def maker_of(path: Path) -> str | None:
     return None
 
 
-def folder_of(script: str, checkpoint: Path, *files: Path, whom: str = "") -> Path:
+def default_folder(script: str, checkpoint: Path, *files: Path, suffix: str = "") -> Path:
     """The default folder of what a script finds in a checkpoint: <script>-<run>-<checkpoint>-<beginnings of hashes>.
 
-    `files` and `whom` are what it depends on beside the checkpoint.
+    `files` and `suffix` are what it depends on beside the checkpoint.
     """
     parent = checkpoint.absolute().parent
     run = parent.parent if parent.name in TASK_FILES else parent
     hashes = [sha256(file) for file in (checkpoint, *files)]
-    hashes += [hashlib.sha256(os.fsencode(whom)).hexdigest()] if whom else []
+    hashes += [hashlib.sha256(os.fsencode(suffix)).hexdigest()] if suffix else []
     return Path("exps") / "-".join([script, run.name, checkpoint.stem, *(digest[:8] for digest in hashes)])
 
 

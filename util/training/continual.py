@@ -5,9 +5,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from backbone.published import to_published
 from backbone.recognizer import Recognizer
@@ -29,6 +29,9 @@ from util.training.engine import Trainer
 from util.training.monitor import Monitor, log_scalars, open_writer
 from util.training.optim import Schedule, derived_seed, epochs_for
 from util.training.resume import LastState
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 @dataclass
@@ -92,7 +95,7 @@ class ContinualRun:
     def _forgotten(self, done: int) -> list[list[int]]:
         return [list(task.forget) for task in self.tasks[:done]]
 
-    def _forget(self, task: ForgettingTask, writer: SummaryWriter) -> None:
+    def _forget(self, task: ForgettingTask, writer: "SummaryWriter") -> None:
         hardware = self.method.hardware
         self.recorder.begin(self.model)
         hardware.reset_peak_memory()
@@ -151,7 +154,7 @@ class ContinualRun:
         accuracies = self.predictions_before.accuracies(range(len(self.test_set.classes)))
         return new_results(self.method.name, self.args.seed, self.train_set, self.test_set, model, accuracies)
 
-    def _after_epoch(self, trainer: Trainer, writer: SummaryWriter) -> None:
+    def _after_epoch(self, trainer: Trainer, writer: "SummaryWriter") -> None:
         self.last.after_epoch(trainer)
         epoch, task = trainer.position.epoch, trainer.task
         if self.args.eval_every and epoch % self.args.eval_every == 0:
@@ -181,7 +184,7 @@ class ContinualRun:
         write_text(self.folder.path / "table.md", Comparison([self.results]).markdown() + "\n")
         write_json(self.folder.results, self.results)
 
-    def _finish(self, writer: SummaryWriter) -> None:
+    def _finish(self, writer: "SummaryWriter") -> None:
         # matplotlib takes a second to import: not before training has begun.
         from util.report.figures import run_figure, save_figure
 

@@ -138,7 +138,7 @@ class Trainer:
 def keep_statistics(model: nn.Module) -> None:
     """Batch norms stay as they were pre-trained: a few batches of the forgotten would be no statistics of faces."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm):
             module.eval()
 
 

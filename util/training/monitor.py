@@ -9,25 +9,30 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from util.runtime import distributed
 from util.runtime.errors import RunError
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 # Seconds between two looks at the losses for the progress bar: each look waits for the device.
 REFRESH_SECONDS = 2.0
 
 
-def open_writer(folder: Path) -> contextlib.AbstractContextManager[SummaryWriter | None]:
+def open_writer(folder: Path) -> "contextlib.AbstractContextManager[SummaryWriter | None]":
     """TensorBoard events in `folder`; None in all processes of a run but the first. Use as a context manager."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return contextlib.nullcontext() if distributed.rank() else SummaryWriter(folder)
 
 
-def log_scalars(writer: SummaryWriter | None, tag: str, values: dict[str, float | None], step: int) -> None:
+def log_scalars(writer: "SummaryWriter | None", tag: str, values: dict[str, float | None], step: int) -> None:
     for name, value in values.items():
         if writer is not None and value is not None:
             writer.add_scalar(f"{tag}/{name}", value, step)
@@ -48,7 +53,7 @@ class EpochLog:
 class Monitor:
     """Progress of one task (or of pre-training). `tag` heads its scalars, `label` its bar; use as a context manager."""
 
-    def __init__(self, writer: SummaryWriter | None, tag: str, label: str, epochs: int, done: int = 0) -> None:
+    def __init__(self, writer: "SummaryWriter | None", tag: str, label: str, epochs: int, done: int = 0) -> None:
         self.writer, self.tag, self.label = writer, tag, label
         # On a terminal a live bar; in a log file nothing but what the scripts print.
         hidden = True if distributed.rank() else None

@@ -3,11 +3,9 @@
 import argparse
 from bisect import bisect_left
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,6 +13,9 @@ from data.tasks import ForgettingTask
 from methods.base import Method
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware
+
+if TYPE_CHECKING:  # it takes 2.7 s to import, which --help need not wait for
+    from timm.scheduler.scheduler import Scheduler
 
 # Those of timm's names that stand for torch optimizers with a fused kernel on every device.
 FUSED_OPTIMIZERS = {"adam", "adamw", "sgd", "nesterov", "momentum"}
@@ -56,6 +57,8 @@ def epochs_for(method: Method, task: ForgettingTask, epochs: int, min_updates: i
 
 def make_optimizer(model: nn.Module, schedule: Schedule, hardware: Hardware) -> Optimizer:
     """The optimizer named by `schedule.opt`, one fused kernel a step where it has that. Raises UsageError if unknown."""
+    from timm.optim import create_optimizer_v2
+
     options = {"fused": True} if hardware.fused_optimizer and schedule.opt in FUSED_OPTIMIZERS else {}
     # Handed the module, timm leaves frozen parameters out, and spares biases and norms the weight decay by default.
     options |= {"weight_decay": schedule.weight_decay, "filter_bias_and_bn": schedule.decay_on == "matrices"}
@@ -65,12 +68,14 @@ def make_optimizer(model: nn.Module, schedule: Schedule, hardware: Hardware) -> 
         raise UsageError(f"--opt {schedule.opt}: {error}") from None
 
 
-def make_scheduler(optimizer: Optimizer, schedule: Schedule, steps: list[int]) -> Scheduler:
+def make_scheduler(optimizer: Optimizer, schedule: Schedule, steps: list[int]) -> "Scheduler":
     """The learning rate over a training of `steps` updates in each epoch.
 
     `cosine`: linear warm-up, then a cosine, by updates. `cosine-by-epoch`: timm's of the published code, a stair. `step`:
     constant, and a tenth of it in the last 30% of the epochs (the last three of SCRUB's ten published rounds).
     """
+    from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+
     lr_min, warmup_epochs = min(schedule.min_lr, schedule.lr), schedule.warmup_epochs
     if schedule.sched == "step":
         # timm's milestones count from 1.

@@ -60,8 +60,8 @@ def _signed(file: Path, signature: Path, signers: Path | None) -> tuple[bool | N
             done = ssh_keygen("verify", "-f", signers, "-I", who, "-n", NAMESPACE)
     except FileNotFoundError:
         return None, "no ssh-keygen here: install OpenSSH"
-    told = done.stderr if done.returncode else done.stdout
-    return not done.returncode, told.decode().strip().partition("\n")[0]
+    message = done.stderr if done.returncode else done.stdout
+    return not done.returncode, message.decode().strip().partition("\n")[0]
 
 
 class _Files:
@@ -72,8 +72,8 @@ class _Files:
         self.folder = RunFolder(path.resolve().parent.parent)
         # Ours first: it names the classes, which a published one before it does not.
         self.models = {"after": self.folder.checkpoint(self.number), "before": pretrained}
-        told = record["arguments"].get("head"), record["arguments"].get("published_adapters")
-        self.load = cache(lambda file: load_checkpoint(file, *(told if file == pretrained else ())))
+        message = record["arguments"].get("head"), record["arguments"].get("published_adapters")
+        self.load = cache(lambda file: load_checkpoint(file, *(message if file == pretrained else ())))
 
     def weights(self, file: Path) -> str:
         return weights_sha256(self.load(file).model)
@@ -126,8 +126,8 @@ def _compare(what: str, hashes: dict[Path, str], digest: Callable[[Path], str] =
     there = [file for file in hashes if file.exists()]
     if changed := [str(file) for file in there if digest(file) != hashes[file]]:
         return what, False, f"another file: {', '.join(changed)}"
-    if gone := [str(file) for file in hashes if file not in there]:
-        return what, None, f"no file {', '.join(gone)}"
+    if missing := [str(file) for file in hashes if file not in there]:
+        return what, None, f"no file {', '.join(missing)}"
     return what, True, f"all {len(hashes)} files" if len(hashes) > 1 else next(iter(hashes.values()))[:16]
 
 

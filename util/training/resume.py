@@ -26,8 +26,8 @@ FREE_ON_RESUME |= {"checkpoint", "resume_from", "weights", "data"}
 
 
 def add_resume_options(group: argparse._ArgumentGroup) -> None:
-    told = "seconds of training between two saves for --resume, each at an epoch's end; 0: every epoch"
-    group.add_argument("--save-every", type=number(float, 0), default=60, help=told)
+    help_text = "seconds of training between two saves for --resume, each at an epoch's end; 0: every epoch"
+    group.add_argument("--save-every", type=number(float, 0), default=60, help=help_text)
     group.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
     group.add_argument("--resume", action="store_true", help="continue the run; with --overwrite, replace a finished one")
 
@@ -52,7 +52,7 @@ def difference_to(config: dict, args: argparse.Namespace, identity: dict[str, st
     return difference or (f"{option_name(other[0])} has other content now" if other else None)
 
 
-def goes_on(folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, identity: dict, needed: int) -> bool:
+def should_resume(folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, identity: dict, needed: int) -> bool:
     """Whether the run of `args` in the locked folder goes on with one that is there. Nothing is changed.
 
     With both --resume and --overwrite a run that was interrupted is continued, and any other replaced. `identity`: of
@@ -66,13 +66,13 @@ def goes_on(folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, 
         if args.overwrite:
             resume = difference is None and folder.last.exists() and not folder.finished
         elif difference is not None:
-            told = f"--resume: {folder.path} was started with other options: {difference}; repeat the first command"
-            raise UsageError(f"{told}, or choose another --output-dir (--overwrite replaces the run)")
+            message = f"--resume: {folder.path} was started with other options: {difference}; repeat the first command"
+            raise UsageError(f"{message}, or choose another --output-dir (--overwrite replaces the run)")
     if resume:
         _warn_of_other_hardware(folder, config.get("hardware"), hardware)
     elif folder.has_run and not args.overwrite:
-        told = "--resume continues it, another --output-dir keeps it, --overwrite replaces it"
-        raise UsageError(f"{folder.path} holds a run: {told}")
+        message = "--resume continues it, another --output-dir keeps it, --overwrite replaces it"
+        raise UsageError(f"{folder.path} holds a run: {message}")
     _check_inputs(args, [*folder.own_files(replaced=True), *(() if resume else folder.own_files())])
     folder.check_room(needed)
     return distributed.all_processes(resume)
@@ -84,8 +84,8 @@ def _check_inputs(args: argparse.Namespace, files: Sequence[Path]) -> None:
     for key, value in vars(args).items():
         for path in value if isinstance(value, list) else [value]:
             if isinstance(path, Path) and path.resolve() in own:
-                told = f"{option_name(key)} {path} lies in the run that would be replaced"
-                raise UsageError(f"{told}: choose another --output-dir")
+                message = f"{option_name(key)} {path} lies in the run that would be replaced"
+                raise UsageError(f"{message}: choose another --output-dir")
 
 
 def _warn_of_other_hardware(folder: OutputFolder, before: object, hardware: Hardware) -> None:

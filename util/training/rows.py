@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
-from timm.data import ImageNetInfo
 from torch import Tensor
 
 from backbone.heads import HEADS, Head, Softmax
@@ -69,6 +67,8 @@ def _take(head: Head, weight: Tensor, bias: Tensor | None, ids: Sequence[int]) -
 
 def _classifier(args: argparse.Namespace, source: Source, model: Recognizer) -> tuple[Tensor, Tensor | None]:
     """All rows (K, dim) and biases (K,): of the classifier in a timm model's state dict, or of the one matrix in a file."""
+    from backbone.timm_models import timm
+
     file = args.weights if args.rows == "classifier" else args.rows
     if file is not None:
         state = load_rows(Path(file))
@@ -81,9 +81,9 @@ def _classifier(args: argparse.Namespace, source: Source, model: Recognizer) -> 
         weight = matrices[0] if len(matrices) == len(state) - (len(state) > 1) == 1 else None
     dim = model.head.weight.shape[1]
     if weight is None or weight.shape[1] != dim:
-        told = "no classifier" if weight is None else f"rows of {weight.shape[1]} values"
+        message = "no classifier" if weight is None else f"rows of {weight.shape[1]} values"
         where = file or args.model
-        raise UsageError(f"{where}: {told}, where --rows needs (classes, {dim}); --rows enrolment needs none")
+        raise UsageError(f"{where}: {message}, where --rows needs (classes, {dim}); --rows enrolment needs none")
     bias = next((tensor for tensor in state.values() if tensor.shape == weight.shape[:1]), None)
     return weight, state.get(f"{name}.bias", bias)
 
@@ -96,14 +96,16 @@ def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> l
         known = {name.split()[0] if name.split() else "": line for line, name in enumerate(names)}
         known |= {name.strip(): line for line, name in enumerate(names)}
     elif all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        from timm.data import ImageNetInfo
+
         known = {name: place for place, name in enumerate(ImageNetInfo().label_names())}
     elif all(name.isdecimal() for name in classes):
         known = {name: int(name) for name in classes}
     elif len(classes) == count:
         known = {name: place for place, name in enumerate(classes)}
     else:
-        told = f"{len(classes)} classes, {count} rows, and no names that tell which is which"
-        raise UsageError(f"{told}: give --class-map FILE, in which line i names row i")
+        message = f"{len(classes)} classes, {count} rows, and no names that tell which is which"
+        raise UsageError(f"{message}: give --class-map FILE, in which line i names row i")
     if strange := [name for name in classes if not 0 <= known.get(name, -1) < count]:
         where = f"{class_map or 'the classifier'} of {count} rows"
         raise UsageError(f"{len(strange)} classes are not in {where}, {strange[0]!r} first: give --class-map FILE")
@@ -112,6 +114,8 @@ def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> l
 
 def load_rows(path: Path) -> dict[str, Tensor]:
     """The state dict, or .npy matrix, in a file."""
+    from backbone.timm_models import timm
+
     with readable(path):
         if path.suffix == ".npy":
             return {"weight": torch.from_numpy(np.load(path, allow_pickle=False)).float()}

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-import timm
 import torch
 
 from backbone.published import initialize_as_published
@@ -51,6 +50,8 @@ def describe_model(args: argparse.Namespace, source: Source, num_classes: int) -
 
 def projection_dim(source: Source, weights: Path | None) -> int:
     """How many numbers the last layer in a timm model's weights makes."""
+    from backbone.timm_models import timm
+
     if weights is None and source.state is None:
         raise UsageError("--embedding projection needs weights that have one: --weights FILE, or a model's folder")
     name = timm.get_pretrained_cfg(source.model).classifier if timm.is_model(source.model) else None

@@ -12,8 +12,8 @@ from torch import Tensor
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from tests.conftest import small_recognizer
+from util.audit.inputs import AuditedModel, AuditTask
 from util.audit.statistics import Statistic
-from util.audit.subject import Scene, Subject
 from util.runtime.hardware import Hardware
 
 CPU = Hardware(torch.device("cpu"), bf16=False)
@@ -37,13 +37,13 @@ def make_up(
     noise: float = 1.0,
     seed: int = 0,
     head: str = "cosface",
-) -> tuple[Subject, Scene]:
+) -> tuple[AuditedModel, AuditTask]:
     """A model that embeds each identity around a direction, which is its row; the scene's pre-trained model is the same."""
     generator = torch.Generator().manual_seed(seed)
     train_set, test_set = labelled(train), labelled(test)
     strangers = None if unseen is None else labelled(unseen, "u")
     model = small_recognizer(len(train), head)
-    subject = Subject(model, train_set, test_set, strangers, CPU)
+    audited = AuditedModel(model, train_set, test_set, strangers, CPU)
     centres = torch.randn(len(train) + len(unseen or ()), DIM, generator=generator)
     with torch.no_grad():
         model.head.weight.copy_(centres[: len(train)])
@@ -54,12 +54,12 @@ def make_up(
         lengths = 1 + torch.rand(len(labels), 1, generator=generator)
         return lengths * (centres[labels] + noise * torch.randn(len(labels), DIM, generator=generator))
 
-    subject.train, subject.test = around(train_set.labels), around(test_set.labels)
+    audited.train_embeddings, audited.test_embeddings = around(train_set.labels), around(test_set.labels)
     if strangers is not None:
-        subject.unknown = around(len(train) + strangers.labels)
+        audited.stranger_embeddings = around(len(train) + strangers.labels)
     remain = tuple(c for c in range(len(train)) if c not in forget)
-    references = tuple(replace(subject) for _ in range(3))
-    return subject, Scene(train_set, test_set, tuple(forget), remain, strangers, subject, references, CPU, seed)
+    references = tuple(replace(audited) for _ in range(3))
+    return audited, AuditTask(train_set, test_set, tuple(forget), remain, strangers, audited, references, CPU, seed)
 
 
 def take_rows(model: Recognizer, classes: Sequence[int]) -> None:
@@ -78,14 +78,14 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def gallery(subject: Subject, scene: Scene, images: int, draw: int) -> np.ndarray:
-    train = unit(array(subject.train))
-    return np.stack([unit(np.mean([train[i] for i in chosen], axis=0)) for chosen in scene.enrolled(images, draw)])
+def gallery(audited: AuditedModel, task: AuditTask, images: int, draw: int) -> np.ndarray:
+    train = unit(array(audited.train_embeddings))
+    return np.stack([unit(np.mean([train[i] for i in chosen], axis=0)) for chosen in task.enrolled(images, draw)])
 
 
-def share(hits: np.ndarray, who: np.ndarray, people: Sequence[int]) -> float:
+def share(hits: np.ndarray, groups: np.ndarray, people: Sequence[int]) -> float:
     """Percent of hits over the images of these people: whoever is named twice counts twice."""
-    counted = [hit for person in people for hit, owner in zip(hits, who, strict=True) if owner == person]
+    counted = [hit for person in people for hit, owner in zip(hits, groups, strict=True) if owner == person]
     return 100 * sum(counted) / len(counted)
 
 

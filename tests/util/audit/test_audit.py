@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import coloured_images, small_recognizer
 from tests.util.audit.conftest import CPU, patterns, take_rows
-from util.audit import FIGURES, relearning
-from util.audit.audit import Audit, Store, audit, check_references, check_unseen
+from util.audit import AUDIT_METRICS, relearning
+from util.audit.audit import Audit, MeasurementCache, audit, check_references, check_unseen
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.runtime.errors import UsageError
 
@@ -43,7 +43,7 @@ def original(world, look) -> Audit:
 
 
 def verdicts(found: Audit) -> dict[str, str]:
-    return {key: entry["verdict"] for key, entry in found.figures.items() if entry["verdict"]}
+    return {key: entry["verdict"] for key, entry in found.metrics.items() if entry["verdict"]}
 
 
 def edited(model, edit):
@@ -54,9 +54,9 @@ def edited(model, edit):
 
 
 def test_every_key_is_there_with_its_numbers_or_a_reason(original):
-    keys = {key for figure in FIGURES.values() for key in figure.titles} | {"probe_block_0"}
-    assert {*original.figures} == keys
-    for key, entry in original.figures.items():
+    keys = {key for metric in AUDIT_METRICS.values() for key in metric.titles} | {"probe_block_0"}
+    assert {*original.metrics} == keys
+    for key, entry in original.metrics.items():
         assert (entry["verdict"] is None) == ("reason" in entry)
         if key != "verification_tar_01pct":
             assert (len(entry["references"]), len(entry["originals"])) == (6, 2)
@@ -68,10 +68,10 @@ def test_every_key_is_there_with_its_numbers_or_a_reason(original):
 
 
 def test_a_verdict_can_be_worked_out_from_the_entry(original):
-    judged = {key: entry for key, entry in original.figures.items() if entry["verdict"]}
+    judged = {key: entry for key, entry in original.metrics.items() if entry["verdict"]}
     assert len(judged) == 18
     for key, entry in judged.items():
-        seen_by = original.figures["acc_forget" if key == "sign_flip" else key]["originals"]
+        seen_by = original.metrics["acc_forget" if key == "sign_flip" else key]["originals"]
         mean, known = np.mean(entry["references"]), np.mean(seen_by)
         spread = max(np.std(entry["references"], ddof=1), 100 / (120 if key.startswith("photos_") else 60))
         assert entry["known"] == pytest.approx(known, abs=1e-3)
@@ -84,7 +84,7 @@ def test_a_verdict_can_be_worked_out_from_the_entry(original):
 
 def test_an_original_is_still_known_wherever_that_can_be_told(original):
     # With some power to spare: an original may be a little less sure than the others are on average.
-    can_tell = {key for key, entry in original.figures.items() if (entry["power"] or 0) >= 4}
+    can_tell = {key for key, entry in original.metrics.items() if (entry["power"] or 0) >= 4}
     assert can_tell >= STRONG | {"acc_forget", "relearn_1"}
     # A model in its own right neither flips signs, nor fits the rows of the pre-trained one; little collapse is no sign.
     silent = {"sign_flip", "collapse_1pct", "relearn_kept_only"}
@@ -113,14 +113,14 @@ def permute(model, forget) -> None:
 
 @pytest.mark.parametrize("edit", [negate, permute])
 def test_an_edit_of_the_head_alone_leaves_the_person_in_all_else(world, look, edit):
-    found = look(edited(world.originals[0], lambda model: edit(model, [*world.forget]))).figures
+    found = look(edited(world.originals[0], lambda model: edit(model, [*world.forget]))).metrics
     for key in WITHOUT_THE_HEAD | {"acc_forget", "relearn_1", "relearn_5", "relearn_kept_only"}:
         assert found[key]["value"] == found[key]["originals"][0], key
     assert {found[key]["verdict"] for key in STRONG | {"acc_forget"}} == {STILL_KNOWN}
 
 
 def test_negated_rows_are_caught_by_the_readout(world, look):
-    found = look(edited(world.originals[0], lambda model: negate(model, [*world.forget])), figures=["readout"]).figures
+    found = look(edited(world.originals[0], lambda model: negate(model, [*world.forget])), metrics=["readout"]).metrics
     before = found["acc_forget"]["originals"][0]
     assert 0.75 * before < found["sign_flip"]["value"] <= 100
     assert found["sign_flip"]["verdict"] == STILL_KNOWN
@@ -137,12 +137,12 @@ def one_point(world, look) -> Audit:
         model.backbone.norm.weight.zero_()
         model.backbone.norm.bias.copy_(torch.linspace(-1, 1, 32))
 
-    names = [name for name in FIGURES if name != "relearning"]
-    return look(edited(world.originals[0], flatten), figures=names)
+    names = [name for name in AUDIT_METRICS if name != "relearning"]
+    return look(edited(world.originals[0], flatten), metrics=names)
 
 
 def test_one_point_for_all_faces_is_over_forgotten(one_point):
-    found = one_point.figures
+    found = one_point.metrics
     assert found["enrolment_5"]["verdict"] == found["verification_auc"]["verdict"] == OVER_FORGOTTEN
     for key in ("acc_forget", "probe_embedding", "verification_tar_1pct"):
         assert found[key]["verdict"] == (OVER_FORGOTTEN if found[key]["power"] >= 3 else INCONCLUSIVE)
@@ -156,33 +156,33 @@ def test_one_point_for_all_faces_is_nowhere_still_known_but_below_it(one_point):
 
 def test_what_references_and_originals_measure_is_kept(world, look, tmp_path, monkeypatch):
     names = ["readout", "enrolment", "verification"]
-    first = look(world.originals[2], cache=tmp_path, figures=names)
+    first = look(world.originals[2], cache=tmp_path, metrics=names)
     files = {*tmp_path.iterdir()}
     assert len(files) == 3 * (6 + 2)
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "_measure", lambda *_: pytest.fail("measured again"))
-        again = look(world.originals[2], cache=tmp_path, figures=names)
-        other = look(world.references[0], world.references[1:], cache=tmp_path, figures=names)
-    assert again.as_dict() == first.as_dict() == look(world.originals[2], cache=None, figures=names).as_dict()
-    assert other.figures["enrolment_5"]["value"] == first.figures["enrolment_5"]["references"][0]
+        patch.setattr(MeasurementCache, "_measure", lambda *_: pytest.fail("measured again"))
+        again = look(world.originals[2], cache=tmp_path, metrics=names)
+        other = look(world.references[0], world.references[1:], cache=tmp_path, metrics=names)
+    assert again.as_dict() == first.as_dict() == look(world.originals[2], cache=None, metrics=names).as_dict()
+    assert other.metrics["enrolment_5"]["value"] == first.metrics["enrolment_5"]["references"][0]
     assert {*tmp_path.iterdir()} == files
 
 
 def test_another_question_is_not_answered_from_the_cache(world, look, tmp_path):
-    few = {"references": world.references[:3], "originals": (), "figures": ["enrolment"]}
+    few = {"references": world.references[:3], "originals": (), "metrics": ["enrolment"]}
     look(world.originals[2], cache=tmp_path, **few)
     for number, change in enumerate(({"seed": 1}, {"remain": [0, 1, 3, 4]}, {"unseen": None}), start=1):
         assert len([*tmp_path.iterdir()]) == 4 * number
         found = look(world.originals[2], cache=tmp_path, **few | change)
-        assert found.figures == look(world.originals[2], cache=None, **few | change).figures
+        assert found.metrics == look(world.originals[2], cache=None, **few | change).metrics
     assert len([*tmp_path.iterdir()]) == 16
 
 
 def test_who_is_to_be_known_can_be_named(world, look):
-    found = look(world.references[0], world.references[1:4], remain=[0, 3], figures=["verification"])
-    assert found.scene.remain == (0, 3)
-    assert found.figures["verification_tar_01pct"]["reason"] == "needs 10000 impostor pairs of kept faces, there are 100"
-    assert len(found.scene.remain_test) == 20
+    found = look(world.references[0], world.references[1:4], remain=[0, 3], metrics=["verification"])
+    assert found.task.remain == (0, 3)
+    assert found.metrics["verification_tar_01pct"]["reason"] == "needs 10000 impostor pairs of kept faces, there are 100"
+    assert len(found.task.remain_test) == 20
 
 
 @pytest.fixture

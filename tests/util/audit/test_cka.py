@@ -43,15 +43,17 @@ def test_one_point_is_like_nothing():
 
 
 def test_the_figure_is_the_mean_likeness_to_the_other_references():
-    subject, scene = make_up()
-    for number, reference in enumerate(scene.references):
-        reference.test = torch.randn(subject.test.shape, generator=DRAW(number)) + 0.2 * number * subject.test
-    faces = [array(model.test)[scene.forget_test] for model in (subject, *scene.references)]
-    measurement = CKA().measure(subject, replace(scene, before=scene.references[2]))
+    audited, task = make_up()
+    for number, reference in enumerate(task.references):
+        reference.test_embeddings = (
+            torch.randn(audited.test_embeddings.shape, generator=DRAW(number)) + 0.2 * number * audited.test_embeddings
+        )
+    faces = [array(model.test_embeddings)[task.forget_test] for model in (audited, *task.references)]
+    measurement = CKA().measure(audited, replace(task, before=task.references[2]))
     expected = [by_gram(faces[0], other) for other in faces[1:]]
     assert value_of(measurement.statistics["cka"], 3) == pytest.approx(np.mean(expected))
     assert measurement.curves["cka"]["before"] == round(expected[2], 4)
-    of_itself = CKA().measure(scene.references[0], scene)
+    of_itself = CKA().measure(task.references[0], task)
     expected = [by_gram(faces[1], faces[i]) for i in (2, 3)]
     assert value_of(of_itself.statistics["cka"], 3) == pytest.approx(np.mean(expected))
     assert of_itself.curves["cka"]["references"] == round(np.mean(expected), 4)

@@ -30,13 +30,13 @@ def test_a_search_finds_a_face_that_is_like_nobody():
 
 
 def test_each_rate_is_the_mean_over_ten_galleries():
-    subject, scene = make_up(noise=1.5)
-    probes, labels = unit(array(subject.test))[scene.forget_test], scene.forget_labels.numpy()
-    strangers = unit(array(subject.unknown))
+    audited, task = make_up(noise=1.5)
+    probes, labels = unit(array(audited.test_embeddings))[task.forget_test], task.forget_labels.numpy()
+    strangers = unit(array(audited.stranger_embeddings))
     hits = {"enrolment_1": np.zeros(len(labels)), "enrolment_5": np.zeros(len(labels)), "tpir_1pct": np.zeros(len(labels))}
     for draw in range(10):
         for images in (1, 5):
-            templates = gallery(subject, scene, images, draw)
+            templates = gallery(audited, task, images, draw)
             threshold = quantile([max(templates @ face) for face in strangers], 0.99)
             for i, (face, label) in enumerate(zip(probes, labels, strict=True)):
                 cosines = templates @ face
@@ -44,10 +44,10 @@ def test_each_rate_is_the_mean_over_ten_galleries():
                 hits[f"enrolment_{images}"][i] += right / 10
                 if images == 5:
                     hits["tpir_1pct"][i] += (right and cosines.max() > threshold) / 10
-    found = Enrolment().measure(subject, scene).statistics
+    found = Enrolment().measure(audited, task).statistics
     assert {*found} == {*hits, "photos_enrolment_1"} == {*Enrolment.titles}
     for key, expected in hits.items():
-        assert at(found[key]) == pytest.approx([share(expected, scene.who, people) for people in DRAWN])
+        assert at(found[key]) == pytest.approx([share(expected, task.test_groups, people) for people in DRAWN])
     assert 100 > hits["enrolment_5"].mean() * 100 > hits["enrolment_1"].mean() * 100 > 10
     assert 0 < hits["tpir_1pct"].mean() < hits["enrolment_5"].mean()
 
@@ -59,10 +59,10 @@ def test_without_strangers_no_rate_at_their_threshold():
 
 
 def test_one_point_for_all_faces_recognizes_nobody_but_one():
-    subject, scene = make_up()
-    for name in ("train", "test", "unknown"):
-        setattr(subject, name, torch.ones_like(getattr(subject, name)) * 0.3)
-    found = Enrolment().measure(subject, scene).statistics
+    audited, task = make_up()
+    for name in ("train_embeddings", "test_embeddings", "stranger_embeddings"):
+        setattr(audited, name, torch.ones_like(getattr(audited, name)) * 0.3)
+    found = Enrolment().measure(audited, task).statistics
     first = [at(found[key], [(0, 0, 0), (1, 1, 1), (2, 2, 2)]) for key in ("enrolment_1", "enrolment_5")]
     assert all(sorted(each)[:2] == [0, 0] for each in first), "all are taken for the same one"
     assert at(found["tpir_1pct"]).tolist() == [0] * len(DRAWN)
@@ -70,15 +70,15 @@ def test_one_point_for_all_faces_recognizes_nobody_but_one():
 
 @pytest.mark.parametrize("forget", [(1, 4, 6), (4,)], ids=["people", "one person"])
 def test_training_photos_are_searched_where_they_are_not_enrolled(forget):
-    subject, scene = make_up(forget=forget, noise=1.5)
-    faces, labels = unit(array(subject.train)), scene.train_set.labels.tolist()
+    audited, task = make_up(forget=forget, noise=1.5)
+    faces, labels = unit(array(audited.train_embeddings)), task.train_set.labels.tolist()
     rates = []
-    for position in scene.forget_train.tolist():
-        draws = [draw for draw in range(10) if position not in np.concatenate(scene.enrolled(1, draw))]
-        found = [(gallery(subject, scene, 1, draw) @ faces[position]).argmax() == labels[position] for draw in draws]
+    for position in task.forget_train.tolist():
+        draws = [draw for draw in range(10) if position not in np.concatenate(task.enrolled(1, draw))]
+        found = [(gallery(audited, task, 1, draw) @ faces[position]).argmax() == labels[position] for draw in draws]
         rates += [np.mean(found)] if draws else []
-    statistic = Enrolment().measure(subject, scene).statistics["photos_enrolment_1"]
-    assert value_of(statistic, scene.drawn) == pytest.approx(100 * np.mean(rates))
+    statistic = Enrolment().measure(audited, task).statistics["photos_enrolment_1"]
+    assert value_of(statistic, task.num_groups) == pytest.approx(100 * np.mean(rates))
     assert 0 < np.mean(rates) < 1
-    low, high = bootstrap_interval(statistic, scene.drawn, seed=0)
+    low, high = bootstrap_interval(statistic, task.num_groups, seed=0)
     assert low < 100 * np.mean(rates) < high

@@ -15,32 +15,32 @@ from util.audit.statistics import value_of
 MANY = {"forget": range(10), "train": (5,) * 40, "test": (8,) * 40, "unseen": (8,) * 10}
 
 
-def value(subject, scene) -> float:
-    return value_of(MembershipOfPerson().measure(subject, scene).statistics["membership_person"], len(scene.forget))
+def value(audited, task) -> float:
+    return value_of(MembershipOfPerson().measure(audited, task).statistics["membership_person"], len(task.forget))
 
 
 def swappable(seed: int, within: float):
     """Forgotten people and strangers alike: each a point of its own, with so much noise within."""
-    subject, scene = make_up(**MANY, seed=seed)
+    audited, task = make_up(**MANY, seed=seed)
     generator = torch.Generator().manual_seed(100 + seed)
-    everybody = torch.cat([scene.forget_labels, 10 + scene.unseen.labels])
+    everybody = torch.cat([task.forget_labels, 10 + task.unseen.labels])
     points = torch.randn(20, 32, generator=generator) * (0.5 + torch.rand(20, 1, generator=generator))
     faces = points[everybody] + within * torch.randn(len(everybody), 32, generator=generator)
-    subject.test[scene.forget_test], subject.unknown = faces[:80], faces[80:]
-    return subject, scene
+    audited.test_embeddings[task.forget_test], audited.stranger_embeddings = faces[:80], faces[80:]
+    return audited, task
 
 
 def test_strangers_with_longer_embeddings_are_told():
-    subject, scene = swappable(0, 1.0)
-    subject.test[scene.forget_test] *= 10 / subject.test[scene.forget_test].norm(dim=1, keepdim=True)
-    subject.unknown = subject.unknown * (20 / subject.unknown.norm(dim=1, keepdim=True))
-    assert value(subject, scene) > 99.9
+    audited, task = swappable(0, 1.0)
+    audited.test_embeddings[task.forget_test] *= 10 / audited.test_embeddings[task.forget_test].norm(dim=1, keepdim=True)
+    audited.stranger_embeddings = audited.stranger_embeddings * (20 / audited.stranger_embeddings.norm(dim=1, keepdim=True))
+    assert value(audited, task) > 99.9
 
 
 def test_people_of_whom_a_kept_row_remembers_more_are_told():
-    subject, scene = swappable(0, 1.0)
-    subject.test[scene.forget_test] += 2 * subject.model.head.weight.detach()[10 + scene.forget_labels]
-    assert value(subject, scene) > 95
+    audited, task = swappable(0, 1.0)
+    audited.test_embeddings[task.forget_test] += 2 * audited.model.head.weight.detach()[10 + task.forget_labels]
+    assert value(audited, task) > 95
 
 
 def test_people_who_could_be_swapped_are_not_told():
@@ -51,10 +51,10 @@ def test_people_who_could_be_swapped_are_not_told():
 def test_what_tells_one_person_from_another_does_not_tell_forgotten_people_from_strangers():
     values, leaking = [], []
     for seed in range(12):
-        subject, scene = swappable(seed, within=0.02)
-        values.append(value(subject, scene))
-        faces = torch.cat([subject.test[scene.forget_test], subject.unknown])
-        features = MembershipOfPerson()._features(subject, scene, faces)
+        audited, task = swappable(seed, within=0.02)
+        values.append(value(audited, task))
+        faces = torch.cat([audited.test_embeddings[task.forget_test], audited.stranger_embeddings])
+        features = MembershipOfPerson()._features(audited, task, faces)
         truth = np.arange(160) < 80
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
         scores = cross_val_predict(probe, features.numpy(), truth, cv=5, method="decision_function")
@@ -64,9 +64,9 @@ def test_what_tells_one_person_from_another_does_not_tell_forgotten_people_from_
 
 
 def test_features_are_sorted_cosines_length_and_entropy():
-    subject, scene = make_up(noise=1.5)
-    rows, faces = array(subject.model.head.weight)[list(scene.remain)], array(subject.unknown)
-    found = MembershipOfPerson()._features(subject, scene, subject.unknown).numpy()
+    audited, task = make_up(noise=1.5)
+    rows, faces = array(audited.model.head.weight)[list(task.remain)], array(audited.stranger_embeddings)
+    found = MembershipOfPerson()._features(audited, task, audited.stranger_embeddings).numpy()
     for face, features in zip(faces, found, strict=True):
         cosines = unit(rows) @ unit(face)
         p = np.exp(64 * cosines) / np.exp(64 * cosines).sum()

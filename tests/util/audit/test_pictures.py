@@ -14,9 +14,9 @@ def test_faces_are_those_where_the_models_differ_of_different_people():
     train = towards[labels]
 
     def subject(*nearest: int) -> SimpleNamespace:  # whom each of the four test faces lies at
-        return SimpleNamespace(train=train, test=towards[list(nearest)])
+        return SimpleNamespace(train_embeddings=train, test_embeddings=towards[list(nearest)])
 
-    scene = SimpleNamespace(forget_test=torch.arange(4), forget_labels=torch.tensor([0, 0, 1, 1]))
-    scene.who, scene.train_set = np.array([0, 0, 1, 1]), SimpleNamespace(labels=labels)
+    task = SimpleNamespace(forget_test=torch.arange(4), forget_labels=torch.tensor([0, 0, 1, 1]))
+    task.test_groups, task.train_set = np.array([0, 0, 1, 1]), SimpleNamespace(labels=labels)
     models = {"before": subject(0, 0, 1, 1), "after": subject(0, 1, 0, 1)}  # differ on the second and the third
-    assert _faces(models, SimpleNamespace(scene=scene)) == [1, 2, 0, 3]
+    assert _faces(models, SimpleNamespace(task=task)) == [1, 2, 0, 3]

@@ -12,9 +12,9 @@ from backbone.heads import Head
 from tests.conftest import coloured_images, small_recognizer
 from tests.util.audit.conftest import CPU, array, at, gallery, share, take_rows, unit
 from util.audit import relearning
+from util.audit.inputs import AuditedModel, AuditTask
 from util.audit.relearning import STEPS, Relearning, _mean_over_log_steps, relearn
 from util.audit.statistics import value_of
-from util.audit.subject import Scene, Subject
 
 KEYS = ["relearn_1", "relearn_5", "relearn_kept_only"]
 
@@ -24,14 +24,18 @@ def few_steps(monkeypatch):
     monkeypatch.setattr(relearning, "STEPS", (0, 1, 4))
 
 
-def colours(head: str = "cosface", classes: int = 6, per_class: int = 8) -> tuple[Subject, Scene]:
+def colours(head: str = "cosface", classes: int = 6, per_class: int = 8) -> tuple[AuditedModel, AuditTask]:
     """An untrained model of colours, its rows the classes' means; it knows a good part."""
     train, test = coloured_images(classes, per_class), coloured_images(classes, 5, seed=1)
     model = small_recognizer(classes, head).eval()
-    subject = Subject(model, train, test, None, CPU)
+    audited = AuditedModel(model, train, test, None, CPU)
     with torch.no_grad():
-        model.head.weight.copy_(torch.stack([subject.train[train.labels == c].mean(dim=0) for c in range(classes)]))
-    return subject, Scene(train, test, (1, 4), tuple(c for c in range(classes) if c not in (1, 4)), None, subject, (), CPU)
+        model.head.weight.copy_(
+            torch.stack([audited.train_embeddings[train.labels == c].mean(dim=0) for c in range(classes)])
+        )
+    return audited, AuditTask(
+        train, test, (1, 4), tuple(c for c in range(classes) if c not in (1, 4)), None, audited, (), CPU
+    )
 
 
 def accuracy(embeddings, labels, rows, bias=None) -> float:
@@ -49,8 +53,8 @@ def test_the_mean_over_the_logarithm_of_steps():
 
 
 def test_a_figure_is_the_mean_of_its_curve(few_steps):
-    subject, scene = colours()
-    measurement = Relearning().measure(subject, scene)
+    audited, task = colours()
+    measurement = Relearning().measure(audited, task)
     assert [*measurement.curves] == KEYS
     assert {*measurement.statistics} == {*KEYS, "photos_relearn_1"} == {*Relearning.titles}
     for key, curve in measurement.curves.items():
@@ -61,39 +65,39 @@ def test_a_figure_is_the_mean_of_its_curve(few_steps):
 
 
 def test_people_are_weighed_by_their_images(few_steps):
-    subject, scene = colours()
-    rows, _ = subject.rows(scene)
-    average = _mean_over_log_steps(relearn(subject, scene, rows, None, *[torch.empty(0, dtype=torch.long)] * 2)[0])
-    found = Relearning().measure(subject, scene).statistics["relearn_kept_only"]
+    audited, task = colours()
+    rows, _ = audited.rows(task)
+    average = _mean_over_log_steps(relearn(audited, task, rows, None, *[torch.empty(0, dtype=torch.long)] * 2)[0])
+    found = Relearning().measure(audited, task).statistics["relearn_kept_only"]
     draws = [(0, 0), (1, 1), (0, 1)]
-    assert at(found, draws, 2) == pytest.approx([share(average, scene.who, people) for people in draws])
+    assert at(found, draws, 2) == pytest.approx([share(average, task.test_groups, people) for people in draws])
 
 
 def test_training_photos_that_are_not_trained_on_count_too(few_steps):
-    subject, scene = colours()
-    shown = torch.tensor([scene.train_by_class[c][0] for c in scene.forget])
-    rows = subject.rows(scene)
-    _, trained = relearn(subject, scene, *rows, shown, scene.forget_train)
+    audited, task = colours()
+    shown = torch.tensor([task.train_by_class[c][0] for c in task.forget])
+    rows = audited.rows(task)
+    _, trained = relearn(audited, task, *rows, shown, task.forget_train)
     assert trained.shape == (3, 16)
-    answers = subject.logits(subject.train[scene.forget_train], *rows).argmax(dim=1)
-    assert (trained[0] == (answers == subject.train_set.labels[scene.forget_train]).numpy()).all(), "before any step"
-    assert 0 < value_of(Relearning().measure(subject, scene).statistics["photos_relearn_1"], 2) <= 100
+    answers = audited.logits(audited.train_embeddings[task.forget_train], *rows).argmax(dim=1)
+    assert (trained[0] == (answers == audited.train_set.labels[task.forget_train]).numpy()).all(), "before any step"
+    assert 0 < value_of(Relearning().measure(audited, task).statistics["photos_relearn_1"], 2) <= 100
 
 
 @pytest.mark.parametrize("head", ["cosface", "softmax"])
 @pytest.mark.parametrize("has_rows", [True, False])
 def test_it_starts_from_templates_as_long_as_the_kept_rows(head, has_rows, few_steps):
-    subject, scene = colours(head)
-    weight, kept = array(subject.model.head.weight), list(scene.remain)
+    audited, task = colours(head)
+    weight, kept = array(audited.model.head.weight), list(task.remain)
     bias = np.zeros(6) if head == "softmax" else None  # a missing row's is the others' mean
     if not has_rows:
-        take_rows(subject.model, scene.forget)
+        take_rows(audited.model, task.forget)
     length = np.mean([np.linalg.norm(weight[c]) for c in kept])
-    faces, labels = array(subject.test)[scene.forget_test], scene.forget_labels.numpy()
-    curves = Relearning().measure(subject, scene).curves
+    faces, labels = array(audited.test_embeddings)[task.forget_test], task.forget_labels.numpy()
+    curves = Relearning().measure(audited, task).curves
     for images in (1, 5):
         rows = weight.copy()
-        rows[[1, 4]] = length * gallery(subject, scene, images, 0)[[1, 4]]
+        rows[[1, 4]] = length * gallery(audited, task, images, 0)[[1, 4]]
         expected = accuracy(faces, labels, rows, bias)
         assert expected > 20
         assert curves[f"relearn_{images}"]["accuracy"][0] == expected
@@ -102,10 +106,10 @@ def test_it_starts_from_templates_as_long_as_the_kept_rows(head, has_rows, few_s
 @pytest.mark.parametrize("head", ["cosface", "softmax"])
 @pytest.mark.parametrize("original", [True, False])
 def test_the_rows_put_back_are_the_pretrained_models_or_an_originals_own(head, original, few_steps):
-    subject, scene = colours(head)
-    faces, labels = array(subject.test)[scene.forget_test], scene.forget_labels.numpy()
-    rows, bias = array(subject.model.head.weight), np.zeros(6) if head == "softmax" else None
-    edited = replace(subject, model=copy.deepcopy(subject.model), original=original)
+    audited, task = colours(head)
+    faces, labels = array(audited.test_embeddings)[task.forget_test], task.forget_labels.numpy()
+    rows, bias = array(audited.model.head.weight), np.zeros(6) if head == "softmax" else None
+    edited = replace(audited, model=copy.deepcopy(audited.model), original=original)
     with torch.no_grad():
         edited.model.head.weight[[1, 4]] *= -1
         if head == "softmax":
@@ -113,7 +117,7 @@ def test_the_rows_put_back_are_the_pretrained_models_or_an_originals_own(head, o
     if original:
         rows[[1, 4]] *= -1
         bias = None if bias is None else np.array([0, -50, 0, 0, -50, 0])
-    found = Relearning().measure(edited, scene).curves["relearn_kept_only"]["accuracy"][0]
+    found = Relearning().measure(edited, task).curves["relearn_kept_only"]["accuracy"][0]
     assert found == accuracy(faces, labels, rows, bias)
     assert found == 0 if original else found > 20
 
@@ -126,8 +130,8 @@ def test_it_is_trained_on_the_images_enrolled_and_as_many_kept_ones(few_steps, m
         return loss(head, embeddings, labels)
 
     monkeypatch.setattr(Head, "loss", record)
-    subject, scene = colours()
-    Relearning().measure(subject, scene)
+    audited, task = colours()
+    Relearning().measure(audited, task)
     of_one, of_five, of_kept = shown[:5], shown[5:10], shown[10:]
     assert len(of_kept) == 5
     for labels in of_one:
@@ -144,19 +148,19 @@ def test_it_is_trained_on_the_images_enrolled_and_as_many_kept_ones(few_steps, m
 
 
 def test_the_model_stays_as_it_is_and_the_figure_repeats(few_steps):
-    subject, scene = colours()
-    subject.model.train().requires_grad_(False)
-    before = copy.deepcopy(subject.model.state_dict())
-    first, second = (Relearning().measure(subject, scene) for _ in range(2))
+    audited, task = colours()
+    audited.model.train().requires_grad_(False)
+    before = copy.deepcopy(audited.model.state_dict())
+    first, second = (Relearning().measure(audited, task) for _ in range(2))
     assert first.curves == second.curves
-    assert all(torch.equal(before[key], value) for key, value in subject.model.state_dict().items())
-    assert subject.model.training
-    assert not any(p.requires_grad or p.grad is not None for p in subject.model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in audited.model.state_dict().items())
+    assert audited.model.training
+    assert not any(p.requires_grad or p.grad is not None for p in audited.model.parameters())
 
 
 def test_training_on_people_brings_them_up(monkeypatch):
     monkeypatch.setattr(relearning, "STEPS", (0, 30))
     monkeypatch.setattr(relearning, "LR", 3e-3)
-    subject, scene = colours()
-    first, last = Relearning().measure(subject, scene).curves["relearn_5"]["accuracy"]
+    audited, task = colours()
+    first, last = Relearning().measure(audited, task).curves["relearn_5"]["accuracy"]
     assert last > first + 10 or last > 95

@@ -47,22 +47,22 @@ def by_sklearn(positive, negative, positive_weight, negative_weight) -> float:
 @pytest.mark.parametrize("of_nobody", [False, True])
 def test_an_auc_weighs_every_score_by_its_identity(levels, of_nobody, chance):
     positive, negative = chance.integers(1, levels + 1, 40), chance.integers(0, levels, 50)
-    positive_who, negative_who = chance.integers(0, 3, 40), chance.integers(0, 3, 50)
-    statistic = auc_statistic(positive, negative, positive_who[:, None], None if of_nobody else negative_who[:, None])
+    positive_groups, negative_groups = chance.integers(0, 3, 40), chance.integers(0, 3, 50)
+    statistic = auc_statistic(positive, negative, positive_groups[:, None], None if of_nobody else negative_groups[:, None])
     for people in DRAWN:
         weights = np.bincount(people, minlength=3)
-        down = np.ones(50) if of_nobody else weights[negative_who]
-        expected = by_sklearn(positive, negative, weights[positive_who], down)
+        down = np.ones(50) if of_nobody else weights[negative_groups]
+        expected = by_sklearn(positive, negative, weights[positive_groups], down)
         assert at(statistic, [people]) == pytest.approx([expected])
 
 
 def test_a_pair_of_two_identities_counts_as_often_as_both_are_drawn(chance):
     positive, negative = chance.normal(0.5, 1, 30), chance.normal(0, 1, 60)
-    who, pairs = chance.integers(0, 3, 30), np.array([(0, 1), (0, 2), (1, 2)])[chance.integers(0, 3, 60)]
-    statistic = auc_statistic(positive, negative, who[:, None], pairs)
+    groups, pairs = chance.integers(0, 3, 30), np.array([(0, 1), (0, 2), (1, 2)])[chance.integers(0, 3, 60)]
+    statistic = auc_statistic(positive, negative, groups[:, None], pairs)
     for people in DRAWN[:-1]:
         weights = np.bincount(people, minlength=3)
-        expected = by_sklearn(positive, negative, weights[who], weights[pairs[:, 0]] * weights[pairs[:, 1]])
+        expected = by_sklearn(positive, negative, weights[groups], weights[pairs[:, 0]] * weights[pairs[:, 1]])
         assert at(statistic, [people]) == pytest.approx([expected])
     assert np.isnan(at(statistic, [(1, 1, 1)])).all(), "one identity alone has no impostor pairs"
 
@@ -81,15 +81,15 @@ def test_scores_that_all_tie_tell_nothing():
     assert value_of(statistic, 1) == 50
 
 
-@pytest.mark.parametrize("figure", ["mean", "auc"])
-def test_an_interval_is_that_of_samples_of_identities(figure, chance):
+@pytest.mark.parametrize("metric", ["mean", "auc"])
+def test_an_interval_is_that_of_samples_of_identities(metric, chance):
     scores, negative = chance.random(len(WHO)), chance.random(20)
-    statistic = mean_statistic(scores, WHO, 3) if figure == "mean" else auc_statistic(scores, negative, WHO[:, None])
+    statistic = mean_statistic(scores, WHO, 3) if metric == "mean" else auc_statistic(scores, negative, WHO[:, None])
     found = []
     for counts in np.random.default_rng(5).multinomial(3, [1 / 3] * 3, 1000):
         sample = np.concatenate([scores[person == WHO] for person in np.repeat(np.arange(3), counts)])
         wins = (sample[:, None] > negative).mean()
-        found.append(100 * (sample.mean() if figure == "mean" else wins))
+        found.append(100 * (sample.mean() if metric == "mean" else wins))
     expected = quantile(found, 0.025), quantile(found, 0.975)
     assert bootstrap_interval(statistic, 3, seed=5) == pytest.approx(expected)
     assert expected[0] < value_of(statistic, 3) < expected[1]
@@ -165,7 +165,7 @@ def test_a_verdict_on_either_side_of_each_boundary(value, references, originals,
     ],
 )
 def test_little_of_what_goes_wrong_is_no_sign_of_knowing(value, original, verdict):
-    assert compare(value, [60, 62, 64], [original], 0.1, falls=True).verdict == verdict
+    assert compare(value, [60, 62, 64], [original], 0.1, lower_if_known=True).verdict == verdict
 
 
 def test_without_a_gap_nothing_can_be_told():

@@ -12,13 +12,13 @@ from util.audit.utility import utility
 
 
 def test_kept_faces_by_hand():
-    subject, scene = make_up(noise=2.0)
-    drift = torch.randn(subject.test.shape, generator=torch.Generator().manual_seed(4))
-    after = replace(subject)
-    after.train, after.test = subject.train, subject.test + drift
-    found = utility(after, scene)
+    audited, task = make_up(noise=2.0)
+    drift = torch.randn(audited.test_embeddings.shape, generator=torch.Generator().manual_seed(4))
+    after = replace(audited)
+    after.train_embeddings, after.test_embeddings = audited.train_embeddings, audited.test_embeddings + drift
+    found = utility(after, task)
 
-    faces, labels = array(after.test)[scene.remain_test], scene.test_set.labels[scene.remain_test].numpy()
+    faces, labels = array(after.test_embeddings)[task.remain_test], task.test_set.labels[task.remain_test].numpy()
     cosines = unit(faces) @ unit(array(after.model.head.weight)).T
     assert found["acc_remain"] == pytest.approx(100 * (cosines.argmax(axis=1) == labels).mean())
     pairs = pairs_of(faces, labels)
@@ -27,9 +27,9 @@ def test_kept_faces_by_hand():
 
     accepted = []
     for draw in range(10):
-        old = gallery(subject, scene, 5, draw)
+        old = gallery(audited, task, 5, draw)
         own = [old[label] @ unit(face) for face, label in zip(faces, labels, strict=True)]
-        others = [old[c] @ unit(face) for face, label in zip(faces, labels, strict=True) for c in scene.remain if c != label]
+        others = [old[c] @ unit(face) for face, label in zip(faces, labels, strict=True) for c in task.remain if c != label]
         threshold = quantile(others, 0.99)
         accepted.append(np.mean([score > threshold for score in own]))
     assert found["old_templates_tar_1pct"] == pytest.approx(100 * np.mean(accepted))
@@ -38,18 +38,18 @@ def test_kept_faces_by_hand():
 
 
 def test_a_model_that_turned_all_embeddings_around_fails_with_old_templates_alone():
-    subject, scene = make_up(noise=0.3)
-    before = utility(subject, scene)
-    after = replace(subject)
+    audited, task = make_up(noise=0.3)
+    before = utility(audited, task)
+    after = replace(audited)
     rotation, _ = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))
-    after.train, after.test = subject.train @ rotation, subject.test @ rotation
-    found = utility(after, scene)
+    after.train_embeddings, after.test_embeddings = audited.train_embeddings @ rotation, audited.test_embeddings @ rotation
+    found = utility(after, task)
     assert found["verification_auc_remain"] == pytest.approx(before["verification_auc_remain"], abs=1e-3)
     assert before["old_templates_tar_1pct"] > 99 > 30 > found["old_templates_tar_1pct"]
 
 
 def test_without_pairs_there_is_no_verification():
-    subject, scene = make_up(test=(1, 5, 1, 1, 5, 1, 5, 1))
-    found = utility(subject, scene)
+    audited, task = make_up(test=(1, 5, 1, 1, 5, 1, 5, 1))
+    found = utility(audited, task)
     assert found["verification_auc_remain"] is None
     assert found["acc_remain"] >= 0

@@ -35,11 +35,11 @@ def test_a_request_is_as_if_never_seen_where_three_families_say_so_and_none_else
 
 
 def test_nothing_upside_down_is_no_evidence_and_something_is():
-    figures = request((PAIRS, WITHIN), (MEMBER, WITHIN), sign_flip=entry(FACES, WITHIN))
-    assert judge(figures)["verdict"] == NOT_ENOUGH
-    assert FACES not in judge(figures)["families"]
-    figures["sign_flip"] = entry(FACES, STILL_KNOWN)
-    assert judge(figures)["verdict"] == judge(figures)["families"][FACES] == STILL_KNOWN
+    metrics = request((PAIRS, WITHIN), (MEMBER, WITHIN), sign_flip=entry(FACES, WITHIN))
+    assert judge(metrics)["verdict"] == NOT_ENOUGH
+    assert FACES not in judge(metrics)["families"]
+    metrics["sign_flip"] = entry(FACES, STILL_KNOWN)
+    assert judge(metrics)["verdict"] == judge(metrics)["families"][FACES] == STILL_KNOWN
 
 
 def test_a_family_says_what_the_clearest_of_its_figures_says():
@@ -48,17 +48,17 @@ def test_a_family_says_what_the_clearest_of_its_figures_says():
 
 
 def test_one_tally_counts_figures_with_power_and_those_that_are_off_within_the_margin():
-    figures = request((FACES, WITHIN), (PAIRS, OVER_FORGOTTEN), (MEMBER, None))
-    figures |= {"off": entry(AGAIN, WITHIN, significant=True), "weak": entry(AGAIN, INCONCLUSIVE, power=2.9)}
-    figures |= {"spread": entry(AGAIN, INCONCLUSIVE, rho=0.3)}
-    assert judge(figures)["tally"] == {"within": 2, "significantly_off": 1, "with_power": 4}
+    metrics = request((FACES, WITHIN), (PAIRS, OVER_FORGOTTEN), (MEMBER, None))
+    metrics |= {"off": entry(AGAIN, WITHIN, significant=True), "weak": entry(AGAIN, INCONCLUSIVE, power=2.9)}
+    metrics |= {"spread": entry(AGAIN, INCONCLUSIVE, rho=0.3)}
+    assert judge(metrics)["tally"] == {"within": 2, "significantly_off": 1, "with_power": 4}
 
 
 def test_the_undecided_figure_that_is_farthest_on_the_way_back_is_named():
     weak = {"weak": entry(FACES, INCONCLUSIVE, 0.5, power=2), "none": entry(PAIRS, INCONCLUSIVE, 40.0, power=0.1)}
     weak["collapse_1pct"] = entry(PAIRS, INCONCLUSIVE, 0.9, power=4)  # no sign of knowing
-    figures = request((FACES, WITHIN), **weak, spread=entry(AGAIN, INCONCLUSIVE, 0.77, power=3.5))
-    assert judge(figures)["undecided"] == {"figure": "spread", "rho": 0.77}
+    metrics = request((FACES, WITHIN), **weak, spread=entry(AGAIN, INCONCLUSIVE, 0.77, power=3.5))
+    assert judge(metrics)["undecided"] == {"figure": "spread", "rho": 0.77}
     assert judge(request((FACES, WITHIN)))["undecided"] is None
 
 
@@ -68,11 +68,11 @@ def measured(family: str, references: list[float], originals: list[float]) -> di
 
 
 def test_references_are_judged_by_the_others_and_originals_by_all():
-    figures = {f"{family}": measured(family, [10.0, 11.0, 12.0, 13.0], [80.0, 90.0]) for family in FAMILIES}
-    figures["cka"] = entry("", None)
-    about = {"forget": ["ann"], "references": ["a", "b", "c", "d"], "figures": figures}
+    metrics = {f"{family}": measured(family, [10.0, 11.0, 12.0, 13.0], [80.0, 90.0]) for family in FAMILIES}
+    metrics["cka"] = entry("", None)
+    about = {"forget": ["ann"], "references": ["a", "b", "c", "d"], "figures": metrics}
     found = calibration([about, about, about | {"forget": ["bob"]}])  # two models on ann, one on bob
     assert found == {"references": {AS_IF_NEVER_SEEN: 8}, "originals": {STILL_KNOWN: 4}, "strangers": {}}
-    figures[AGAIN] = measured(AGAIN, [10.0, 11.0, 12.0, 90.0], [80.0, 90.0])
+    metrics[AGAIN] = measured(AGAIN, [10.0, 11.0, 12.0, 90.0], [80.0, 90.0])
     found = calibration([about])  # the last reference is far off, and makes the others' yardstick worthless there
     assert found["references"] == {AS_IF_NEVER_SEEN: 3, STILL_KNOWN: 1}

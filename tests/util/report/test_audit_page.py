@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util.audit import FIGURES
+from util.audit import AUDIT_METRICS
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.verdict import AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH, UNLIKE_STRANGERS, judge
 from util.report.audit_page import MODELS, audit_page
@@ -16,7 +16,7 @@ NASTY = '<b>&"x'
 KEYS = "acc_forget sign_flip enrolment_1 enrolment_5 tpir_1pct verification_auc verification_tar_1pct "
 KEYS += "verification_tar_01pct collapse_1pct probe_embedding probe_block_0 probe_block_1 membership_images "
 KEYS += "membership_person relearn_1 relearn_5 relearn_kept_only cka"
-FAMILY = {key: figure.family for figure in FIGURES.values() for key in figure.titles}
+FAMILY = {key: figure.family for figure in AUDIT_METRICS.values() for key in figure.titles}
 UNMEASURED = {"tpir_1pct": "needs --unseen", "membership_person": f"needs {NASTY}"}
 ONE_PHOTO = "re-identification from 1 photo"
 NEVER, KNOWING = [22.0, 24.0, 23.5], [96.4, 95.0]
@@ -249,14 +249,14 @@ def test_a_strip_has_a_mark_for_each_model_on_the_verdicts_axis():
     html = page(request())
     strip = strip_of(html, ONE_PHOTO)
     found = re.findall(r'<svg x="([\d.]+)%"[^>]*><title>([\d.]+)</title>\s*<path class="(\w+)"', strip)
-    places = {css: {float(value): float(x) for x, value, other in found if other == css} for *_, css in found}
+    job_slots = {css: {float(value): float(x) for x, value, other in found if other == css} for *_, css in found}
     never = sum(NEVER) / 3
 
     def on_axis(value: float) -> float:  # from −0.5 to 1.5
         return pytest.approx(100 * ((value - never) / (95.7 - never) + 0.5) / 2, abs=0.01)
 
     groups = {"before": KNOWING[::-1], "after": [95.1], "never": NEVER}  # the pre-trained model on top of the others
-    assert places == {css: {value: on_axis(value) for value in values} for css, values in groups.items()}
+    assert job_slots == {css: {value: on_axis(value) for value in values} for css, values in groups.items()}
     low, high = map(float, re.search(r'class="interval" x1="([\d.]+)%" x2="([\d.]+)%"', strip).groups())
     assert (low, high) == (on_axis(91.0), on_axis(98.0))
     assert 'class="band" x="15.0%" width="20.0%"' in strip

@@ -3,12 +3,12 @@
 import pytest
 
 from methods import METHODS
-from util.audit import FIGURES
+from util.audit import AUDIT_METRICS
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.verdict import NOT_ENOUGH, VERDICTS, judge
 from util.report.audit_tables import audit_markdown, comparison_markdown, overview, summary
 
-FAMILY = {key: figure.family for figure in FIGURES.values() for key in figure.titles}
+FAMILY = {key: figure.family for figure in AUDIT_METRICS.values() for key in figure.titles}
 NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
 
 

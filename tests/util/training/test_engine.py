@@ -7,7 +7,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from data.batches import Pass
-from data.tasks import whole_set
+from data.tasks import pretraining_task
 from methods.base import Method
 from methods.pretrain import Pretrain
 from util.evaluation.evaluate import predict
@@ -25,7 +25,7 @@ def schedule(**changes) -> Schedule:
 
 def trainer_for(model, images, hardware, method=Pretrain, **changes) -> Trainer:
     chosen = method(SimpleNamespace(batch_size=16, last_batch="full", mirror="on", epoch_over="longest"), hardware)
-    task, planned = whole_set(images.labels, len(images.classes)), schedule(**changes)
+    task, planned = pretraining_task(images.labels, len(images.classes)), schedule(**changes)
     chosen.begin_task(model, task, images, planned.epochs)
     return Trainer(model, chosen, task, images, planned)
 

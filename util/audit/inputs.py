@@ -1,4 +1,4 @@
-"""What the figures look at: a scene (whose forgetting is audited, on which images) and a subject (a model in that scene)."""
+"""What the metrics look at: a task (whose forgetting is audited, on which images) and a model (its embeddings and rows)."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,15 +15,15 @@ from util.evaluation.evaluate import embed_images, map_images
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware
 
-DRAWS = 10  # galleries drawn for each figure that enrols
+DRAWS = 10  # galleries drawn for each metric that enrols
 ENROLLED = 5  # images a row is made of, where a model has none of its own
-TRAINED = "photos_"  # what the keys of figures on the forgotten identities' training images begin with
+TRAINED = "photos_"  # what the keys of metrics on the forgotten identities' training images begin with
 PER_IDENTITY = 60  # most training images of an identity that probes are fitted on
 PROBED = 12  # blocks, evenly spaced, that probes look at
 
 
 @dataclass(frozen=True)
-class Scene:
+class AuditTask:
     """Who was to be forgotten, who is to be known, and the images that tell.
 
     `forget` are the ids audited, `remain` those that the model is to know; whoever is neither was forgotten earlier or
@@ -35,8 +35,8 @@ class Scene:
     forget: tuple[int, ...]
     remain: tuple[int, ...]
     unseen: ImageSet | None
-    before: "Subject | None"
-    references: "tuple[Subject, ...]"
+    before: "AuditedModel | None"
+    references: "tuple[AuditedModel, ...]"
     hardware: Hardware
     seed: int = 0
     strangers: tuple[int, ...] = ()  # those of `forget` that no model has seen, who stand beside the forgotten
@@ -65,7 +65,7 @@ class Scene:
         return self.test_set.labels.cpu()[self.forget_test]
 
     @cached_property
-    def who(self) -> np.ndarray:
+    def test_groups(self) -> np.ndarray:
         """Of each image at `forget_test`, which of the forgotten identities: positions in `forget`. Of one person alone,
         which image: there the bootstrap draws photos."""
         if len(self.forget) == 1:
@@ -78,19 +78,19 @@ class Scene:
         return torch.from_numpy(np.concatenate([self.train_by_class[c] for c in self.forget]))
 
     @cached_property
-    def who_trained(self) -> np.ndarray:
-        """As `who`, of each image at `forget_train`."""
+    def train_groups(self) -> np.ndarray:
+        """As `test_groups`, of each image at `forget_train`."""
         if len(self.forget) == 1:
             return len(self.forget_test) + np.arange(len(self.forget_train))
         return np.searchsorted(self.forget, self.train_set.labels.cpu().numpy()[self.forget_train])
 
     @property
-    def drawn(self) -> int:
+    def num_groups(self) -> int:
         """How many identities, or photos of one person, the bootstrap draws."""
         return len(self.forget_test) + len(self.forget_train) if len(self.forget) == 1 else len(self.forget)
 
     def resolution(self, key: str) -> float:
-        """What one image is worth in a figure, in percent."""
+        """What one image is worth in a metric, in percent."""
         return 100 / len(self.forget_train if key.startswith(TRAINED) else self.forget_test)
 
     def enrolled(self, images: int, draw: int) -> list[np.ndarray]:
@@ -100,8 +100,8 @@ class Scene:
     def check(self) -> None:
         """Raise UsageError where the images do not suffice."""
         classes = self.train_set.classes
-        if gone := [classes[c] for c in self.forget if not len(self.train_by_class[c])]:
-            raise UsageError(f"the images of {', '.join(gone)} are gone: nothing of them can be audited")
+        if missing := [classes[c] for c in self.forget if not len(self.train_by_class[c])]:
+            raise UsageError(f"the images of {', '.join(missing)} are gone: nothing of them can be audited")
         for c in self.forget:
             if (count := len(self.train_by_class[c])) < 2:
                 raise UsageError(f"{classes[c]} has {count} training images: the audit needs 2 or more")
@@ -113,8 +113,8 @@ class Scene:
 
 
 @dataclass(eq=False)
-class Subject:
-    """A model, and what the figures need of it, each computed at its first use: float32, on the CPU.
+class AuditedModel:
+    """A model, and what the metrics need of it, each computed at its first use: float32, on the CPU.
 
     `original`: trained with everybody, and nobody forgotten.
     """
@@ -128,16 +128,16 @@ class Subject:
     probes: dict = field(default_factory=dict)  # by seed, those fitted to each layer
 
     @cached_property
-    def train(self) -> Tensor:
+    def train_embeddings(self) -> Tensor:
         """Embeddings of the training images, (N, dim)."""
         return self._embed(self.train_set)
 
     @cached_property
-    def test(self) -> Tensor:
+    def test_embeddings(self) -> Tensor:
         return self._embed(self.test_set)
 
     @cached_property
-    def unknown(self) -> Tensor:
+    def stranger_embeddings(self) -> Tensor:
         """Embeddings of the never-seen faces."""
         return self._embed(self.unseen)
 
@@ -149,24 +149,24 @@ class Subject:
         """Classes that the model has no row for, bool (C,)."""
         return self.model.head.absent.cpu()
 
-    def templates(self, scene: Scene, images: int, draw: int) -> Tensor:
+    def templates(self, task: AuditTask, images: int, draw: int) -> Tensor:
         """The gallery: the normalized mean of some training images of each identity, (C, dim) of unit length."""
-        unit = F.normalize(self.train)
-        return F.normalize(torch.stack([unit[positions].mean(dim=0) for positions in scene.enrolled(images, draw)]))
+        unit = F.normalize(self.train_embeddings)
+        return F.normalize(torch.stack([unit[positions].mean(dim=0) for positions in task.enrolled(images, draw)]))
 
-    def rows(self, scene: Scene, draw: int = 0, own: bool = False) -> tuple[Tensor, Tensor | None]:
+    def rows(self, task: AuditTask, draw: int = 0, own: bool = False) -> tuple[Tensor, Tensor | None]:
         """The head's rows (C, dim) and bias (C,), if it has one, of the kept. Everybody else's are made anew, of templates
         of 5 images, as long as the others on average: all models are read alike, whatever was done to a row.
 
         own: made anew are only those that the model does not have.
         """
         head = self.model.head
-        anew = torch.ones_like(self.absent).index_fill(0, torch.tensor(scene.remain), False)
+        anew = torch.ones_like(self.absent).index_fill(0, torch.tensor(task.remain), False)
         anew = self.absent if own else anew | self.absent
         weight, bias = head.weight.detach().float().cpu(), getattr(head, "bias", None)
         if anew.any():
             length = weight[~anew].norm(dim=1).mean()
-            weight = torch.where(anew[:, None], length * self.templates(scene, ENROLLED, draw), weight)
+            weight = torch.where(anew[:, None], length * self.templates(task, ENROLLED, draw), weight)
         if bias is not None:
             bias = bias.detach().float().cpu()
             bias = torch.where(anew, bias[~anew].mean(), bias)

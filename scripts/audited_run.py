@@ -1,4 +1,4 @@
-"""A trail: what became of a pre-trained model, by a run or as two checkpoints, with all that an audit of it needs."""
+"""A run of forgetting, or two checkpoints, with the data and models that its audit needs; and the audit's files."""
 
 import argparse
 from dataclasses import dataclass, replace
@@ -16,56 +16,56 @@ from data.image_set import ImageSet
 from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
-from scripts.references import DATA_OPTIONS, recipe_of, reference_job
-from util.audit import BESIDE_STRANGERS, FIGURES
+from scripts.references import DATA_OPTIONS, pretraining_recipe, reference_job
+from util.audit import AUDIT_METRICS, STRANGER_METRICS
 from util.audit.audit import Audit, audit, check_originals, check_references, check_unseen
+from util.audit.inputs import AuditTask
 from util.audit.pictures import pictures
-from util.audit.strangers import audit_beside_strangers, choose_strangers
-from util.audit.subject import Scene
+from util.audit.strangers import audit_against_strangers, choose_strangers
 from util.cli import options
 from util.cli.config import code_and_packages, describe_command
 from util.report.audit_page import audit_page
 from util.report.audit_tables import audit_markdown
 from util.report.results import load_results
 from util.runtime.errors import UsageError
-from util.runtime.files import misfits, sha256, write_json, write_text
+from util.runtime.files import sha256, state_mismatch, write_json, write_text
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
-from util.storage.folders import CONFIG, RunFolder, claim, folder_of, utc_now
+from util.storage.folders import CONFIG, RunFolder, claim, default_folder, utc_now
 from util.training.monitor import log_scalars, open_writer
 
 SCHEMA = 2
-ENOUGH_REFERENCES = 5  # an audit beside fewer is a first look
+FULL_AUDIT_REFERENCES = 5  # an audit beside fewer is a first look
 FURTHER_OPTIONS = ("unseen", "images", "before", "head", "published_adapters")  # that data depend on, besides DATA_OPTIONS
 
 
 @dataclass
-class Case:
+class AuditedRequest:
     """One request, after one of the tasks: class ids `forget` are audited in the checkpoint `after`.
 
-    `gone` are all that it was to forget by then: references never saw any of them.
+    `forgotten` are all that it was to forget by then: references never saw any of them.
     """
 
     after: Path
     task: int
     after_task: int
     forget: list[int]
-    gone: list[int]
+    forgotten: list[int]
 
 
 @lru_cache(maxsize=1)
 def load_data(
-    where: tuple[tuple[str, object], ...], classes: tuple[str, ...], gone: tuple[int, ...], device: torch.device
+    where: tuple[tuple[str, object], ...], classes: tuple[str, ...], forgotten: tuple[int, ...], device: torch.device
 ) -> tuple[tuple[ImageSet, ImageSet], ImageSet | None]:
     """Training and test set, and people in none of them; runs of one data set share them.
 
-    With the class ids of the pre-trained model; `classes` are its, if it names none. Those of `gone` may have no images.
+    With the class ids of the pre-trained model; `classes` are its, if it names none. `forgotten` ones may have no images.
     """
     args = argparse.Namespace(**dict(where))
     checkpoint = load_once(args.before, args.head, args.published_adapters)
     a = checkpoint.model.architecture
     data = build_datasets(args, a.image_size, device, crop_pct=a.crop_pct)
     unseen = build_unseen(args, a.image_size, device, a.crop_pct)
-    data = align_classes(replace(checkpoint, classes=checkpoint.classes or classes), data, args.before, gone)
+    data = align_classes(replace(checkpoint, classes=checkpoint.classes or classes), data, args.before, forgotten)
     if unseen is not None:
         check_unseen(unseen, data[0])
     return data, unseen
@@ -74,41 +74,41 @@ def load_data(
 load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained model and the references
 
 
-class Trail:
+class AuditedRun:
     """A run, or two checkpoints, with data and models loaded: what becomes one audit.json."""
 
     def __init__(self, args: argparse.Namespace, run: RunFolder | None = None) -> None:
-        self.args, self.run, self.hardware = args, run, options.hardware_of(args)
+        self.args, self.run, self.hardware = args, run, options.start_hardware(args)
         self.results = load_results(run.results) if run else None
         self.label = METHODS[self.results["method"]].title if run else args.after.stem
         if run and not self.results["tasks"]:
             raise UsageError(f"{run.path} has finished no task")
         after = self._load(run.checkpoint(self.results["tasks"][-1]["task"]) if run else args.after)
-        self.cases = self._cases_of_run(after.forgotten) if run else []
+        self.requests = self._requests_of_run(after.forgotten) if run else []
         self.before = self._load(args.before)
-        own = run.path / "audit" if run else folder_of("audit", args.after, whom=args.forget_classes)
+        own = run.path / "audit" if run else default_folder("audit", args.after, suffix=args.forget_classes)
         self.output = args.output_dir or own
-        gone = tuple(sorted({*chain(*after.forgotten)}))
+        forgotten = tuple(sorted({*chain(*after.forgotten)}))
         where = tuple((key, getattr(args, key)) for key in (*DATA_OPTIONS, *FURTHER_OPTIONS))
-        self.data, self.unseen = load_data(where, after.classes, gone, self.hardware.device)
+        self.data, self.unseen = load_data(where, after.classes, forgotten, self.hardware.device)
         self.classes = self.data[0].classes
-        self.cases = self.cases or [self._case_of_files()]
+        self.requests = self.requests or [self._request_of_files()]
         unasked = (args.references is not None or args.strangers) and args.recipe is None
-        self.recipe = None if unasked else recipe_of(self.before, args.before, args.recipe)
-        for case in self.cases:  # what is wrong is found before references are trained
-            self.load(case.after)
-            people = tuple(sorted(case.forget)), tuple(self._remain(case))
-            scene = Scene(*self.data, *people, self.unseen, None, (), self.hardware)
-            scene.check()
+        self.recipe = None if unasked else pretraining_recipe(self.before, args.before, args.recipe)
+        for request in self.requests:  # what is wrong is found before references are trained
+            self.load(request.after)
+            people = tuple(sorted(request.forget)), tuple(self._remain(request))
+            task = AuditTask(*self.data, *people, self.unseen, None, (), self.hardware)
+            task.check()
             if args.strangers:
-                choose_strangers(scene)
+                choose_strangers(task)
             known = [self.before.model, *(self.load(path).model for path in args.originals)]
-            check_originals(known, case.forget, self.classes)
+            check_originals(known, request.forget, self.classes)
             if args.references is not None:
                 never = [self.load(path).model for path in dict.fromkeys(args.references)]
-                check_references(never, case.forget, self.classes)
+                check_references(never, request.forget, self.classes)
 
-    def _cases_of_run(self, forgotten: list[list[int]]) -> list[Case]:
+    def _requests_of_run(self, forgotten: list[list[int]]) -> list[AuditedRequest]:
         """Of the run's own tasks; `forgotten` are the class ids of these and of those before them."""
         own = [task["task"] for task in self.results["tasks"]]
         wanted = [*dict.fromkeys(self.args.requests or own[:1])]
@@ -118,27 +118,36 @@ class Trail:
         elif strange := [number for number in wanted if number not in own]:
             raise UsageError(f"--requests {strange[0]}: {self.run.path} has finished {', '.join(map(str, own))}")
         return [
-            Case(self.run.checkpoint(after), task, after, forgotten[task - 1], sorted(chain(*forgotten[:after])))
+            AuditedRequest(self.run.checkpoint(after), task, after, forgotten[task - 1], sorted(chain(*forgotten[:after])))
             for task, after in moments
         ]
 
-    def _case_of_files(self) -> Case:
+    def _request_of_files(self) -> AuditedRequest:
         forget = [*dict.fromkeys(named_classes(self.args.forget_classes, self.classes))]
-        return Case(self.args.after, 1, 1, forget, sorted(forget))
+        return AuditedRequest(self.args.after, 1, 1, forget, sorted(forget))
 
-    def _remain(self, case: Case) -> list[int]:
+    def _remain(self, request: AuditedRequest) -> list[int]:
         """Whom all models know. One set of given references may serve many requests: it lacks the people of all of them."""
         never = [self.load(path).model.head.absent.nonzero()[:, 0].tolist() for path in self.args.references or ()]
-        return [c for c in range(len(self.classes)) if c not in {*case.gone}.union(*never)]
+        return [c for c in range(len(self.classes)) if c not in {*request.forgotten}.union(*never)]
 
-    def reference_jobs(self, case: Case) -> tuple[list[Job], list[Job]]:
+    @property
+    def seed(self) -> int | None:
+        """Of the run, which says who is forgotten."""
+        return self.results and self.results["seed"]
+
+    def all_reference_jobs(self) -> list[Job]:
+        return [job for request in self.requests for group in self.reference_jobs(request) for job in group]
+
+    def reference_jobs(self, request: AuditedRequest) -> tuple[list[Job], list[Job]]:
         """The references and the further originals to train."""
         args = self.args
         # From 1 on, without the pre-trained model's own.
         seeds = [s for s in range(1, args.num_references + args.num_originals + 1) if s != self.before.info.get("seed")]
-        wanted = (case.gone, args.num_references), ([], args.num_originals - 1)
+        wanted = (request.forgotten, args.num_references), ([], args.num_originals - 1)
         return tuple(
-            [reference_job(args, self.recipe, self.data[0], gone, seed) for seed in seeds[:count]] for gone, count in wanted
+            [reference_job(args, self.recipe, self.data[0], without, seed) for seed in seeds[:count]]
+            for without, count in wanted
         )
 
     def _load(self, path: Path) -> Checkpoint:
@@ -150,29 +159,29 @@ class Trail:
         align_classes(checkpoint, self.data, path)
         known, own = self.before.model, checkpoint.model
         size, expected = own.architecture.image_size, known.architecture.image_size
-        if problems := misfits(own.head.state_dict(), known.head.state_dict()):
+        if problems := state_mismatch(own.head.state_dict(), known.head.state_dict()):
             raise UsageError(f"{path} is no model like {self.args.before}: in its head {problems}")
         if size != expected:
             raise UsageError(f"{path} was trained on images of {size} pixels, {self.args.before} on images of {expected}")
         return checkpoint
 
-    def audit(self, case: Case, strangers: bool) -> tuple[Audit, list[dict], list[dict]]:
+    def audit(self, request: AuditedRequest, strangers: bool) -> tuple[Audit, list[dict], list[dict]]:
         """The audit of one case, beside references or strangers, and what its references and originals are."""
         args, files = self.args, [[], []]
         if not strangers and args.references is None:
-            files = [[job.folder.results for job in group] for group in self.reference_jobs(case)]
+            files = [[job.folder.results for job in group] for group in self.reference_jobs(request)]
         elif not strangers:
             files = [args.references, args.originals]
         never, known = ({path: self.load(path) for path in group} for group in files)
-        models, people = (self.before.model, self.load(case.after).model), (self.data, case.forget, self.unseen)
+        models, people = (self.before.model, self.load(request.after).model), (self.data, request.forget, self.unseen)
         with tqdm(bar_format="{desc}, {elapsed}", leave=False, disable=None) as bar:  # None: only on a terminal
-            settings = {"hardware": self.hardware, "remain": self._remain(case), "seed": args.seed}
-            settings["progress"] = lambda what: bar.set_description_str(f"{self.label}, request {case.task}: {what}")
+            settings = {"hardware": self.hardware, "remain": self._remain(request), "seed": args.seed}
+            settings["progress"] = lambda what: bar.set_description_str(f"{self.label}, request {request.task}: {what}")
             if strangers:
-                settings["figures"] = [name for name in BESIDE_STRANGERS if name in args.metrics]
-                found = audit_beside_strangers(*models, *people, **settings)
+                settings["metrics"] = [name for name in STRANGER_METRICS if name in args.metrics]
+                found = audit_against_strangers(*models, *people, **settings)
             else:
-                settings |= {"figures": args.metrics, "cache": (args.cache_dir or cache_folder()) / "audits"}
+                settings |= {"metrics": args.metrics, "cache": (args.cache_dir or cache_folder()) / "audits"}
                 settings["originals"] = [checkpoint.model for checkpoint in known.values()]
                 found = audit(*models, [checkpoint.model for checkpoint in never.values()], *people, **settings)
         known = {args.before: self.before, **known}
@@ -187,13 +196,13 @@ class Trail:
         """Audit every case and leave the files. Returns the content of audit.json."""
         requests, drawn, others = [], [], {"references": {}, "originals": {}}
         kinds = [False] * (not self.args.strangers or self.args.references is not None) + [True] * self.args.strangers
-        for case, strangers in product(self.cases, kinds):
-            found, never, known = self.audit(case, strangers)
+        for request, strangers in product(self.requests, kinds):
+            found, never, known = self.audit(request, strangers)
             for group, entries in zip(others.values(), (never, known), strict=True):
                 group |= {entry["sha256"]: entry for entry in entries}
-            about = {"task": case.task, "after_task": case.after_task}
-            about |= {"after_file": str(case.after.resolve()), "after_sha256": sha256(case.after)}
-            if self.run and (record := self.run.task_file("deletions", case.after_task)).exists():
+            about = {"task": request.task, "after_task": request.after_task}
+            about |= {"after_file": str(request.after.resolve()), "after_sha256": sha256(request.after)}
+            if self.run and (record := self.run.task_file("deletions", request.after_task)).exists():
                 about |= {"record_file": str(record.resolve()), "record_sha256": sha256(record)}
             about["references"] = [entry["sha256"] for entry in never]
             requests.append(about | found.as_dict())
@@ -202,7 +211,7 @@ class Trail:
             "schema": SCHEMA,
             "date": utc_now(),
             **code_and_packages(),
-            "first_look": self._missing([len(r["references"]) for r in requests if not r["strangers"]]),
+            "first_look": self._first_look_reasons([len(r["references"]) for r in requests if not r["strangers"]]),
             "data": self.data[0].name,
             "method": self.label if self.run else None,
             "recipe": self.recipe,
@@ -218,11 +227,11 @@ class Trail:
             self._log(requests)
         return content
 
-    def _missing(self, references: list[int]) -> list[str]:
+    def _first_look_reasons(self, references: list[int]) -> list[str]:
         """What makes the audit a first look, with so many references of each request beside any."""
-        without = [name for name in (FIGURES if references else BESIDE_STRANGERS) if name not in self.args.metrics]
-        least = min(references, default=ENOUGH_REFERENCES)
-        few = [f"{least} models that never saw them instead of {ENOUGH_REFERENCES}"] * (least < ENOUGH_REFERENCES)
+        without = [name for name in (AUDIT_METRICS if references else STRANGER_METRICS) if name not in self.args.metrics]
+        least = min(references, default=FULL_AUDIT_REFERENCES)
+        few = [f"{least} models that never saw them instead of {FULL_AUDIT_REFERENCES}"] * (least < FULL_AUDIT_REFERENCES)
         return few + ([f"without {', '.join(without)}"] if without else [])
 
     def _log(self, requests: list[dict]) -> None:
