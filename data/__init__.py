@@ -14,7 +14,7 @@ from data.tasks import ForgettingTask, split_validation
 from util.runtime import distributed
 
 SYNTHETIC = "synthetic_faces"
-UNSEEN_DRAWN = 300, 4, 0  # identities, images of each, none for a test split
+STRANGERS_DRAWN = 300, 4, 0  # identities, images of each, none for a test split
 
 
 def build_datasets(
@@ -52,15 +52,17 @@ def place_images(
     return tuple(images.to(device) if on_device else images for images in data)
 
 
-def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device, crop_pct: float = 1.0) -> ImageSet | None:
-    """People in no training set: of the folder `args.unseen`, or further ones drawn; None where there are none."""
+def build_strangers(
+    args: argparse.Namespace, image_size: int, device: torch.device, crop_pct: float = 1.0
+) -> ImageSet | None:
+    """People in no training set: of the folder `args.strangers`, or further ones drawn; None where there are none."""
     cache_dir = args.cache_dir or cache_folder()
-    if args.unseen is not None:
-        return image_folder.flat_folder(args.unseen, image_size, cache_dir, crop_pct)
+    if args.strangers is not None:
+        return image_folder.flat_folder(args.strangers, image_size, cache_dir, crop_pct)
     if args.data != SYNTHETIC:
         return None
     more = {"first": args.identities, "seed": args.data_seed, "device": device, "cache_dir": cache_dir}
-    return synthetic_faces.synthetic_faces(*UNSEEN_DRAWN, image_size=image_size, **more)[0]
+    return synthetic_faces.synthetic_faces(*STRANGERS_DRAWN, image_size=image_size, **more)[0]
 
 
 def has_room(device: torch.device, size: int) -> bool:

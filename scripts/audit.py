@@ -1,10 +1,10 @@
 """Audit runs of forgetting: does the model still know the person? Compares with models that never saw the person.
 
 python scripts/audit.py RUN…                        run folders, or the folder of a comparison with its runs
-python scripts/audit.py RUN --requests all --unseen DIR      every request, with strangers
+python scripts/audit.py RUN --requests all --strangers DIR      every request, with strangers
 python scripts/audit.py --before FILE --after FILE --forget-classes "ann, bob" --data DIR      any two checkpoints
 Leaves audit.json, audit.md and audit.html in RUN/audit (or --output-dir), and scalars in the run's TensorBoard events.
-Missing references are trained first; with --strangers nothing is trained.
+Missing references are trained first; where none can be, or with --compare-with strangers, nothing is trained.
 """
 
 import argparse
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import SYNTHETIC
 from methods import METHODS
-from scripts.audited_run import AuditedRun
+from scripts.audited_run import YARDSTICKS, AuditedRun
 from scripts.jobs import add_job_options
 from scripts.references import train_references
 from util.audit import AUDIT_METRICS, STRANGER_METRICS
@@ -46,7 +46,7 @@ def build_parser() -> options.Parser:
     group.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"people: {options.NAMES}")
     options.add_published(group)
     options.add_data(parser)
-    parser.add_argument("--unseen", type=Path, metavar="DIR", help="folder <person>/<image> of people in no training set")
+    parser.add_argument("--strangers", type=Path, metavar="DIR", help="folder <person>/<image> of people in no training set")
     group = parser.add_argument_group("what is audited")
     group.add_argument(
         "--requests",
@@ -70,8 +70,8 @@ def build_parser() -> options.Parser:
     group.add_argument(
         "--originals", type=Path, nargs="+", default=[], metavar="FILE", help="given models trained with everybody"
     )
-    strangers = "compare with the people of --unseen, and train nothing; with --references, compare with both"
-    group.add_argument("--strangers", action="store_true", help=strangers)
+    yardsticks = "never-seen models, strangers, or both (default: references; strangers where no reference can be trained)"
+    group.add_argument("--compare-with", choices=YARDSTICKS, help=yardsticks)
     group.add_argument("--recipe", type=Path, metavar="FILE", help="config.json of the pre-training, if it is unknown")
     add_job_options(group)
     options.add_hardware(parser)
@@ -86,8 +86,8 @@ def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> arg
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
-    if args.strangers and not {*args.metrics} & {*STRANGER_METRICS}:
-        raise UsageError(f"--strangers needs one of --metrics {' '.join(STRANGER_METRICS)}")
+    if True in YARDSTICKS.get(args.compare_with, []) and not {*args.metrics} & {*STRANGER_METRICS}:
+        raise UsageError(f"--compare-with {args.compare_with} needs one of --metrics {' '.join(STRANGER_METRICS)}")
     files = (args.after, args.forget_classes)
     if (files != (None, None)) if args.runs else (None in (args.before, *files)):
         raise UsageError("name the folders of runs, or --before, --after and --forget-classes")
@@ -144,8 +144,7 @@ def main(argv: list[str] | None) -> None:
     runs = [load_audited_run(folder, argv) for folder in folders] or [AuditedRun(args)]
     for run in runs:
         run.claim()
-    if args.references is None and not args.strangers:
-        train_references([job for run in runs for job in run.all_reference_jobs()], args)
+    train_references([job for run in runs for job in run.all_reference_jobs()], args)
     width = max(len(run.label) for run in runs)
     audits = {seed: print_audits([*group], width) for seed, group in groupby(runs, lambda run: run.seed)}
     index = None

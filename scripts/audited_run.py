@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import build_datasets, build_unseen
+from data import build_datasets, build_strangers
 from data.cache import cache_folder
 from data.image_set import ImageSet
 from data.tasks import named_classes
@@ -18,7 +18,7 @@ from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, pretraining_recipe, reference_job
 from util.audit import AUDIT_METRICS, STRANGER_METRICS
-from util.audit.audit import Audit, audit, check_originals, check_references, check_unseen
+from util.audit.audit import Audit, audit, check_originals, check_references, check_strangers
 from util.audit.inputs import AuditTask
 from util.audit.pictures import pictures
 from util.audit.strangers import audit_against_strangers, choose_strangers
@@ -34,8 +34,15 @@ from util.storage.folders import CONFIG, RunFolder, claim, default_folder, utc_n
 from util.training.monitor import log_scalars, open_writer
 
 SCHEMA = 2
+YARDSTICKS = {"references": [False], "strangers": [True], "both": [False, True]}  # whether strangers, of each comparison
 FULL_AUDIT_REFERENCES = 5  # an audit beside fewer is a first look
-FURTHER_OPTIONS = ("unseen", "images", "before", "head", "published_adapters")  # that data depend on, besides DATA_OPTIONS
+FURTHER_OPTIONS = (
+    "strangers",
+    "images",
+    "before",
+    "head",
+    "published_adapters",
+)  # that data depend on, besides DATA_OPTIONS
 
 
 @dataclass
@@ -64,11 +71,11 @@ def load_data(
     checkpoint = load_once(args.before, args.head, args.published_adapters)
     a = checkpoint.model.architecture
     data = build_datasets(args, a.image_size, device, crop_pct=a.crop_pct)
-    unseen = build_unseen(args, a.image_size, device, a.crop_pct)
+    stranger_set = build_strangers(args, a.image_size, device, a.crop_pct)
     data = align_classes(replace(checkpoint, classes=checkpoint.classes or classes), data, args.before, forgotten)
-    if unseen is not None:
-        check_unseen(unseen, data[0])
-    return data, unseen
+    if stranger_set is not None:
+        check_strangers(stranger_set, data[0])
+    return data, stranger_set
 
 
 load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained model and the references
@@ -90,17 +97,23 @@ class AuditedRun:
         self.output = args.output_dir or own
         forgotten = tuple(sorted({*chain(*after.forgotten)}))
         where = tuple((key, getattr(args, key)) for key in (*DATA_OPTIONS, *FURTHER_OPTIONS))
-        self.data, self.unseen = load_data(where, after.classes, forgotten, self.hardware.device)
+        self.data, self.stranger_set = load_data(where, after.classes, forgotten, self.hardware.device)
         self.classes = self.data[0].classes
         self.requests = self.requests or [self._request_of_files()]
-        unasked = (args.references is not None or args.strangers) and args.recipe is None
-        self.recipe = None if unasked else pretraining_recipe(self.before, args.before, args.recipe)
+        self.recipe, self.yardsticks = None, YARDSTICKS[args.compare_with or "references"]
+        if args.recipe is not None or (args.references is None and False in self.yardsticks):
+            try:
+                self.recipe = pretraining_recipe(self.before, args.before, args.recipe)
+            except UsageError:
+                if args.strangers is None or args.compare_with or args.recipe is not None:
+                    raise
+                self.yardsticks = YARDSTICKS["strangers"]
         for request in self.requests:  # what is wrong is found before references are trained
             self.load(request.after)
             people = tuple(sorted(request.forget)), tuple(self._remain(request))
-            task = AuditTask(*self.data, *people, self.unseen, None, (), self.hardware)
+            task = AuditTask(*self.data, *people, self.stranger_set, None, (), self.hardware)
             task.check()
-            if args.strangers:
+            if True in self.yardsticks:
                 choose_strangers(task)
             known = [self.before.model, *(self.load(path).model for path in args.originals)]
             check_originals(known, request.forget, self.classes)
@@ -142,6 +155,8 @@ class AuditedRun:
     def reference_jobs(self, request: AuditedRequest) -> tuple[list[Job], list[Job]]:
         """The references and the further originals to train."""
         args = self.args
+        if self.recipe is None or args.references is not None:
+            return [], []
         # From 1 on, without the pre-trained model's own.
         seeds = [s for s in range(1, args.num_references + args.num_originals + 1) if s != self.before.info.get("seed")]
         wanted = (request.forgotten, args.num_references), ([], args.num_originals - 1)
@@ -173,7 +188,7 @@ class AuditedRun:
         elif not strangers:
             files = [args.references, args.originals]
         never, known = ({path: self.load(path) for path in group} for group in files)
-        models, people = (self.before.model, self.load(request.after).model), (self.data, request.forget, self.unseen)
+        models, people = (self.before.model, self.load(request.after).model), (self.data, request.forget, self.stranger_set)
         with tqdm(bar_format="{desc}, {elapsed}", leave=False, disable=None) as bar:  # None: only on a terminal
             settings = {"hardware": self.hardware, "remain": self._remain(request), "seed": args.seed}
             settings["progress"] = lambda what: bar.set_description_str(f"{self.label}, request {request.task}: {what}")
@@ -195,8 +210,7 @@ class AuditedRun:
     def write(self) -> dict:
         """Audit every case and leave the files. Returns the content of audit.json."""
         requests, drawn, others = [], [], {"references": {}, "originals": {}}
-        kinds = [False] * (not self.args.strangers or self.args.references is not None) + [True] * self.args.strangers
-        for request, strangers in product(self.requests, kinds):
+        for request, strangers in product(self.requests, self.yardsticks):
             found, never, known = self.audit(request, strangers)
             for group, entries in zip(others.values(), (never, known), strict=True):
                 group |= {entry["sha256"]: entry for entry in entries}

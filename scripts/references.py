@@ -56,7 +56,7 @@ def pretraining_recipe(checkpoint: Checkpoint, path: Path, config: Path | None) 
         asked["weights"] = recipe["weights"] and Path(recipe["weights"])
         model = build_recognizer(describe_model(argparse.Namespace(**asked), find_source(recipe["model"]), a.num_classes))
         if recipe["epochs"] == 0:
-            raise UsageError(f"{path} was enrolled, not trained here, so no reference can be: audit it with --strangers")
+            raise UsageError(f"{path} was enrolled, not trained here, so no reference can be: audit it with --strangers DIR")
         range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers
         if problems := state_mismatch(checkpoint.model.state_dict(), model.state_dict()):
             raise UsageError(f"{path} was not trained by the recipe in {config or path}: {problems}")

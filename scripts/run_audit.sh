@@ -4,8 +4,8 @@
 #
 #   bash scripts/run_audit.sh exps/gs_lora-yaleb38-38-8-seed1337                one run, its first request
 #   bash scripts/run_audit.sh exps/cl_forget-yaleb38-3f2a9c01 --requests all             every run of a comparison, every request
-#   bash scripts/run_audit.sh RUN --unseen path/to/strangers                    with strangers
-#   bash scripts/run_audit.sh RUN --strangers --unseen path/to/strangers        compares with strangers, trains nothing
+#   bash scripts/run_audit.sh RUN --strangers path/to/strangers                 with people in no training set
+#   bash scripts/run_audit.sh RUN --strangers path/to/strangers --compare-with strangers     trains nothing
 #   bash scripts/run_audit.sh --before a.pth --after b.pth --forget-classes "ann, bob" --data path/to/faces
 #
 # All arguments are passed to scripts/audit.py; -- --help lists its options. Paths are relative to the current folder, RUNs come

@@ -17,7 +17,7 @@
 #   METHODS     names, as "gs_lora ewc", or all (the default); python train_forget.py --help lists them
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
 #   AUDIT       first (the default): a first look at the first request; all: every metric of all requests; off: none
-#   UNSEEN      folder <person>/<image> of strangers (people in no training set), for the audit; synthetic faces make their own
+#   STRANGERS   folder <person>/<image> of people in no training set, for Unseen and the audit; synthetic faces make their own
 #   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
 
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
@@ -28,9 +28,10 @@ asked=${AUDIT:-}
 case "${AUDIT:=first}" in first) look=(--quick) ;; all) look=(--requests all) ;; off) ;; *)
   refuse "AUDIT=$AUDIT is unknown: first, all or off" ;;
 esac
-if [ -n "${UNSEEN:-}" ]; then
-  UNSEEN=$(_absolute "$UNSEEN") && look+=(--unseen "$UNSEEN")
-  [ -d "$UNSEEN" ] || refuse "UNSEEN=$UNSEEN is no folder"
+if [ -n "${STRANGERS:-}" ]; then
+  STRANGERS=$(_absolute "$STRANGERS") && look+=(--strangers "$STRANGERS")
+  [ -d "$STRANGERS" ] || refuse "STRANGERS=$STRANGERS is no folder"
+  OPTIONS_unseen="--strangers '$STRANGERS' ${OPTIONS_unseen:-}"
 fi
 absolute_paths none "${options[@]}"
 options=("${arguments[@]}")

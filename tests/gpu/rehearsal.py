@@ -126,7 +126,16 @@ def test_the_audit_says_what_it_says_on_a_cpu(run, small, pretrain, forget, tmp_
     original = pretrain("original", "--images", "device", "--seed", 4, epochs=2)
     words = ("--before", pretrain("rehearsed"), "--after", run_folder / "checkpoints/task_1.pth", "--forget-classes", gone)
     words += ("--metrics", "readout", "relearning", "cka")  # what else looks at a model looks at its embeddings on the CPU
-    words += ("--data", small, "--unseen", small_strangers(tmp_path), "--originals", original, "--references", *references)
+    words += (
+        "--data",
+        small,
+        "--strangers",
+        small_strangers(tmp_path),
+        "--originals",
+        original,
+        "--references",
+        *references,
+    )
     found = []
     for where in (DEVICE, CPU):
         run("scripts/audit.py", *words, "--precision", "fp32", "--output-dir", tmp_path / where.type, where=where)

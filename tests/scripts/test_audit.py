@@ -83,7 +83,7 @@ def crowd(tmp_path_factory) -> Path:
 def whole(run, strangers, here, command, tmp_path_factory) -> Path:  # noqa: F811
     """The audit of the first request with every figure, made once a session."""
     if not (run / "audit").exists():
-        options = ("--num-references", 3, "--num-originals", 2, "--unseen", strangers)
+        options = ("--num-references", 3, "--num-originals", 2, "--strangers", strangers)
         code, out, err = command("scripts/audit.py", run, *options)
         assert code == 0, err
         assert len(here) <= 4
@@ -240,14 +240,14 @@ def test_with_strangers_their_figures_are_measured_and_without_them_it_is_said(w
     figures = audit_of(tmp_path)["requests"][0]["figures"]
     assert {*figures} == {"enrolment_1", "enrolment_5", "photos_enrolment_1", "tpir_1pct", "membership_person"}
     for key in ("tpir_1pct", "membership_person"):
-        assert (figures[key]["value"], figures[key]["reason"]) == (None, "needs --unseen")
+        assert (figures[key]["value"], figures[key]["reason"]) == (None, "needs --strangers")
         assert f"(`{key}`)" in (tmp_path / "audit.md").read_text()
     assert not here
 
 
 def test_an_audit_that_is_repeated_trains_nothing_and_finds_the_same(whole, run, strangers, here, command, tmp_path):  # noqa: F811
     figures = ("readout", "verification", "membership_person", "relearning")
-    options = ("--num-references", 3, "--num-originals", 2, "--unseen", strangers, "--metrics", *figures)
+    options = ("--num-references", 3, "--num-originals", 2, "--strangers", strangers, "--metrics", *figures)
     code, out, err = command("scripts/audit.py", run, *options, "--output-dir", tmp_path)
     assert code == 0, err
     assert not here
@@ -418,8 +418,8 @@ def test_references_that_lack_more_people_serve_each_of_their_requests(files, tm
 
 def test_beside_strangers_nothing_is_trained(run, crowd, here, command, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("util.audit.strangers.GROUPS", 30)
-    words = ("scripts/audit.py", run, "--strangers", "--requests", 1, 2, "--output-dir", tmp_path / "audit")
-    code, out, err = command(*words, "--unseen", crowd)
+    words = ("scripts/audit.py", run, "--compare-with", "strangers", "--requests", 1, 2, "--output-dir", tmp_path / "audit")
+    code, out, err = command(*words, "--strangers", crowd)
     assert code == 0, err
     assert not here
     content = audit_of(tmp_path / "audit")
@@ -439,7 +439,7 @@ def test_beside_strangers_nothing_is_trained(run, crowd, here, command, tmp_path
 
 
 def test_strangers_and_references_give_both(files, crowd, tmp_path):
-    code, out, err = files("--strangers", "--unseen", crowd)
+    code, out, err = files("--compare-with", "both", "--strangers", crowd)
     assert code == 0, err
     content = audit_of(tmp_path / "audit")
     never, strangers = content["requests"]
@@ -449,11 +449,17 @@ def test_strangers_and_references_give_both(files, crowd, tmp_path):
 
 
 def test_without_enough_strangers_it_says_what_to_do(files, strangers, tmp_path):
-    refused(files("--strangers"), 2, "--strangers needs people in no training set: --unseen DIR")
+    refused(files("--compare-with", "both"), 2, "comparing with strangers needs people in no training set: --strangers DIR")
     refused(
-        files("--strangers", "--unseen", strangers), 2, "--unseen has 6 people with 4 photos or more: --strangers needs 20"
+        files("--compare-with", "both", "--strangers", strangers),
+        2,
+        "--strangers has 6 people with 4 photos or more, and 20 are needed",
     )
-    refused(files("--strangers", "--metrics", "cka"), 2, "--strangers needs one of --metrics readout enrolment")
+    refused(
+        files("--compare-with", "both", "--metrics", "cka"),
+        2,
+        "--compare-with both needs one of --metrics readout enrolment",
+    )
     assert not (tmp_path / "audit").exists()
 
 
@@ -498,8 +504,8 @@ def test_nothing_to_audit_is_refused(run, command, tmp_path):
         (["--references", __file__], 1, f"{__file__}: refused"),
         (["--recipe", ROOT], 2, f"no file {ROOT}"),
         (["--recipe", __file__], 1, f"{__file__}: not readable as JSON"),
-        (["--unseen", __file__], 2, "cannot be read as <class>/<image>"),
-        (["--unseen", "absent"], 2, "absent: cannot be read as <class>/<image>"),
+        (["--strangers", __file__], 2, "cannot be read as <class>/<image>"),
+        (["--strangers", "absent"], 2, "absent: cannot be read as <class>/<image>"),
         (["--data", "absent"], 2, "absent: cannot be read as {train,test}/<class>/<image>"),
         (["--metrics", "aura"], 2, "--metrics: invalid choice: 'aura'"),
         (["--requests", "some"], 2, "--requests: some is neither the number of a request nor all"),
@@ -528,14 +534,14 @@ def test_references_that_say_nothing_are_refused(files, references, early, tmp_p
 
 def test_strangers_who_are_none_are_refused(files, colours, strangers, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(files("--unseen", tmp_path / "empty"), 2, "0 class folders; at least 1 are needed")
-    refused(files("--unseen", colours / "train"), 2, "--unseen has 10 identities of the training set, 'c0' first")
+    refused(files("--strangers", tmp_path / "empty"), 2, "0 class folders; at least 1 are needed")
+    refused(files("--strangers", colours / "train"), 2, "--strangers has 10 identities of the training set, 'c0' first")
     renamed = shutil.copytree(strangers, tmp_path / "renamed")
     shutil.copy(next((colours / "train" / "c8").iterdir()), renamed / "c12" / "copy.png")
-    refused(files("--unseen", renamed), 2, "--unseen has 1 images of the training set, of 'c12' first")
+    refused(files("--strangers", renamed), 2, "--strangers has 1 images of the training set, of 'c12' first")
     damaged = shutil.copytree(strangers, tmp_path / "damaged")
     (damaged / "c11" / "0.png").write_bytes(b"no image")
-    refused(files("--unseen", damaged), 1, "images cannot be decoded: c11/0.png (not an image)")
+    refused(files("--strangers", damaged), 1, "images cannot be decoded: c11/0.png (not an image)")
     assert not (tmp_path / "audit").exists()
 
 
@@ -590,7 +596,7 @@ def test_data_of_other_people_are_refused(files, colours, tmp_path):
         (["--forget-classes", ",".join(f"c{c}" for c in range(10))], 2, "the audit needs 2 or more"),
         (["--forget-classes", "c0,c3"], 2, "c3 has 1 training images"),
         (["--forget-classes", "c0,c4"], 2, "c4 has no test images"),
-        (["--unseen", "known"], 2, "--unseen has 9 identities of the training set"),
+        (["--strangers", "known"], 2, "--strangers has 9 identities of the training set"),
     ],
 )
 def test_what_is_wrong_is_found_before_a_reference_is_trained(
@@ -667,7 +673,15 @@ def test_a_moved_run_is_audited_where_its_files_are_told(whole, run, early, trai
     assert audit_of(copy / "audit")["originals"][0]["file"] == str(early)
 
 
-def test_a_published_checkpoint_is_audited_by_a_recipe_or_beside_references(colours, here, command, tmp_path):  # noqa: F811
+def test_a_published_checkpoint_is_audited_by_a_recipe_beside_references_or_strangers(
+    colours,
+    crowd,
+    here,  # noqa: F811
+    command,
+    tmp_path,
+    monkeypatch,
+):
+    monkeypatch.setattr("util.audit.strangers.GROUPS", 30)
     pre = tmp_path / "pre"
     data = ("--data", colours, "--precision", "fp32")  # at this width bfloat16 is slow on some CPUs
     words = ("--model", "face_vit_p8s8_d6", "--image-size", 32, "--depth", 1, "--epochs", 1, "--published-layout")
@@ -687,6 +701,10 @@ def test_a_published_checkpoint_is_audited_by_a_recipe_or_beside_references(colo
     content = audit_of(tmp_path / "audit")
     assert (content["recipe"], [entry["without"] for entry in content["references"]]) == (None, 3 * [["c8", "c9"]])
     assert "All trained by this recipe" not in (tmp_path / "audit" / "audit.html").read_text()
+    refused(command("scripts/audit.py", *words), 2, "names no recipe of pre-training")
+    code, _, err = command("scripts/audit.py", *words, "--strangers", crowd)  # nothing else can be compared with
+    assert code == 0, err
+    assert [request["strangers"]["people"] for request in audit_of(tmp_path / "audit")["requests"]] == [22]
 
 
 def test_names_that_are_no_text_are_audited(colours, here, command, tmp_path):  # noqa: F811
@@ -725,7 +743,7 @@ def erased(run, colours, tmp_path) -> Path:
 
 
 def test_after_erasure_later_requests_are_audited_alone(run, erased, strangers, here, command, tmp_path):  # noqa: F811
-    words = ("scripts/audit.py", run, "--data", erased, "--unseen", strangers, "--output-dir", tmp_path / "audit")
+    words = ("scripts/audit.py", run, "--data", erased, "--strangers", strangers, "--output-dir", tmp_path / "audit")
     words += ("--num-references", 3, "--num-originals", 2, "--metrics", "readout", "enrolment")
     gone = "the images of c0, c1, c2, c3, c4 are gone: nothing of them can be audited"
     refused(command(*words), 2, gone)

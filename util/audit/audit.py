@@ -64,7 +64,7 @@ def audit(
     references: Sequence[Recognizer],
     data: tuple[ImageSet, ImageSet],
     forget: Sequence[int],
-    unseen: ImageSet | None = None,
+    stranger_set: ImageSet | None = None,
     *,
     hardware: Hardware,
     originals: Sequence[Recognizer] = (),
@@ -78,27 +78,29 @@ def audit(
 
     before:     the pre-trained model; `originals`, others trained like it with other seeds.
     references: three models or more that were trained like it on the images of everybody but `forget`.
-    unseen:     people in no training set, for TPIR and the marker.
+    stranger_set: people in no training set, for TPIR and the marker.
     remain:     class ids that the model is to know; by default all but `forget`.
     cache:      a folder that keeps what was measured of references and originals, which many audits share.
 
-    Raises UsageError if a reference has seen one of the forgotten, if `unseen` shares people or images with the training
-    set, or if there are too few references or images.
+    Raises UsageError if a reference has seen one of the forgotten, if `stranger_set` shares people or images with the
+    training set, or if there are too few references or images.
     """
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
     check_references(references, forget, data[0].classes)
     check_originals([before, *originals], forget, data[0].classes)
-    AuditTask(*data, tuple(sorted(forget)), tuple(sorted(remain)), unseen, None, (), hardware).check()
-    if unseen is not None:
-        check_unseen(unseen, data[0])
+    AuditTask(*data, tuple(sorted(forget)), tuple(sorted(remain)), stranger_set, None, (), hardware).check()
+    if stranger_set is not None:
+        check_strangers(stranger_set, data[0])
     data, present = with_images(*data)
-    audited = AuditedModel(with_rows(after, present), *data, unseen, hardware)
+    audited = AuditedModel(with_rows(after, present), *data, stranger_set, hardware)
     known, never = (
-        tuple(cached_model(model, weights_sha256(model), present, *data, unseen, hardware, original) for model in models)
+        tuple(
+            cached_model(model, weights_sha256(model), present, *data, stranger_set, hardware, original) for model in models
+        )
         for models, original in (((before, *originals), True), (references, False))
     )
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
-    task = AuditTask(*data, *people, unseen, known[0], never, hardware, seed)
+    task = AuditTask(*data, *people, stranger_set, known[0], never, hardware, seed)
     entries, curves = _compare_models(audited, task, known, metrics, MeasurementCache(cache, task), progress)
     useful = utility(audited, task) | {"before": utility(known[0], task)}
     useful["references"] = [recognition(reference, task) for reference in never]  # whose templates are their own
@@ -169,13 +171,17 @@ def check_originals(originals: Sequence[Recognizer], forget: Sequence[int], clas
             raise UsageError(f"{which} was trained without {classes[lacking[0]]!r}: it cannot tell what known means")
 
 
-def check_unseen(unseen: ImageSet, train_set: ImageSet) -> None:
-    if cached_model := sorted({*unseen.classes} & {*train_set.classes}):
-        raise UsageError(f"--unseen has {len(cached_model)} identities of the training set, {cached_model[0]!r} first")
+def check_strangers(stranger_set: ImageSet, train_set: ImageSet) -> None:
+    if cached_model := sorted({*stranger_set.classes} & {*train_set.classes}):
+        raise UsageError(f"--strangers has {len(cached_model)} identities of the training set, {cached_model[0]!r} first")
     known = {*image_hashes(train_set)}
-    same = [unseen.classes[label] for label, h in zip(unseen.labels, image_hashes(unseen), strict=True) if h in known]
+    same = [
+        stranger_set.classes[label]
+        for label, h in zip(stranger_set.labels, image_hashes(stranger_set), strict=True)
+        if h in known
+    ]
     if same:
-        raise UsageError(f"--unseen has {len(same)} images of the training set, of {same[0]!r} first")
+        raise UsageError(f"--strangers has {len(same)} images of the training set, of {same[0]!r} first")
 
 
 class MeasurementCache:
@@ -184,7 +190,7 @@ class MeasurementCache:
     def __init__(self, folder: Path | None, task: AuditTask) -> None:
         self.folder, self.task = folder, task
         if folder is not None:
-            images = [data_sha256(s) for s in (task.train_set, task.test_set, task.unseen) if s is not None]
+            images = [data_sha256(s) for s in (task.train_set, task.test_set, task.stranger_set) if s is not None]
             asked = [task.forget, task.remain, task.seed, task.hardware.bf16, weights_sha256(task.before.model)]
             self.key = json.dumps([images, asked, CODE])
 

@@ -50,7 +50,7 @@ class Enrolment(AuditMetric):
                     again, shown = again + (new & (found == trained).numpy()), shown + new
                 _, found = search(audited.test_embeddings[task.remain_test], gallery)
                 kept[images] += 100 * (found == kept_labels).float().mean().item() / DRAWS
-                if images == ENROLLED and task.unseen is not None:
+                if images == ENROLLED and task.stranger_set is not None:
                     strangers, _ = search(audited.stranger_embeddings, gallery)
                     threshold = np.quantile(strangers.numpy(), 1 - FPIR)
                     identified += (right & (similarity.numpy() > threshold)) / DRAWS
@@ -60,7 +60,7 @@ class Enrolment(AuditMetric):
             again[seen] / shown[seen], task.train_groups[seen], task.num_groups
         )
         measured = mean_statistic(identified, task.test_groups, task.num_groups)
-        statistics["tpir_1pct"] = measured if task.unseen is not None else "needs --unseen"
+        statistics["tpir_1pct"] = measured if task.stranger_set is not None else "needs --strangers"
         curve = {"images": [*kept], "kept": [round(value, 2) for value in kept.values()]}
         return Measurement(statistics, {"enrolment": curve})
 

@@ -27,14 +27,15 @@ class AuditTask:
     """Who was to be forgotten, who is to be known, and the images that tell.
 
     `forget` are the ids audited, `remain` those that the model is to know; whoever is neither was forgotten earlier or
-    later. `unseen` holds people in no training set. `before` is the pre-trained model, `references` never saw `forget`.
+    later. `stranger_set` holds people in no training set. `before` is the pre-trained model; `references` never saw
+    `forget`.
     """
 
     train_set: ImageSet
     test_set: ImageSet
     forget: tuple[int, ...]
     remain: tuple[int, ...]
-    unseen: ImageSet | None
+    stranger_set: ImageSet | None
     before: "AuditedModel | None"
     references: "tuple[AuditedModel, ...]"
     hardware: Hardware
@@ -122,7 +123,7 @@ class AuditedModel:
     model: Recognizer
     train_set: ImageSet
     test_set: ImageSet
-    unseen: ImageSet | None
+    stranger_set: ImageSet | None
     hardware: Hardware
     original: bool = False
     probes: dict = field(default_factory=dict)  # by seed, those fitted to each layer
@@ -139,7 +140,7 @@ class AuditedModel:
     @cached_property
     def stranger_embeddings(self) -> Tensor:
         """Embeddings of the never-seen faces."""
-        return self._embed(self.unseen)
+        return self._embed(self.stranger_set)
 
     def _embed(self, images: ImageSet) -> Tensor:
         return embed_images(to_device(self.model, self.hardware), images, self.hardware).cpu()

@@ -27,9 +27,9 @@ class MembershipOfPerson(AuditMetric):
 
     def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
         key, people = self.name, len(task.forget)
-        if task.unseen is None:
-            return Measurement({key: "needs --unseen"})
-        strangers = task.unseen.labels.cpu()
+        if task.stranger_set is None:
+            return Measurement({key: "needs --strangers"})
+        strangers = task.stranger_set.labels.cpu()
         if min(people, len(strangers.unique())) < FOLDS:
             return Measurement({key: f"needs {FOLDS} forgotten and {FOLDS} strangers"})
         embeddings = torch.cat([audited.test_embeddings[task.forget_test], audited.stranger_embeddings])

@@ -29,7 +29,7 @@ def pictures(audit: Audit) -> dict:
 def _map(audited: AuditedModel, audit: Audit) -> dict[str, np.ndarray]:
     task = audit.task
     groups = {"forgotten": audited.test_embeddings[task.forget_test], "kept": audited.test_embeddings[task.remain_test]}
-    groups |= {"never seen": audited.stranger_embeddings} if task.unseen is not None else {}
+    groups |= {"never seen": audited.stranger_embeddings} if task.stranger_set is not None else {}
     groups = {name: _some(embeddings, task.seed) for name, embeddings in groups.items()}
     points = F.normalize(torch.cat([*groups.values()])).numpy()
     tsne = TSNE(init="pca", perplexity=min(30, (len(points) - 1) / 3), random_state=task.seed)

@@ -14,7 +14,7 @@ import torch
 from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
 from util.audit import STRANGER_METRICS, AuditMetric
-from util.audit.audit import Audit, cached_model, check_originals, check_unseen, rounded, unmeasured_entry, with_images
+from util.audit.audit import Audit, cached_model, check_originals, check_strangers, rounded, unmeasured_entry, with_images
 from util.audit.inputs import ENROLLED, AuditedModel, AuditTask
 from util.audit.statistics import CONFIDENCE, compare
 from util.audit.utility import utility
@@ -30,7 +30,7 @@ MIN_PHOTOS = 4  # of a stranger: two to enrol, two to test
 
 @dataclass(frozen=True)
 class Strangers:
-    """Ids `people` in the unseen set, and how many photos everybody enrols and tests with; the others have too few."""
+    """Ids `people` in the strangers' set, and how many photos everybody enrols and tests with; the others have too few."""
 
     people: tuple[int, ...]
     enrolled: int
@@ -44,13 +44,13 @@ class Strangers:
 
 def choose_strangers(task: AuditTask) -> Strangers:
     """Whom the forgotten are compared with. Raises UsageError where fewer than MIN_STRANGERS have MIN_PHOTOS photos."""
-    if task.unseen is None:
-        raise UsageError("--strangers needs people in no training set: --unseen DIR, <identity>/<image>")
-    counts = np.bincount(task.unseen.labels.cpu(), minlength=len(task.unseen.classes))
+    if task.stranger_set is None:
+        raise UsageError("comparing with strangers needs people in no training set: --strangers DIR, <identity>/<image>")
+    counts = np.bincount(task.stranger_set.labels.cpu(), minlength=len(task.stranger_set.classes))
     enough = np.sort(counts[counts >= MIN_PHOTOS])[::-1]
     if len(enough) < MIN_STRANGERS:
         raise UsageError(
-            f"--unseen has {len(enough)} people with {MIN_PHOTOS} photos or more: --strangers needs {MIN_STRANGERS}; add "
+            f"--strangers has {len(enough)} people with {MIN_PHOTOS} photos or more, and {MIN_STRANGERS} are needed; add "
             f"people in no training set, or audit beside --references"
         )
     train, test = (np.bincount(s.labels.cpu())[list(task.forget)].min() for s in (task.train_set, task.test_set))
@@ -67,7 +67,7 @@ def audit_against_strangers(
     after: Recognizer,
     data: tuple[ImageSet, ImageSet],
     forget: Sequence[int],
-    unseen: ImageSet | None,
+    stranger_set: ImageSet | None,
     *,
     hardware: Hardware,
     remain: Sequence[int],
@@ -75,19 +75,19 @@ def audit_against_strangers(
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Audit:
-    """Are the identities `forget` to `after` what the strangers `unseen` are? Arguments as `util.audit.audit.audit`.
+    """Are the identities `forget` to `after` what the strangers `stranger_set` are? Arguments as `util.audit.audit.audit`.
 
     In the entries "references" are what GROUPS groups of strangers show in the same model, "originals" what the forgotten
     show in `before`, "known" the groups' mean and what `before` shows more of the forgotten than of strangers.
     """
     check_originals([before], forget, data[0].classes)
-    check_unseen(unseen, data[0])
+    check_strangers(stranger_set, data[0])
     data, present = with_images(*data)
     remain = [c for c in remain if not after.head.absent[c]]  # who has no row is not kept
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
-    known = cached_model(before, weights_sha256(before), present, *data, unseen, hardware, True)
-    audited = AuditedModel(with_rows(after, present), *data, unseen, hardware)
-    task = AuditTask(*data, *people, unseen, known, (), hardware, seed)
+    known = cached_model(before, weights_sha256(before), present, *data, stranger_set, hardware, True)
+    audited = AuditedModel(with_rows(after, present), *data, stranger_set, hardware)
+    task = AuditTask(*data, *people, stranger_set, known, (), hardware, seed)
     strangers = choose_strangers(task)
     entries = metrics_against_strangers(strangers, audited, task, metrics, progress)
     useful = utility(audited, task) | {"before": utility(known, task), "references": []}
@@ -162,7 +162,7 @@ def _with_strangers(
     """Forgotten people and strangers as one task's `forget`, with as many photos each, drawn in round `number`."""
     generator, known, count = task.generator(number), len(task.train_set.classes), len(strangers.people)
     counts, sets = (strangers.enrolled, strangers.tested), []
-    theirs = _sample_images(task.unseen, strangers.people, sum(counts), generator)
+    theirs = _sample_images(task.stranger_set, strangers.people, sum(counts), generator)
     theirs = np.split(theirs.reshape(count, -1), [counts[0]], axis=1)
     for images, embeddings, few, new in zip(
         (task.train_set, task.test_set), (audited.train_embeddings, audited.test_embeddings), counts, theirs, strict=True
@@ -171,7 +171,7 @@ def _with_strangers(
         others = (~torch.isin(labels, torch.tensor(task.forget))).nonzero()[:, 0]
         own = torch.cat([others, torch.from_numpy(_sample_images(images, task.forget, few, generator))])
         labels = torch.cat([labels[own], known + torch.arange(count).repeat_interleave(few)])
-        names = images.classes + tuple(task.unseen.classes[c] for c in strangers.people)
+        names = images.classes + tuple(task.stranger_set.classes[c] for c in strangers.people)
         made = ImageSet("", torch.empty(len(labels), 0), labels, names)  # metrics beside strangers look at embeddings alone
         sets.append((made, torch.cat([embeddings[own], audited.stranger_embeddings[new.flatten()]])))
     (train_set, train), (test_set, test) = sets
@@ -182,7 +182,7 @@ def _with_strangers(
     round_task = AuditTask(
         train_set, test_set, (*task.forget, *ids), task.remain, None, None, (), task.hardware, task.seed, ids
     )
-    found = replace(audited, model=model, train_set=train_set, test_set=test_set, unseen=None)
+    found = replace(audited, model=model, train_set=train_set, test_set=test_set, stranger_set=None)
     found.train_embeddings, found.test_embeddings = train, test
     return found, round_task
 

@@ -33,7 +33,7 @@ def make_up(
     forget: Sequence[int] = (1, 4, 6),
     train: Sequence[int] = (6, 7, 8, 9, 3, 6, 8, 7),
     test: Sequence[int] = (5, 6, 5, 7, 4, 5, 8, 6),
-    unseen: Sequence[int] | None = (4,) * 7,
+    stranger_set: Sequence[int] | None = (4,) * 7,
     noise: float = 1.0,
     seed: int = 0,
     head: str = "cosface",
@@ -41,10 +41,10 @@ def make_up(
     """A model that embeds each identity around a direction, which is its row; the scene's pre-trained model is the same."""
     generator = torch.Generator().manual_seed(seed)
     train_set, test_set = labelled(train), labelled(test)
-    strangers = None if unseen is None else labelled(unseen, "u")
+    strangers = None if stranger_set is None else labelled(stranger_set, "u")
     model = small_recognizer(len(train), head)
     audited = AuditedModel(model, train_set, test_set, strangers, CPU)
-    centres = torch.randn(len(train) + len(unseen or ()), DIM, generator=generator)
+    centres = torch.randn(len(train) + len(stranger_set or ()), DIM, generator=generator)
     with torch.no_grad():
         model.head.weight.copy_(centres[: len(train)])
         if head == "softmax":
@@ -114,7 +114,7 @@ class World:
     """Data, three models trained on everybody, and six trained without `forget`."""
 
     data: tuple[ImageSet, ImageSet]
-    unseen: ImageSet
+    stranger_set: ImageSet
     forget: tuple[int, ...]
     originals: list[Recognizer]
     references: list[Recognizer]
@@ -155,7 +155,7 @@ def trained_on(train_set: ImageSet, without: Sequence[int], seed: int, steps: in
 @pytest.fixture(scope="session")
 def world() -> World:
     people, forget = range(18), (2, 5, 8, 11, 14, 17)
-    train_set, test_set, unseen = patterns(people, 20, 1), patterns(people, 10, 2), patterns(range(18, 26), 10, 3)
+    train_set, test_set, stranger_set = patterns(people, 20, 1), patterns(people, 10, 2), patterns(range(18, 26), 10, 3)
     originals = [trained_on(train_set, (), seed) for seed in (10, 11, 12)]
     references = [trained_on(train_set, forget, seed) for seed in range(6)]
-    return World((train_set, test_set), unseen, forget, originals, references)
+    return World((train_set, test_set), stranger_set, forget, originals, references)

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import coloured_images, small_recognizer
 from tests.util.audit.conftest import CPU, patterns, take_rows
 from util.audit import AUDIT_METRICS, relearning
-from util.audit.audit import Audit, MeasurementCache, audit, check_references, check_unseen
+from util.audit.audit import Audit, MeasurementCache, audit, check_references, check_strangers
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.runtime.errors import UsageError
 
@@ -30,7 +30,7 @@ def look(world, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(relearning, "STEPS", (0, 1, 2, 5, 10))
             before, known = world.originals[0], world.originals[1:2]
-            options = {"unseen": world.unseen, "hardware": CPU, "originals": known, "cache": cache} | options
+            options = {"stranger_set": world.stranger_set, "hardware": CPU, "originals": known, "cache": cache} | options
             return audit(before, after, references, world.data, world.forget, **options)
 
     return look
@@ -171,7 +171,7 @@ def test_what_references_and_originals_measure_is_kept(world, look, tmp_path, mo
 def test_another_question_is_not_answered_from_the_cache(world, look, tmp_path):
     few = {"references": world.references[:3], "originals": (), "metrics": ["enrolment"]}
     look(world.originals[2], cache=tmp_path, **few)
-    for number, change in enumerate(({"seed": 1}, {"remain": [0, 1, 3, 4]}, {"unseen": None}), start=1):
+    for number, change in enumerate(({"seed": 1}, {"remain": [0, 1, 3, 4]}, {"stranger_set": None}), start=1):
         assert len([*tmp_path.iterdir()]) == 4 * number
         found = look(world.originals[2], cache=tmp_path, **few | change)
         assert found.metrics == look(world.originals[2], cache=None, **few | change).metrics
@@ -214,13 +214,13 @@ def test_references_must_be_three_and_never_have_seen_the_person(never_seen):
 
 def test_strangers_must_be_in_no_training_set(never_seen):
     train_set, strangers = patterns(range(6), 4, seed=0), patterns(range(20, 26), 4, seed=1)
-    check_unseen(strangers, train_set)
-    with pytest.raises(UsageError, match=r"^--unseen has 2 identities of the training set, 'p4' first"):
-        check_unseen(patterns(range(4, 9), 4, seed=1), train_set)
+    check_strangers(strangers, train_set)
+    with pytest.raises(UsageError, match=r"^--strangers has 2 identities of the training set, 'p4' first"):
+        check_strangers(patterns(range(4, 9), 4, seed=1), train_set)
     strangers.images[[3, 9]] = train_set.images[[17, 0]]
-    with pytest.raises(UsageError, match=r"^--unseen has 2 images of the training set, of 'p20' first"):
-        check_unseen(strangers, train_set)
-    with pytest.raises(UsageError, match=r"^--unseen has 2 images"):
+    with pytest.raises(UsageError, match=r"^--strangers has 2 images of the training set, of 'p20' first"):
+        check_strangers(strangers, train_set)
+    with pytest.raises(UsageError, match=r"^--strangers has 2 images"):
         data = train_set, patterns(range(6), 2, seed=2)
         audit(small_recognizer(), small_recognizer(), never_seen, data, [1, 4], strangers, hardware=CPU)
 
@@ -253,8 +253,8 @@ def test_people_without_images_take_no_part(head, monkeypatch):
             take_rows(whole[-1], [1, 3, 4])
         fewer[-1].backbone.load_state_dict(whole[-1].backbone.state_dict())
         fewer[-1].head.load_state_dict({key: rows[place] for key, rows in whole[-1].head.state_dict().items()})
-    options = {"unseen": coloured_images(9, 2, seed=3).subset(slice(14, None)), "hardware": CPU}
-    options["unseen"] = replace(options["unseen"], classes=tuple(f"u{c}" for c in range(9)))
+    options = {"stranger_set": coloured_images(9, 2, seed=3).subset(slice(14, None)), "hardware": CPU}
+    options["stranger_set"] = replace(options["stranger_set"], classes=tuple(f"u{c}" for c in range(9)))
     one, other = (
         audit(models[0], models[1], models[2:], data, forget, **options)
         for models, data, forget in ((whole, gaps, [1, 4]), (fewer, small, [1, 3]))

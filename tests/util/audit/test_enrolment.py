@@ -53,8 +53,8 @@ def test_each_rate_is_the_mean_over_ten_galleries():
 
 
 def test_without_strangers_no_rate_at_their_threshold():
-    found = Enrolment().measure(*make_up(unseen=None)).statistics
-    assert found["tpir_1pct"] == "needs --unseen"
+    found = Enrolment().measure(*make_up(stranger_set=None)).statistics
+    assert found["tpir_1pct"] == "needs --strangers"
     assert at(found["enrolment_5"]).min() > 0
 
 

@@ -12,7 +12,7 @@ from tests.util.audit.conftest import array, make_up, unit
 from util.audit.membership_person import MembershipOfPerson
 from util.audit.statistics import value_of
 
-MANY = {"forget": range(10), "train": (5,) * 40, "test": (8,) * 40, "unseen": (8,) * 10}
+MANY = {"forget": range(10), "train": (5,) * 40, "test": (8,) * 40, "stranger_set": (8,) * 10}
 
 
 def value(audited, task) -> float:
@@ -23,7 +23,7 @@ def swappable(seed: int, within: float):
     """Forgotten people and strangers alike: each a point of its own, with so much noise within."""
     audited, task = make_up(**MANY, seed=seed)
     generator = torch.Generator().manual_seed(100 + seed)
-    everybody = torch.cat([task.forget_labels, 10 + task.unseen.labels])
+    everybody = torch.cat([task.forget_labels, 10 + task.stranger_set.labels])
     points = torch.randn(20, 32, generator=generator) * (0.5 + torch.rand(20, 1, generator=generator))
     faces = points[everybody] + within * torch.randn(len(everybody), 32, generator=generator)
     audited.test_embeddings[task.forget_test], audited.stranger_embeddings = faces[:80], faces[80:]
@@ -75,8 +75,8 @@ def test_features_are_sorted_cosines_length_and_entropy():
 
 
 def test_too_few_people_are_a_reason():
-    assert MembershipOfPerson().measure(*make_up(unseen=None)).statistics == {"membership_person": "needs --unseen"}
-    for options in ({"forget": range(4)}, {"forget": range(5), "unseen": (3,) * 4}):
+    assert MembershipOfPerson().measure(*make_up(stranger_set=None)).statistics == {"membership_person": "needs --strangers"}
+    for options in ({"forget": range(4)}, {"forget": range(5), "stranger_set": (3,) * 4}):
         (reason,) = MembershipOfPerson().measure(*make_up(**options)).statistics.values()
         assert reason == "needs 5 forgotten and 5 strangers"
-    assert 0 <= value(*make_up(forget=range(5), unseen=(1,) * 5)) <= 100
+    assert 0 <= value(*make_up(forget=range(5), stranger_set=(1,) * 5)) <= 100

@@ -34,7 +34,7 @@ def quick():
 def models():
     """A pre-trained model, one that embeds at random, and the scene: six forgotten people, eight kept, 40 strangers."""
     train, test = (8,) * 14, (4,) * 14
-    known, task = make_up(FORGET, train, test, unseen=(6,) * 40, noise=0.2)
+    known, task = make_up(FORGET, train, test, stranger_set=(6,) * 40, noise=0.2)
     generator = torch.Generator().manual_seed(3)
     rows = known.model.head.weight.detach()[list(task.remain)]
     # To the model that was trained on them, people lie off the others' rows, which strangers do not.
@@ -45,7 +45,7 @@ def models():
     ):
         own = torch.isin(labels, torch.tensor(task.forget))
         embeddings[own] -= embeddings[own] @ off @ off.T
-    known.stranger_embeddings = torch.randn(len(task.unseen), DIM, generator=generator)
+    known.stranger_embeddings = torch.randn(len(task.stranger_set), DIM, generator=generator)
     blank = replace(known)
     blank.train_embeddings, blank.test_embeddings = (
         torch.randn(x.shape, generator=generator) for x in (known.train_embeddings, known.test_embeddings)
@@ -150,20 +150,20 @@ def test_one_person_is_compared_with_one_stranger_at_a_time(models):
 
 
 def test_photos_that_half_of_the_strangers_have_are_used_and_who_has_fewer_is_left_out(monkeypatch):
-    _, task = make_up(FORGET, (8,) * 14, (4,) * 14, unseen=(3,) * 5 + (4,) * 10 + (5,) * 15 + (9,) * 10)
+    _, task = make_up(FORGET, (8,) * 14, (4,) * 14, stranger_set=(3,) * 5 + (4,) * 10 + (5,) * 15 + (9,) * 10)
     chosen = choose_strangers(task)
     assert (chosen.enrolled, chosen.tested, chosen.left_out, len(chosen.people)) == (3, 2, 15, 25)
     monkeypatch.setattr(beside, "MAX_STRANGERS", 21)
     assert len(choose_strangers(task).people) == 21
-    _, task = make_up(FORGET, (2,) * 14, (1,) * 14, unseen=(9,) * 30)
+    _, task = make_up(FORGET, (2,) * 14, (1,) * 14, stranger_set=(9,) * 30)
     assert (choose_strangers(task).enrolled, choose_strangers(task).tested) == (2, 1)
 
 
 def test_too_few_strangers_are_refused_with_what_to_do():
-    with pytest.raises(UsageError, match=r"^--strangers needs people in no training set: --unseen DIR"):
-        choose_strangers(make_up(unseen=None)[1])
-    with pytest.raises(UsageError, match=r"^--unseen has 19 people with 4 photos or more: --strangers needs 20"):
-        choose_strangers(make_up(unseen=(4,) * 19 + (3,) * 9)[1])
+    with pytest.raises(UsageError, match=r"^comparing with strangers needs people in no training set: --strangers DIR"):
+        choose_strangers(make_up(stranger_set=None)[1])
+    with pytest.raises(UsageError, match=r"^--strangers has 19 people with 4 photos or more, and 20 are needed"):
+        choose_strangers(make_up(stranger_set=(4,) * 19 + (3,) * 9)[1])
 
 
 def test_groups_of_strangers_are_seldom_told_from_the_others(found):

@@ -17,7 +17,7 @@ KEYS = "acc_forget sign_flip enrolment_1 enrolment_5 tpir_1pct verification_auc 
 KEYS += "verification_tar_01pct collapse_1pct probe_embedding probe_block_0 probe_block_1 membership_images "
 KEYS += "membership_person relearn_1 relearn_5 relearn_kept_only cka"
 FAMILY = {key: figure.family for figure in AUDIT_METRICS.values() for key in figure.titles}
-UNMEASURED = {"tpir_1pct": "needs --unseen", "membership_person": f"needs {NASTY}"}
+UNMEASURED = {"tpir_1pct": "needs --strangers", "membership_person": f"needs {NASTY}"}
 ONE_PHOTO = "re-identification from 1 photo"
 NEVER, KNOWING = [22.0, 24.0, 23.5], [96.4, 95.0]
 ALL = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
@@ -206,7 +206,7 @@ def test_what_a_figure_cannot_show_is_said():
     assert "? inconclusive never-seen models differ as much" in row_of(html, "re-identification from 5")
     assert "? inconclusive no sign of knowing" in row_of(html, "relearning from 1 photo")
     assert "● within the margin not counted" in row_of(html, "the smallest logit")
-    unmeasured = "open-set identification from 5 photos (TPIR at FPIR 1%): needs --unseen"
+    unmeasured = "open-set identification from 5 photos (TPIR at FPIR 1%): needs --strangers"
     assert unmeasured in Reader(html).text and "<summary>Not measured: 2</summary>" in html
 
 

@@ -72,7 +72,7 @@ def test_the_tally_of_audit_json_is_the_one_that_all_tables_show():
         "relearn_1": judged(1.0, 0.4),
         "relearn_5": judged(1.0, -0.4, OVER_FORGOTTEN),
         "membership_images": judged(1.0, 0.0, INCONCLUSIVE) | {"power": 2.99},
-        "tpir_1pct": figure(None, (), reason="needs --unseen") | {"originals": []},
+        "tpir_1pct": figure(None, (), reason="needs --strangers") | {"originals": []},
         "cka": figure(0.5, reason="a picture of where, no verdict"),
     }
     one = audited("model", request(**figures))
@@ -176,7 +176,7 @@ def test_a_comparison_has_every_figure_that_is_judged_with_its_verdict():
 
 
 def test_a_comparison_of_what_has_no_verdict_is_said_without_numbers():
-    reason = figure(None, (), reason="needs --unseen") | {"originals": []}
+    reason = figure(None, (), reason="needs --strangers") | {"originals": []}
     for figures in ({"cka": figure(0.5, reason="a picture of where, no verdict")}, {"membership_person": reason}):
         text = comparison_markdown([audited("L2*", request(**figures)), audited("EWC*", request(**figures))])
         assert "Request 1" in text
@@ -195,7 +195,7 @@ def test_every_figure_with_its_numbers_in_one_table():
         "sign_flip": figure(**entry),
         "enrolment_1": judged(25.0, 0.1, WITHIN) | {"significant": True},
         "probe_block_3": figure(0.0, verdict=INCONCLUSIVE, interval=[0.0, 0.0], known=23.3, z=-0.001, power=0.0),
-        "tpir_1pct": figure(None, (), reason="needs --unseen") | {"originals": []},
+        "tpir_1pct": figure(None, (), reason="needs --strangers") | {"originals": []},
         "cka": figure(0.25, (0.5, 0.5, 0.5), reason="a picture of where, no verdict"),
     }
     text = audit_markdown(audited("L2*", request(2, 3, **figures))[2])
@@ -215,7 +215,7 @@ def test_every_figure_with_its_numbers_in_one_table():
         "linear probe after block 3 (`probe_block_3`)": [
             *("0.00", "0.0 to 0.0", "23.33", "94.50", "–", "-0.00", "0.00", "inconclusive")
         ],
-        "open-set identification from 5 photos (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 7, "needs --unseen"],
+        "open-set identification from 5 photos (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 7, "needs --strangers"],
         "similarity to models that never saw them (CKA) (`cka`)": [
             *("0.25", "–", "0.50", "94.50", "–", "–", "–", "a picture of where, no verdict")
         ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import data
-from data import build_datasets, build_unseen
+from data import build_datasets, build_strangers
 from data.image_folder import flat_folder
 from data.synthetic_faces import synthetic_faces
 from tests.data.conftest import SIZE, noise, save
@@ -22,9 +22,9 @@ def load_flat(tmp_path):
     return lambda root: flat_folder(root, SIZE, tmp_path / "cache")
 
 
-def arguments(cache_dir, source="synthetic_faces", unseen=None, seed=7):
+def arguments(cache_dir, source="synthetic_faces", strangers=None, seed=7):
     counts = {"identities": 5, "train_per_identity": 4, "test_per_identity": 2, "data_seed": seed}
-    return Namespace(data=source, unseen=unseen, cache_dir=cache_dir, val_fraction=None, images="auto", **counts)
+    return Namespace(data=source, strangers=unseen, cache_dir=cache_dir, val_fraction=None, images="auto", **counts)
 
 
 def test_a_folder_without_a_split_has_the_pixels_of_one_with_a_split(root, load, load_flat):
@@ -100,24 +100,24 @@ def test_faces_from_another_number_on_are_cached_apart(tmp_path):
 
 
 def test_drawn_strangers_share_no_identity_and_no_image_with_the_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "UNSEEN_DRAWN", (20, 4, 0))
+    monkeypatch.setattr(data, "STRANGERS_DRAWN", (20, 4, 0))
     args = arguments(tmp_path)
-    sets, strangers = build_datasets(args, SIZE, CPU), build_unseen(args, SIZE, CPU)
+    sets, strangers = build_datasets(args, SIZE, CPU), build_strangers(args, SIZE, CPU)
     assert (len(strangers.classes), len(strangers), strangers.image_size) == (20, 80, SIZE)
     for images in sets:
         assert not {*strangers.classes} & {*images.classes}
         assert not set(image_hashes(strangers)) & set(image_hashes(images))
-    again = build_unseen(arguments(tmp_path), SIZE, CPU)
+    again = build_strangers(arguments(tmp_path), SIZE, CPU)
     assert torch.equal(again.images, strangers.images)
-    other = build_unseen(arguments(tmp_path, seed=8), SIZE, CPU)
+    other = build_strangers(arguments(tmp_path, seed=8), SIZE, CPU)
     assert not set(image_hashes(strangers)) & set(image_hashes(other))
 
 
 def test_strangers_of_a_folder_or_none(tmp_path, root):
-    assert build_unseen(arguments(tmp_path / "cache", str(root)), SIZE, CPU) is None
+    assert build_strangers(arguments(tmp_path / "cache", str(root)), SIZE, CPU) is None
     save(noise(0), tmp_path / "strangers" / "ann" / "1.png")
     for source in (str(root), "synthetic_faces"):
-        found = build_unseen(arguments(tmp_path / "cache", source, tmp_path / "strangers"), SIZE, CPU)
+        found = build_strangers(arguments(tmp_path / "cache", source, tmp_path / "strangers"), SIZE, CPU)
         assert (found.name, found.classes, found.image_size) == ("strangers", ("ann",), SIZE)
 
 
