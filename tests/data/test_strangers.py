@@ -24,7 +24,7 @@ def load_flat(tmp_path):
 
 def arguments(cache_dir, source="synthetic_faces", strangers=None, seed=7):
     counts = {"identities": 5, "train_per_identity": 4, "test_per_identity": 2, "data_seed": seed}
-    return Namespace(data=source, strangers=unseen, cache_dir=cache_dir, val_fraction=None, images="auto", **counts)
+    return Namespace(data=source, strangers=strangers, cache_dir=cache_dir, val_fraction=None, images="auto", **counts)
 
 
 def test_a_folder_without_a_split_has_the_pixels_of_one_with_a_split(root, load, load_flat):
