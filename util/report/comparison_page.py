@@ -63,6 +63,7 @@ def audit_rows(audits: Audited) -> pd.DataFrame:
         for request in content["requests"]:
             about = {"method": label, "class_order": results["seed"], "request": request["task"]}
             about |= {"after_task": request["after_task"], "people": len(request["forget"])}
+            about["compared_with"] = reference_label(request)
             made = {"date": content["date"], "git_commit": content["git_commit"]}
             rows += [about | {"metric": key, "value": value} | made for key, value in _costs(results, request).items()]
             for key, entry in request["figures"].items():
