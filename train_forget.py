@@ -229,7 +229,7 @@ def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given
     """The run, in its folder."""
     hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
     identity = identity_of(args, train_set)
-    resume = should_resume(folder, args, hardware, identity, needed_bytes(model, len(run.tasks)))
+    resume = should_resume(folder, args, identity, needed_bytes(model, len(run.tasks)))
     to_device(model, hardware)
     sizes = [len(task.forget) for task in run.tasks[run.earlier :]]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))

@@ -156,7 +156,7 @@ def pretrain(
     """The run, in its folder."""
     train_set, test_set = data
     identity = identity_of(args, train_set)
-    resume = should_resume(folder, args, hardware, identity, needed_bytes(model, 1))
+    resume = should_resume(folder, args, identity, needed_bytes(model, 1))
     if resume and folder.finished:
         print(f"finished before: {folder.results}")
         return
