@@ -17,7 +17,7 @@ from pathlib import Path
 
 from backbone.heads import HEADS
 from backbone.published import to_published
-from backbone.recognizer import Recognizer, forward_flops, to_device
+from backbone.recognizer import Recognizer, to_device, training_flops
 from data import build_datasets
 from data.image_set import ImageSet, with_classes
 from data.tasks import ForgettingTask, listed_names, named_classes, people, pretraining_task
@@ -133,8 +133,7 @@ def main(argv: list[str] | None) -> None:
     choose_epochs(args, len(task.remain_indices))
     model = build_model(args, source, len(train_set.classes))
     set_rows(args, source, model, train_set.classes)
-    work = 3 * args.epochs * len(task.remain_indices) * forward_flops(model)
-    hardware = hardware.resolve_compile(work * (not model.convolutional))  # of others, compiling takes minutes
+    hardware = hardware.resolve_compile(training_flops(model, args.epochs * len(task.remain_indices)))
     to_device(model, hardware)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:

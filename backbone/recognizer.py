@@ -115,6 +115,12 @@ def forward_flops(model: Recognizer) -> int:
     return counter.get_total_flops()
 
 
+def training_flops(model: Recognizer, images: int) -> int:
+    """About how many FLOPs training on so many images takes: a forward pass, and twice as much backward. Of a convolutional
+    network none: compiling takes minutes there, and has crashed (torch 2.14.1)."""
+    return 3 * images * forward_flops(model) * (not model.convolutional)
+
+
 def default_image_size(model: str) -> int:
     """The input size, in pixels, in timm's configuration of `model`."""
     from backbone.timm_models import timm
