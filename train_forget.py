@@ -23,7 +23,7 @@ from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
 from data.pairs import load_pairs
 from data.records import is_record_file
-from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests, people, warn_of_few_photos
+from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, name_list, named_requests, warn_of_few_photos
 from methods import METHODS, method_class
 from methods.base import PRESETS, Method
 from util.cli import options
@@ -225,7 +225,7 @@ def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given
     print(
         f"{run.method.title} on {train_set.name}: {counts} of {len(train_set.classes)} classes, "
         f"{model.architecture.model}, {hardware.describe()} → {folder.path}",
-        *(f"task {task.number} forgets {people(task.forget, train_set.classes)}" for task in run.tasks[run.earlier :]),
+        *(f"task {task.number} forgets {name_list(task.forget, train_set.classes)}" for task in run.tasks[run.earlier :]),
         sep="\n",
         flush=True,
     )

@@ -20,7 +20,7 @@ from backbone.published import to_published
 from backbone.recognizer import Recognizer, to_device, training_flops
 from data import build_datasets
 from data.image_set import ImageSet, with_classes
-from data.tasks import ForgettingTask, listed_names, named_classes, people, pretraining_task
+from data.tasks import ForgettingTask, listed_names, name_list, named_classes, pretraining_task
 from methods.pretrain import Pretrain
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
@@ -168,7 +168,7 @@ def pretrain(
         f"{hardware.describe()}"
     )
     if task.old:
-        print(f"left out: {people(task.old, train_set.classes)}", flush=True)
+        print(f"left out: {name_list(task.old, train_set.classes)}", flush=True)
 
     start = time.perf_counter()
     if args.rows == "enrolment" and not resume:

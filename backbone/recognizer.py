@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backbone.dropout import replace_dropout
 from backbone.heads import HEADS
 from backbone.onnx_graph import OnnxBackbone
-from util.runtime.distributed import alone, sharded
+from util.runtime.distributed import sharded, single_process
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware, plain_attention
 
@@ -106,7 +106,7 @@ def forward_flops(model: Recognizer) -> int:
     size = model.architecture.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.head.weight.device)
     # On the CPU still, which NCCL does not serve; the counter does not know every shape of fused attention.
-    with alone(), plain_attention(model), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with single_process(), plain_attention(model), FlopCounterMode(display=False) as counter, torch.no_grad():
         weights = {name: weight.detach() for name, weight in model.backbone.named_parameters()}  # nor weights as inputs
         was_training = model.training
         model.eval()  # batch norms train on more images than one

@@ -14,7 +14,7 @@ from data.tasks import ForgettingTask, split_validation
 from util.runtime import distributed
 
 SYNTHETIC = "synthetic_faces"
-UNSEEN_DRAWN = 300, 4, 0  # identities, images of each, none for a test split
+UNSEEN_SIZE = 300, 4, 0  # identities, images of each, none for a test split
 
 
 def build_datasets(
@@ -60,7 +60,7 @@ def build_unseen(args: argparse.Namespace, image_size: int, device: torch.device
     if args.data != SYNTHETIC:
         return None
     more = {"first": args.identities, "seed": args.data_seed, "device": device, "cache_dir": cache_dir}
-    return synthetic_faces.synthetic_faces(*UNSEEN_DRAWN, image_size=image_size, **more)[0]
+    return synthetic_faces.synthetic_faces(*UNSEEN_SIZE, image_size=image_size, **more)[0]
 
 
 def has_room(device: torch.device, size: int) -> bool:

@@ -205,29 +205,27 @@ class MeasurementCache:
 
 
 def _judge(
-    metric: AuditMetric, statistics: dict[str, Statistic | str], task: AuditTask, never: list[dict], known: list[dict]
+    metric: AuditMetric,
+    statistics: dict[str, Statistic | str],
+    task: AuditTask,
+    references: list[dict],
+    originals: list[dict],
 ) -> dict[str, dict]:
     """The entries of a metric's keys, by what it found in the unlearned model, the references and the originals."""
     entries = {}
     for key, statistic in statistics.items():
-        entry = unmeasured_entry(metric)
-        reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
-        if isinstance(statistic, str) or reasons:
-            entries[key] = entry | {"reason": statistic if isinstance(statistic, str) else reasons[0]}
+        others = {"references": references, "originals": originals}
+        others = {group: [measured["values"][key] for measured in found] for group, found in others.items()}
+        if reasons := [text for text in (statistic, *others["references"], *others["originals"]) if isinstance(text, str)]:
+            entries[key] = unmeasured_entry(metric) | {"reason": reasons[0]}
             continue
-        entry["value"] = value_of(statistic, task.num_groups)
-        for group, measured in (("references", never), ("originals", known)):
-            entry[group] = [m["values"][key] for m in measured]
+        value, resolution = value_of(statistic, task.num_groups), task.resolution(key)
+        entry = unmeasured_entry(metric) | {"value": value} | others
         if metric.judged:
-            scale = [m["values"][metric.scale_from.get(key, key)] for m in known]
-            entry |= {
-                "interval": bootstrap_interval(statistic, task.num_groups, task.seed),
-                "known": sum(scale) / len(scale),
-            }
-            entry["resolution"] = task.resolution(key)
-            entry |= vars(
-                compare(entry["value"], entry["references"], scale, entry["resolution"], key in metric.lower_if_known)
-            )
+            scale = [measured["values"][metric.scale_from.get(key, key)] for measured in originals]
+            interval = bootstrap_interval(statistic, task.num_groups, task.seed)
+            entry |= {"interval": interval, "known": sum(scale) / len(scale), "resolution": resolution}
+            entry |= vars(compare(value, others["references"], scale, resolution, key in metric.lower_if_known))
         else:
             entry["reason"] = "a picture of where, no verdict"
         entries[key] = rounded(entry)

@@ -22,7 +22,7 @@ from util.runtime.files import TEMPORARY_SUFFIX, file_lock, read_json, sha256
 CONFIG = "config.json"  # names the script that made a folder
 REPLACED = ".replaced"  # where a run lies until the one that replaces it has finished
 LOCK = ".lock"  # whoever holds it is written in it
-HOLDER = re.compile(rb"|\w+\.py, process \d+ on .*")
+LOCK_CONTENT = re.compile(rb"|\w+\.py, process \d+ on .*")
 
 
 def claim(path: Path, script: str) -> None:
@@ -45,7 +45,7 @@ def _left_by_a_start(entry: Path) -> bool:
     """Whether it may lie in a folder before a run has begun there: its lock, and the log of whoever started it."""
     if entry.is_symlink() or not entry.is_file():
         return False
-    return entry.name == "log.txt" or (entry.name == LOCK and HOLDER.fullmatch(entry.read_bytes()) is not None)
+    return entry.name == "log.txt" or (entry.name == LOCK and LOCK_CONTENT.fullmatch(entry.read_bytes()) is not None)
 
 
 def maker_of(path: Path) -> str | None:
