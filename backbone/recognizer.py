@@ -84,7 +84,10 @@ def with_rows(model: Recognizer, classes: Sequence[int]) -> Recognizer:
 
 
 def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
-    """Move a model to the device, with the attention, dropout, last block and memory format that are fastest there."""
+    """Move a model to the device, with the attention, dropout, last block and memory format that are fastest there.
+
+    In place and for good: layers are replaced in the model that is given, which is returned.
+    """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = hardware.fused_attention

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from data.copies import check_copies, find_copies
 
+from data.copies import check_copies, find_copies
 from data.image_set import ImageSet
 from data.tasks import forgetting_tasks
 from util.runtime.errors import UsageError

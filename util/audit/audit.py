@@ -74,7 +74,7 @@ def audit(
     cache: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Audit:
-    """Does `after` still know the identities `forget` of the training and test set `data`?
+    """Does `after` still know the identities `forget` of `data`, a training and a test set? The models move to the device.
 
     before:     the pre-trained model; `originals`, others trained like it with other seeds.
     references: three models or more that were trained like it on the images of everybody but `forget`.
@@ -82,8 +82,8 @@ def audit(
     remain:     class ids that the model is to know; by default all but `forget`.
     cache:      a folder that keeps what was measured of references and originals, which many audits share.
 
-    Raises UsageError if a reference has seen one of the forgotten, if `unseen` shares people or images with the training
-    set, or if there are too few references or images.
+    Raises UsageError if a reference has seen one of the forgotten, `unseen` shares people or images with the training set,
+    or there are too few references or images.
     """
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
     check_references(references, forget, data[0].classes)
