@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from backbone.published import to_published
-from backbone.recognizer import forward_flops, to_device
+from backbone.recognizer import to_device, training_flops
 from data import build_datasets, place_images
 from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
 from data.pairs import load_pairs
 from data.records import is_record_file
-from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, named_requests, people, warn_of_few_photos
+from data.tasks import ForgettingTask, drawn_requests, forgetting_tasks, name_list, named_requests, warn_of_few_photos
 from methods import METHODS, method_class
 from methods.base import PRESETS, Method
 from util.cli import options
@@ -37,7 +37,7 @@ from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
-from util.training.optim import Schedule, epochs_for, make_optimizer
+from util.training.optim import Schedule, make_optimizer
 from util.training.resume import add_resume_options, identity_of, needed_bytes, should_resume
 
 SCRIPT = Path(__file__).name
@@ -193,22 +193,11 @@ def check_held_out(args: argparse.Namespace, info: dict) -> None:
         print(f"warning: {args.checkpoint} may have been trained on images that --val-fraction holds out", file=sys.stderr)
 
 
-def training_flops(run: ContinualRun) -> float:
-    """About how many FLOPs the training takes: a forward pass, and twice as much backward. Of a convolutional network none:
-    compiling takes minutes there, and has crashed (torch 2.14.1)."""
-    images = 0
-    for task in run.tasks[run.earlier :]:
-        epochs = epochs_for(run.method, task, run.args.epochs, run.args.min_updates)
-        plans = [plan for epoch in range(epochs) for plan in run.method.passes(task, epoch, epochs)]
-        images += sum(plan.steps * sum(plan.sizes.values()) for plan in plans)
-    return 3 * images * forward_flops(run.model) * (not run.model.convolutional)
-
-
 def main(argv: list[str] | None) -> None:
     args = parse_arguments(argv)
     hardware = options.start_hardware(args)
     run = assemble(args, hardware)
-    run.method.hardware = hardware.resolve_compile(training_flops(run))
+    run.method.hardware = hardware.resolve_compile(training_flops(run.model, run.images_shown()))
     folder = RunFolder(args.output_dir or Path("exps") / default_name(args, run))
     with folder.locked():
         forget(args, run, folder, options.given_options(sys.argv if argv is None else argv))
@@ -227,14 +216,14 @@ def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given
     """The run, in its folder."""
     hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
     identity = identity_of(args, train_set)
-    resume = should_resume(folder, args, hardware, identity, needed_bytes(model, len(run.tasks)))
+    resume = should_resume(folder, args, identity, needed_bytes(model, len(run.tasks)))
     to_device(model, hardware)
     sizes = [len(task.forget) for task in run.tasks[run.earlier :]]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))
     print(
         f"{run.method.title} on {train_set.name}: {counts} of {len(train_set.classes)} classes, "
         f"{model.architecture.model}, {hardware.describe()} → {folder.path}",
-        *(f"task {task.number} forgets {people(task.forget, train_set.classes)}" for task in run.tasks[run.earlier :]),
+        *(f"task {task.number} forgets {name_list(task.forget, train_set.classes)}" for task in run.tasks[run.earlier :]),
         sep="\n",
         flush=True,
     )

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from backbone.heads import HEADS
 from backbone.published import to_published
-from backbone.recognizer import Recognizer, forward_flops, to_device
+from backbone.recognizer import Recognizer, to_device, training_flops
 from data import build_datasets
 from data.image_set import ImageSet, with_classes
-from data.tasks import ForgettingTask, listed_names, named_classes, people, pretraining_task
+from data.tasks import ForgettingTask, listed_names, name_list, named_classes, pretraining_task
 from methods.pretrain import Pretrain
 from util.cli import options
 from util.cli.config import add_config_option, describe_run, saved_arguments
@@ -133,8 +133,7 @@ def main(argv: list[str] | None) -> None:
     choose_epochs(args, len(task.remain_indices))
     model = build_model(args, source, len(train_set.classes))
     set_rows(args, source, model, train_set.classes)
-    work = 3 * args.epochs * len(task.remain_indices) * forward_flops(model)
-    hardware = hardware.resolve_compile(work * (not model.convolutional))  # of others, compiling takes minutes
+    hardware = hardware.resolve_compile(training_flops(model, args.epochs * len(task.remain_indices)))
     to_device(model, hardware)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
     if args.published_layout:
@@ -156,7 +155,7 @@ def pretrain(
     """The run, in its folder."""
     train_set, test_set = data
     identity = identity_of(args, train_set)
-    resume = should_resume(folder, args, hardware, identity, needed_bytes(model, 1))
+    resume = should_resume(folder, args, identity, needed_bytes(model, 1))
     if resume and folder.finished:
         print(f"finished before: {folder.results}")
         return
@@ -169,7 +168,7 @@ def pretrain(
         f"{hardware.describe()}"
     )
     if task.old:
-        print(f"left out: {people(task.old, train_set.classes)}", flush=True)
+        print(f"left out: {name_list(task.old, train_set.classes)}", flush=True)
 
     start = time.perf_counter()
     if args.rows == "enrolment" and not resume:

@@ -31,11 +31,11 @@ def block_names(backbone: nn.Module) -> list[str]:
     return found or [name for name in names if re.fullmatch(r"\w+\.\d+", name)]
 
 
-class _Enough(Exception):
+class _StopForward(Exception):
     """What was asked for is there; the rest of the network need not run."""
 
 
-class _Tap(nn.Module):
+class _Record(nn.Module):
     """Takes down what a block computes."""
 
     def __init__(self, block: nn.Module, outputs: list, enough: bool) -> None:
@@ -45,18 +45,18 @@ class _Tap(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.outputs.append(self.block(*args, **kwargs))
         if self.enough:
-            raise _Enough
+            raise _StopForward
         return self.outputs[-1]
 
 
-class _Skip(nn.Module):
+class _PassThrough(nn.Module):
     """Hands its input on."""
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         return x
 
 
-class _Give(nn.Module):
+class _Constant(nn.Module):
     """Computes `output`, whatever goes in."""
 
     def __init__(self, output: Any) -> None:
@@ -68,7 +68,7 @@ class _Give(nn.Module):
 
 
 @contextmanager
-def _in_place(backbone: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+def _replaced(backbone: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
     blocks = {name: backbone.get_submodule(name) for name in modules}
     for name, module in modules.items():
         backbone.set_submodule(name, module)
@@ -82,8 +82,8 @@ def _in_place(backbone: nn.Module, modules: dict[str, nn.Module]) -> Iterator[No
 def block_outputs(backbone: nn.Module, images: Tensor, names: Sequence[str]) -> list:
     """What each of these blocks, in order, makes of normalized images (B, 3, H, W). What comes after the last is not run."""
     outputs = []
-    taps = {name: _Tap(backbone.get_submodule(name), outputs, name == names[-1]) for name in names}
-    with _in_place(backbone, taps), suppress(_Enough):
+    taps = {name: _Record(backbone.get_submodule(name), outputs, name == names[-1]) for name in names}
+    with _replaced(backbone, taps), suppress(_StopForward):
         backbone.forward(images)  # by itself: a compiled call would not let the blocks be exchanged
     return outputs
 
@@ -164,8 +164,8 @@ class Halves:
 
     def upper(self, backbone: nn.Module, images: Tensor, mid: Tensor) -> Tensor:
         """What the lower half handed on → embeddings (B, dim). Of the images the shape alone counts."""
-        skips = {name: _Skip() for name in self.names[:-1]}
-        with _in_place(backbone, skips | {self.names[-1]: _Give(mid)}):
+        skips = {name: _PassThrough() for name in self.names[:-1]}
+        with _replaced(backbone, skips | {self.names[-1]: _Constant(mid)}):
             return backbone.forward(images)
 
     def lower_half(self, backbone: nn.Module) -> nn.Module:

@@ -27,8 +27,7 @@ class Head(nn.Module):
         with torch.autocast(embeddings.device.type, enabled=False):
             # At least float32: a float64 model stays float64, a bfloat16 copy still multiplies in float32.
             dtype = torch.promote_types(torch.promote_types(embeddings.dtype, self.weight.dtype), torch.float32)
-            # Else a deleted class, with a cosine and logit of 0, would be above negative ones.
-            return self.logits(embeddings.to(dtype)).masked_fill(self.absent, self.lowest)
+            return self.logits(embeddings.to(dtype))
 
     @property
     def absent(self) -> Tensor:
@@ -36,7 +35,11 @@ class Head(nn.Module):
         return ~self.weight.detach().any(dim=1)
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        return self.scale * F.linear(F.normalize(embeddings), F.normalize(self.weight.to(embeddings.dtype)))
+        weight = self.weight.to(embeddings.dtype)
+        lengths = weight.norm(dim=1)
+        cosines = F.linear(F.normalize(embeddings), weight / lengths.clamp_min(1e-12)[:, None])
+        # Absent rows, which their lengths show here. With a logit of 0 they would be above negative ones.
+        return (self.scale * cosines).masked_fill(lengths.detach() == 0, self.lowest)
 
     def add_margin(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Label-free logits (B, classes) → training logits: one forward pass serves both."""
@@ -59,7 +62,8 @@ class Softmax(Head):
         self.bias = nn.Parameter(torch.zeros(num_classes))
 
     def logits(self, embeddings: Tensor) -> Tensor:
-        return F.linear(embeddings, self.weight.to(embeddings.dtype), self.bias.to(embeddings.dtype))
+        logits = F.linear(embeddings, self.weight.to(embeddings.dtype), self.bias.to(embeddings.dtype))
+        return logits.masked_fill(self.absent, self.lowest)
 
 
 class CosFace(Head):

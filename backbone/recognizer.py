@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from backbone.dropout import replace_dropout
 from backbone.heads import HEADS
 from backbone.onnx_graph import OnnxBackbone
-from util.runtime.distributed import alone, sharded
+from util.runtime.distributed import sharded, single_process
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware, plain_attention
 
@@ -84,7 +84,10 @@ def with_rows(model: Recognizer, classes: Sequence[int]) -> Recognizer:
 
 
 def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
-    """Move a model to the device, with the attention, dropout, last block and memory format that are fastest there."""
+    """Move a model to the device, with the attention, dropout, last block and memory format that are fastest there.
+
+    In place and for good: layers are replaced in the model that is given, which is returned.
+    """
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = hardware.fused_attention
@@ -106,13 +109,19 @@ def forward_flops(model: Recognizer) -> int:
     size = model.architecture.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.head.weight.device)
     # On the CPU still, which NCCL does not serve; the counter does not know every shape of fused attention.
-    with alone(), plain_attention(model), FlopCounterMode(display=False) as counter, torch.no_grad():
+    with single_process(), plain_attention(model), FlopCounterMode(display=False) as counter, torch.no_grad():
         weights = {name: weight.detach() for name, weight in model.backbone.named_parameters()}  # nor weights as inputs
         was_training = model.training
         model.eval()  # batch norms train on more images than one
         torch.func.functional_call(model.backbone, weights, (model.normalize(image),))
         model.train(was_training)
     return counter.get_total_flops()
+
+
+def training_flops(model: Recognizer, images: int) -> int:
+    """About how many FLOPs training on so many images takes: a forward pass, and twice as much backward. Of a convolutional
+    network none: compiling takes minutes there, and has crashed (torch 2.14.1)."""
+    return 3 * images * forward_flops(model) * (not model.convolutional)
 
 
 def default_image_size(model: str) -> int:

@@ -14,7 +14,7 @@ from data.tasks import ForgettingTask, split_validation
 from util.runtime import distributed
 
 SYNTHETIC = "synthetic_faces"
-STRANGERS_DRAWN = 300, 4, 0  # identities, images of each, none for a test split
+STRANGERS_SIZE = 300, 4, 0  # identities, images of each, none for a test split
 
 
 def build_datasets(
@@ -62,7 +62,7 @@ def build_strangers(
     if args.data != SYNTHETIC:
         return None
     more = {"first": args.identities, "seed": args.data_seed, "device": device, "cache_dir": cache_dir}
-    return synthetic_faces.synthetic_faces(*STRANGERS_DRAWN, image_size=image_size, **more)[0]
+    return synthetic_faces.synthetic_faces(*STRANGERS_SIZE, image_size=image_size, **more)[0]
 
 
 def has_room(device: torch.device, size: int) -> bool:

@@ -12,7 +12,9 @@ SHOWN = 3  # pairs of people
 DIGITS = 16  # of a digest, kept in checkpoints
 
 
-def copies(data: Sequence[ImageSet], forgotten: set[int], kept: set[int]) -> dict[tuple[int, int], list[tuple[str, str]]]:
+def find_copies(
+    data: Sequence[ImageSet], forgotten: set[int], kept: set[int]
+) -> dict[tuple[int, int], list[tuple[str, str]]]:
     """Images with the same content: (forgotten person, kept person) → their files, in pairs."""
     known, found = defaultdict(list), defaultdict(list)
     for c, file, digest in _images(data):
@@ -31,7 +33,7 @@ def check_copies(data: Sequence[ImageSet], tasks: Sequence[ForgettingTask], refu
     """
     classes, last, found = data[0].classes, {*tasks[-1].remain}, {}
     for task in tasks:
-        found |= copies(data, {*task.forget}, {*task.remain})
+        found |= find_copies(data, {*task.forget}, {*task.remain})
     for kept in (True, False):
         findings = [
             f"{len(files)} of the photos of {classes[c]} are kept as {classes[other]}'s ({files[0][0]} is {files[0][1]})"

@@ -67,7 +67,7 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
         skipped["class folders without images"] = empty
     if skipped:
         kinds = [f"{len(paths)} {kind} ({paths[0]}{', …' * (len(paths) > 1)})" for kind, paths in skipped.items()]
-        tell(f"{root}: skipped {', '.join(kinds)}")
+        warn(f"{root}: skipped {', '.join(kinds)}")
     least = 2 if split else 1
     if len(names) < least:
         few = f"{len(names)} class folders; at least {least} are needed, <class>/<image>"
@@ -115,7 +115,7 @@ def _check_test(root: Path, train: dict[str, list[str]], test: dict[str, list[st
     if len(untested) == len(names):
         raise UsageError(one_line(f"{root}/test: no images"))
     if untested:
-        tell(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first")
+        warn(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first")
 
 
 def _state(path: str) -> tuple[str, int, int]:
@@ -189,5 +189,5 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def tell(text: str) -> None:
+def warn(text: str) -> None:
     print(one_line(text), file=sys.stderr)

@@ -17,8 +17,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from data.cache import cached_images, partly_cached
-from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, one_line, tell
-from data.image_set import ImageSet, decoded
+from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, one_line, warn
+from data.image_set import ImageSet, no_decoding
 from data.records import is_record_file, list_records
 from util.runtime.errors import UsageError
 
@@ -49,7 +49,7 @@ def image_folder(
     shared = [(file, first[digest]) for file, digest in zip(test.files, test.digests, strict=True) if digest in first]
     if shared:
         found = f"{len(shared)} of {len(test)} test images are training images as well ({' is '.join(shared[0])})"
-        tell(f"warning: {listed.root}: {found}: accuracies on them say nothing about new images")
+        warn(f"warning: {listed.root}: {found}: accuracies on them say nothing about new images")
     return train, test
 
 
@@ -73,7 +73,7 @@ def _image_set(
     if on_demand:
         images, decode = partly_cached(key, shape, fill, cache_dir)
     else:
-        images, decode = cached_images(key, shape, fill, cache_dir), decoded
+        images, decode = cached_images(key, shape, fill, cache_dir), no_decoding
     about = torch.tensor(listed.labels), listed.classes, listed.files, file_digests(listed, cache_dir)
     return ImageSet(one_line(listed.root.name), images, *about, decode=decode)
 

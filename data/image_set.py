@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def decoded(indices: Tensor) -> None:
+def no_decoding(indices: Tensor) -> None:
     """`ImageSet.decode` where everything is decoded."""
 
 
@@ -27,7 +27,7 @@ class ImageSet:
     # Of the whole data set, both splits, the SHA-256 of each class, by name.
     contents: dict[str, str] = field(default_factory=dict, compare=False)
     # Of a set that is decoded on demand: decodes the images at these positions, int64 (N,). Until then they are black.
-    decode: Callable[[Tensor], None] = field(default=decoded, compare=False)
+    decode: Callable[[Tensor], None] = field(default=no_decoding, compare=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,7 +42,7 @@ class ImageSet:
         files, digests = (tuple(values[i] for i in positions) if values else () for values in (self.files, self.digests))
         if isinstance(indices, Tensor):
             self.decode(indices)
-        decode = (lambda rows: self.decode(rows + positions.start)) if isinstance(indices, slice) else decoded
+        decode = (lambda rows: self.decode(rows + positions.start)) if isinstance(indices, slice) else no_decoding
         tensors = {"images": self.images[indices], "labels": self.labels[indices]}
         return replace(self, **tensors, files=files, digests=digests, decode=decode)
 

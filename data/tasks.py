@@ -99,7 +99,7 @@ def _class_id(name: str, classes: Sequence[str]) -> int:
     raise UsageError(f"no class {name!r}; {hint}")
 
 
-def people(ids: Sequence[int], classes: Sequence[str], most: int = 40) -> str:
+def name_list(ids: Sequence[int], classes: Sequence[str], most: int = 40) -> str:
     """Names for a line that is printed."""
     more = f" and {len(ids) - most} more" if len(ids) > most else ""
     return ", ".join(classes[c] for c in ids[:most]) + more
@@ -155,7 +155,7 @@ def warn_of_few_photos(tasks: Sequence[ForgettingTask], labels: Tensor, classes:
     counts = {c: int((labels[task.forget_indices] == c).sum()) for task in tasks for c in task.forget}
     few = [f"{classes[c]} ({count})" for c, count in counts.items() if count < FEW_PHOTOS]
     if few:
-        message = f"fewer than {FEW_PHOTOS} training photos of {people(range(len(few)), few)}"
+        message = f"fewer than {FEW_PHOTOS} training photos of {name_list(range(len(few)), few)}"
         print(f"warning: {message}: the model may still know them afterwards", file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ from data.tasks import ForgettingTask
 from methods.base import Option
 from methods.distillation import Distillation, kl_divergence
 
-NEVER = -1e4  # a logit whose softmax is zero; with −∞ the divergence would be 0 · ∞
+MASKED_LOGIT = -1e4  # a logit whose softmax is zero; with −∞ the divergence would be 0 · ∞
 
 
 class DELETE(Distillation):
@@ -30,6 +30,6 @@ class DELETE(Distillation):
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         classes = torch.arange(model.head.weight.shape[0], device=batch.labels.device)
-        others = self.teacher.logits(batch.indices).masked_fill(classes == batch.labels[:, None], NEVER)
+        others = self.teacher.logits(batch.indices).masked_fill(classes == batch.labels[:, None], MASKED_LOGIT)
         forget = kl_divergence(others, model(batch.images))
         return {"total": forget}

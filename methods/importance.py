@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
-from util.runtime.distributed import alone, local_share, sum_over_processes
+from util.runtime.distributed import local_share, single_process, sum_over_processes
 from util.runtime.hardware import Hardware, plain_attention
 
 # Gradients of several images are held at once: as many as fit in this many bytes, four times as many on a GPU.
@@ -52,7 +52,7 @@ def mean_importance(
     with plain_attention(model) if batch_size is None else contextlib.nullcontext():
         for rows in (rows.to(image_set.images.device) for rows in chunks if len(rows)):  # a share may be none
             images, labels = image_set.images[rows].to(hardware.device), image_set.labels[rows].to(hardware.device)
-            with alone(), hardware.autocast(), hardware.eager():
+            with single_process(), hardware.autocast(), hardware.eager():
                 gradients = (image_gradients if vectorized else batch_gradient)(model, objective, trained, images, labels)
             for name, gradient in gradients.items():
                 total[name] += measure(gradient).sum(dim=0)

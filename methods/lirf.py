@@ -36,6 +36,7 @@ class LIRF(Distillation):
     title = "LIRF"
     source = "arXiv 2207.08224"
     taught = ("forget",)
+    halves: Halves | None = None
     options = [
         *Distillation.options,
         WRONG_LABELS,
@@ -55,11 +56,12 @@ class LIRF(Distillation):
     ]
 
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
-        Halves(model.backbone, model.architecture.image_size)
+        self.halves = Halves(model.backbone, model.architecture.image_size)
 
     def prepare(self, model: Recognizer) -> None:
         super().prepare(model)
-        self.halves = Halves(model.backbone, model.architecture.image_size)
+        if self.halves is None:
+            self.check(model, [self.task], self.train_set)
         teacher = self.teacher_of(model)
 
         def maps_of(images: Tensor) -> Tensor:

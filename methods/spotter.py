@@ -8,9 +8,9 @@ from backbone.recognizer import Recognizer
 from data.batches import Batch
 from data.image_set import ImageSet
 from methods.base import Option
-from methods.delete import DELETE, NEVER
+from methods.delete import DELETE, MASKED_LOGIT
 from methods.distillation import Teacher, kl_divergence
-from util.runtime.distributed import alone
+from util.runtime.distributed import single_process
 
 STEP, STEPS = 0.01, 3  # of the perturbation, as published
 
@@ -39,7 +39,7 @@ class Spotter(DELETE):
         images, labels = (part[indices].to(self.hardware.device) for part in (self.train_set.images, self.train_set.labels))
         # With gradients, as many at once as in a step. Eager: a compiled step would be compiled anew for these.
         chunks = zip(images.split(self.args.batch_size), labels.split(self.args.batch_size), strict=True)
-        with alone(), self.hardware.autocast(), self.hardware.eager():  # every process perturbs all images
+        with single_process(), self.hardware.autocast(), self.hardware.eager():  # every process perturbs all images
             self.near = torch.cat([self._perturbed(teacher, *chunk) for chunk in chunks])
         near_set = ImageSet("near", self.near, labels, self.train_set.classes)
         self.near_teacher = Teacher(teacher, near_set, torch.arange(len(near_set)), self.hardware)
@@ -50,7 +50,7 @@ class Spotter(DELETE):
         original, limit = images.float(), 255 * self.args.epsilon
         with torch.no_grad():
             logits = teacher(images)
-            target = logits.scatter(1, labels[:, None], NEVER).argmax(dim=1)
+            target = logits.scatter(1, labels[:, None], MASKED_LOGIT).argmax(dim=1)
         moved = (original + limit * (2 * torch.rand_like(original) - 1)).clamp(0, 255)
         for _ in range(STEPS):
             moved.requires_grad_(True)
@@ -72,4 +72,4 @@ class Spotter(DELETE):
         return {"total": total, "forget": as_is, "near": near, "together": together}
 
     def _masked(self, logits: Tensor) -> Tensor:
-        return logits.index_fill(1, self.forgotten, NEVER)
+        return logits.index_fill(1, self.forgotten, MASKED_LOGIT)

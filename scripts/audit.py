@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import SYNTHETIC
 from methods import METHODS
+from scripts.audit_files import claim_output, write_audit
 from scripts.audited_run import YARDSTICKS, AuditedRun
 from scripts.jobs import add_job_options
 from scripts.references import train_references
@@ -143,7 +144,7 @@ def main(argv: list[str] | None) -> None:
                 raise UsageError(f"{path} is there and not of this script: move it")
     runs = [load_audited_run(folder, argv) for folder in folders] or [AuditedRun(args)]
     for run in runs:
-        run.claim()
+        claim_output(run)
     train_references([job for run in runs for job in run.all_reference_jobs()], args)
     width = max(len(run.label) for run in runs)
     audits = {seed: print_audits([*group], width) for seed, group in groupby(runs, lambda run: run.seed)}
@@ -156,7 +157,7 @@ def main(argv: list[str] | None) -> None:
         title = f"{len(runs)} runs on {runs[0].data[0].name}, request {runs[0].requests[0].task}"
         index = write_comparison(rows, table.parent, title)
     if index is None:
-        index = (runs[0].output if len(runs) == 1 else runs[0].run.path.parent / "*" / "audit") / "audit.html"
+        index = (runs[0].output if len(runs) == 1 else runs[0].folder.path.parent / "*" / "audit") / "audit.html"
     print(f"\nthe page to look at: {index}")
 
 
@@ -165,7 +166,7 @@ def print_audits(runs: list[AuditedRun], width: int) -> list[tuple[str, dict | N
     request a run; labels are padded to `width`. Returns (label, content of results.json, content of audit.json) of each."""
     audits, people = [], None
     for run in runs:
-        audits.append((run.label, run.results, run.write()))
+        audits.append((run.label, run.results, write_audit(run)))
         if len(audits[0][2]["requests"]) == 1:
             lines, before, people = overview(audits[-1:], width), people, run.requests[0].forget
             print(*lines if people != before else lines[-1:], sep="\n", flush=True)

@@ -1,9 +1,9 @@
-"""A run of forgetting, or two checkpoints, with the data and models that its audit needs; and the audit's files."""
+"""A run of forgetting, or two checkpoints, with the data and models that their audit needs."""
 
 import argparse
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, product
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 
@@ -17,32 +17,20 @@ from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, pretraining_recipe, reference_job
-from util.audit import AUDIT_METRICS, STRANGER_METRICS
+from util.audit import STRANGER_METRICS
 from util.audit.audit import Audit, audit, check_originals, check_references, check_strangers
 from util.audit.inputs import AuditTask
-from util.audit.pictures import pictures
 from util.audit.strangers import audit_against_strangers, choose_strangers
 from util.cli import options
-from util.cli.config import code_and_packages, describe_command
-from util.report.audit_page import audit_page
-from util.report.audit_tables import audit_markdown
 from util.report.results import load_results
 from util.runtime.errors import UsageError
-from util.runtime.files import sha256, state_mismatch, write_json, write_text
+from util.runtime.files import sha256, state_mismatch
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
-from util.storage.folders import CONFIG, RunFolder, claim, default_folder, utc_now
-from util.training.monitor import log_scalars, open_writer
+from util.storage.folders import RunFolder, default_folder
 
-SCHEMA = 2
 YARDSTICKS = {"references": [False], "strangers": [True], "both": [False, True]}  # whether strangers, of each comparison
-FULL_AUDIT_REFERENCES = 5  # an audit beside fewer is a first look
-FURTHER_OPTIONS = (
-    "strangers",
-    "images",
-    "before",
-    "head",
-    "published_adapters",
-)  # that data depend on, besides DATA_OPTIONS
+# What data depend on, besides DATA_OPTIONS.
+FURTHER_OPTIONS = ("strangers", "images", "before", "head", "published_adapters")
 
 
 @dataclass
@@ -84,16 +72,16 @@ load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained
 class AuditedRun:
     """A run, or two checkpoints, with data and models loaded: what becomes one audit.json."""
 
-    def __init__(self, args: argparse.Namespace, run: RunFolder | None = None) -> None:
-        self.args, self.run, self.hardware = args, run, options.start_hardware(args)
-        self.results = load_results(run.results) if run else None
-        self.label = METHODS[self.results["method"]].title if run else args.after.stem
-        if run and not self.results["tasks"]:
-            raise UsageError(f"{run.path} has finished no task")
-        after = self._load(run.checkpoint(self.results["tasks"][-1]["task"]) if run else args.after)
-        self.requests = self._requests_of_run(after.forgotten) if run else []
+    def __init__(self, args: argparse.Namespace, folder: RunFolder | None = None) -> None:
+        self.args, self.folder, self.hardware = args, folder, options.start_hardware(args)
+        self.results = load_results(folder.results) if folder else None
+        self.label = METHODS[self.results["method"]].title if folder else args.after.stem
+        if folder and not self.results["tasks"]:
+            raise UsageError(f"{folder.path} has finished no task")
+        after = self._load(folder.checkpoint(self.results["tasks"][-1]["task"]) if folder else args.after)
+        self.requests = self._requests_of_run(after.forgotten) if folder else []
         self.before = self._load(args.before)
-        own = run.path / "audit" if run else default_folder("audit", args.after, suffix=args.forget_classes)
+        own = folder.path / "audit" if folder else default_folder("audit", args.after, suffix=args.forget_classes)
         self.output = args.output_dir or own
         forgotten = tuple(sorted({*chain(*after.forgotten)}))
         where = tuple((key, getattr(args, key)) for key in (*DATA_OPTIONS, *FURTHER_OPTIONS))
@@ -129,9 +117,11 @@ class AuditedRun:
         if "all" in wanted:
             moments += [(number, own[-1]) for number in own[:-1]]
         elif strange := [number for number in wanted if number not in own]:
-            raise UsageError(f"--requests {strange[0]}: {self.run.path} has finished {', '.join(map(str, own))}")
+            raise UsageError(f"--requests {strange[0]}: {self.folder.path} has finished {', '.join(map(str, own))}")
         return [
-            AuditedRequest(self.run.checkpoint(after), task, after, forgotten[task - 1], sorted(chain(*forgotten[:after])))
+            AuditedRequest(
+                self.folder.checkpoint(after), task, after, forgotten[task - 1], sorted(chain(*forgotten[:after]))
+            )
             for task, after in moments
         ]
 
@@ -201,60 +191,6 @@ class AuditedRun:
                 found = audit(*models, [checkpoint.model for checkpoint in never.values()], *people, **settings)
         known = {args.before: self.before, **known}
         return found, *([describe(*entry, self.data[0]) for entry in group.items()] for group in (never, known))
-
-    def claim(self) -> None:
-        """Make the output folder this audit's. Raises UsageError if it is of something else."""
-        claim(self.output, "audit.py")
-        write_json(self.output / CONFIG, describe_command(self.args, "audit.py"))
-
-    def write(self) -> dict:
-        """Audit every case and leave the files. Returns the content of audit.json."""
-        requests, drawn, others = [], [], {"references": {}, "originals": {}}
-        for request, strangers in product(self.requests, self.yardsticks):
-            found, never, known = self.audit(request, strangers)
-            for group, entries in zip(others.values(), (never, known), strict=True):
-                group |= {entry["sha256"]: entry for entry in entries}
-            about = {"task": request.task, "after_task": request.after_task}
-            about |= {"after_file": str(request.after.resolve()), "after_sha256": sha256(request.after)}
-            if self.run and (record := self.run.task_file("deletions", request.after_task)).exists():
-                about |= {"record_file": str(record.resolve()), "record_sha256": sha256(record)}
-            about["references"] = [entry["sha256"] for entry in never]
-            requests.append(about | found.as_dict())
-            drawn.append(None if self.args.quick or strangers else pictures(found))
-        content = {
-            "schema": SCHEMA,
-            "date": utc_now(),
-            **code_and_packages(),
-            "first_look": self._first_look_reasons([len(r["references"]) for r in requests if not r["strangers"]]),
-            "data": self.data[0].name,
-            "method": self.label if self.run else None,
-            "recipe": self.recipe,
-            "restoring": [kind for kind in ("adapters", "deposits") if self.run and any(self.run.path.glob(f"{kind}/*"))],
-            **{name: [*group.values()] for name, group in others.items()},
-            "requests": requests,
-            "arguments": options.plain_arguments(self.args) | dict.fromkeys(("runs", "references", "originals")),
-        }
-        write_json(self.output / "audit.json", content)
-        write_text(self.output / "audit.md", audit_markdown(content) + "\n")
-        write_text(self.output / "audit.html", audit_page(content, drawn, f"{self.label} on {self.data[0].name}"))
-        if self.run:
-            self._log(requests)
-        return content
-
-    def _first_look_reasons(self, references: list[int]) -> list[str]:
-        """What makes the audit a first look, with so many references of each request beside any."""
-        without = [name for name in (AUDIT_METRICS if references else STRANGER_METRICS) if name not in self.args.metrics]
-        least = min(references, default=FULL_AUDIT_REFERENCES)
-        few = [f"{least} models that never saw them instead of {FULL_AUDIT_REFERENCES}"] * (least < FULL_AUDIT_REFERENCES)
-        return few + ([f"without {', '.join(without)}"] if without else [])
-
-    def _log(self, requests: list[dict]) -> None:
-        with open_writer(self.run.path) as writer:
-            for request in requests:
-                for what in ("value", "rho"):
-                    values = {key: entry[what] for key, entry in request["figures"].items()}
-                    where = "audit_beside_strangers" if request["strangers"] else "audit"
-                    log_scalars(writer, f"{where}/request_{request['task']}/{what}", values, request["after_task"])
 
 
 def describe(path: Path, checkpoint: Checkpoint, train_set: ImageSet) -> dict:

@@ -107,7 +107,7 @@ def download(url: str, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[dict[str, Callable[[], bytes]]]:
+def open_archive(path: Path) -> Iterator[dict[str, Callable[[], bytes]]]:
     """The files in an archive or a folder, by name; calling one reads it. Raises UsageError for anything else."""
     with contextlib.ExitStack() as stack:
         try:
@@ -137,7 +137,7 @@ def files_of(folder: Path) -> list[str]:
 
 def write(name: str, recipe: dict, archive: Path, folder: Path) -> None:
     """Write what the recipe makes of the archive into `folder`. Raises UsageError, or RunError where it is damaged."""
-    with opened(archive) as files:
+    with open_archive(archive) as files:
         plan = plan_of(name, recipe, [*files])
         if len(plan) != recipe["files"] or digest([*plan.values()]) != recipe.get("planned", recipe["names"]):
             raise UsageError(

@@ -64,14 +64,13 @@ def run_jobs(jobs: list[Job], where: list[str] | Cluster) -> Iterator[Job]:
     side by side share out the CPU's cores. On a cluster, where devices are found is the cluster's affair.
     """
     runs = [job.run for job in jobs]
-    ends = _on_cluster(runs, where) if isinstance(where, Cluster) else _on_this_machine(runs, where)
+    if isinstance(where, Cluster):
+        ends = where.run(runs, runs[0].log.parents[1] / ".slurm") if runs else ()
+    else:
+        ends = _on_this_machine(runs, where)
     for index, failure in ends:
         jobs[index].failure = failure
         yield jobs[index]
-
-
-def _on_cluster(runs: list[Run], cluster: Cluster) -> Iterator[tuple[int, str]]:
-    return cluster.run(runs, runs[0].log.parents[1] / ".slurm") if runs else iter(())
 
 
 def _on_this_machine(runs: list[Run], gpus: list[str]) -> Iterator[tuple[int, str]]:

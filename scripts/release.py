@@ -28,7 +28,7 @@ from backbone.heads import Softmax
 from backbone.onnx_graph import write_onnx_weights
 from backbone.recognizer import Recognizer, build_backbone, with_rows
 from data.pairs import load_pairs
-from data.tasks import people
+from data.tasks import name_list
 from util.cli import options
 from util.cli.main import run_main
 from util.evaluation.verification import pair_benchmark
@@ -51,7 +51,7 @@ class Embedder(nn.Module):
         return F.normalize(self.model.embed(images))
 
 
-def released(checkpoint: Checkpoint) -> Checkpoint:
+def without_forgotten(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the rows and names of the remaining classes alone, and nothing said of others."""
     forgotten = {c for task in checkpoint.forgotten for c in task}
     kept = [c for c in range(checkpoint.model.architecture.num_classes) if c not in forgotten]
@@ -130,7 +130,7 @@ def main(argv: list[str] | None) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     if not checkpoint.forgotten:
         raise UsageError(f"{args.checkpoint} has forgotten nobody: give the checkpoint of a run's task")
-    model = released(checkpoint)
+    model = without_forgotten(checkpoint)
     a = model.model.architecture
 
     save_checkpoint(args.output_dir / "checkpoint.pth", model)
@@ -156,7 +156,7 @@ def main(argv: list[str] | None) -> None:
     for name, found in pair_benchmark(recognizer, pairs, Hardware(torch.device("cpu"), bf16=False)).items():
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
     forgotten = [c for task in checkpoint.forgotten for c in task]
-    names = people(forgotten, checkpoint.classes) if checkpoint.classes else f"{len(forgotten)} classes"
+    names = name_list(forgotten, checkpoint.classes) if checkpoint.classes else f"{len(forgotten)} classes"
     print(f"{args.output_dir}: {a.num_classes} classes, without {names}; the run's folder stays behind")
 
 

@@ -65,15 +65,6 @@ def test_pre_training_is_neither_replaced_nor_run_twice_at_once(colours, command
     assert json.loads((tmp_path / "config.json").read_text())["arguments"]["lr"] == 1e-2
 
 
-def test_a_run_that_goes_on_with_other_arithmetic_is_warned(trained, colours, command, tmp_path, monkeypatch):
-    words = [*forget_options(trained, colours, tmp_path / "run"), "--epochs", 1, "--device", "cpu"]
-    for has, warned in ((True, False), (True, False), (False, True)):
-        monkeypatch.setattr("util.runtime.hardware.has_fast_bf16", lambda device, has=has: has)
-        code, _, err = command("train_forget.py", *words, "--resume")
-        assert code == 0, err
-        assert ("was begun with bf16 True, now False: it may end in other bits" in err) == warned
-
-
 def test_a_run_is_finished_when_its_results_say_so(tmp_path):
     folder = RunFolder(tmp_path)
     assert not folder.finished

@@ -102,7 +102,7 @@ def test_a_run_never_deletes_what_it_reads(where, trained, colours, command, tmp
 
 def test_overwrite_spares_what_the_command_reads_and_what_is_not_ours(run_folder, trained, colours, command, tmp_path):  # noqa: F811
     run = shutil.copytree(run_folder, tmp_path / "run")
-    own = {"checkpoints/task_7.pth": b"1", "audit/notes.txt": b"2", "adapters/task_1_mine.safetensors": b"3", "mine/a": b"4"}
+    own = {"checkpoints/mine.pth": b"1", "audit/notes.txt": b"2", "adapters/task_1_mine.safetensors": b"3", "mine/a": b"4"}
     for name, what in own.items():
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_bytes(what)

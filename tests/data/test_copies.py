@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.copies import check_copies, copies
+from data.copies import check_copies, find_copies
 from data.image_set import ImageSet
 from data.tasks import forgetting_tasks
 from util.runtime.errors import UsageError
@@ -23,9 +23,9 @@ TEST = images((1, "b3", "y"), (3, "n", "u"))
 
 
 def test_every_pair_of_files_is_found():
-    assert copies([TRAIN, TEST], {0}, {1, 2, 3}) == {(0, 1): [("a1", "b1"), ("a2", "b3")], (0, 2): [("a2", "e1")]}
-    assert copies([TRAIN, TEST], {0, 1}, {2, 3}) == {(0, 2): [("a2", "e1")], (1, 2): [("b3", "e1")]}
-    assert copies([TRAIN, TEST], {3}, {0, 1, 2}) == {}
+    assert find_copies([TRAIN, TEST], {0}, {1, 2, 3}) == {(0, 1): [("a1", "b1"), ("a2", "b3")], (0, 2): [("a2", "e1")]}
+    assert find_copies([TRAIN, TEST], {0, 1}, {2, 3}) == {(0, 2): [("a2", "e1")], (1, 2): [("b3", "e1")]}
+    assert find_copies([TRAIN, TEST], {3}, {0, 1, 2}) == {}
 
 
 def test_whoever_is_forgotten_later_is_not_kept(capsys):

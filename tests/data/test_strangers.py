@@ -100,7 +100,7 @@ def test_faces_from_another_number_on_are_cached_apart(tmp_path):
 
 
 def test_drawn_strangers_share_no_identity_and_no_image_with_the_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "STRANGERS_DRAWN", (20, 4, 0))
+    monkeypatch.setattr(data, "STRANGERS_SIZE", (20, 4, 0))
     args = arguments(tmp_path)
     sets, strangers = build_datasets(args, SIZE, CPU), build_strangers(args, SIZE, CPU)
     assert (len(strangers.classes), len(strangers), strangers.image_size) == (20, 80, SIZE)

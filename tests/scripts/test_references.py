@@ -23,7 +23,7 @@ from data import build_datasets
 from data.tasks import named_classes
 from scripts.audit import parse_arguments
 from scripts.references import _locks, pretraining_recipe, reference_job, train_references
-from tests.conftest import ROOT, SMALL
+from tests.conftest import ROOT
 from tests.test_bad_input import refused
 from train_pretrain import RECIPE
 from util.runtime.files import file_lock
@@ -33,33 +33,6 @@ from util.training.engine import Trainer
 from util.training.resume import LastState
 
 ONE_DEVICE = Namespace(gpus=[], jobs_per_gpu=1, cluster="local")
-
-
-@pytest.fixture
-def early(colours, command, tmp_path_factory) -> Path:
-    """A checkpoint that is pre-trained for a few epochs, made once a session: its references are as quickly trained."""
-    folder = tmp_path_factory.getbasetemp() / "early"
-    if not (folder / "checkpoint.pth").exists():
-        options = ("--epochs", 6, "--batch-size", 24, "--lr", "2e-3", "--warmup-epochs", 1, "--output-dir", folder)
-        code, _, err = command("train_pretrain.py", "--data", colours, *SMALL, *options)
-        assert code == 0, err
-    return folder / "checkpoint.pth"
-
-
-@pytest.fixture
-def here(monkeypatch) -> list[str]:
-    """References are trained in this process, which spares start-ups: the labels of those that were."""
-    trained = []
-
-    def run_jobs(jobs, gpus):
-        for job in jobs:
-            trained.append(job.label)
-            with job.run.open_log() as log, contextlib.redirect_stdout(log):
-                train_pretrain.main(job.arguments)
-            yield job
-
-    monkeypatch.setattr(scripts.references, "run_jobs", run_jobs)
-    return trained
 
 
 @pytest.fixture

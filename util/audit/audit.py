@@ -74,7 +74,7 @@ def audit(
     cache: Path | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Audit:
-    """Does `after` still know the identities `forget` of the training and test set `data`?
+    """Does `after` still know the identities `forget` of `data`, a training and a test set? The models move to the device.
 
     before:     the pre-trained model; `originals`, others trained like it with other seeds.
     references: three models or more that were trained like it on the images of everybody but `forget`.
@@ -82,8 +82,8 @@ def audit(
     remain:     class ids that the model is to know; by default all but `forget`.
     cache:      a folder that keeps what was measured of references and originals, which many audits share.
 
-    Raises UsageError if a reference has seen one of the forgotten, if `stranger_set` shares people or images with the
-    training set, or if there are too few references or images.
+    Raises UsageError if a reference has seen one of the forgotten, `stranger_set` shares people or images with the training
+    set, or there are too few references or images.
     """
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
     check_references(references, forget, data[0].classes)
@@ -211,29 +211,27 @@ class MeasurementCache:
 
 
 def _judge(
-    metric: AuditMetric, statistics: dict[str, Statistic | str], task: AuditTask, never: list[dict], known: list[dict]
+    metric: AuditMetric,
+    statistics: dict[str, Statistic | str],
+    task: AuditTask,
+    references: list[dict],
+    originals: list[dict],
 ) -> dict[str, dict]:
     """The entries of a metric's keys, by what it found in the unlearned model, the references and the originals."""
     entries = {}
     for key, statistic in statistics.items():
-        entry = unmeasured_entry(metric)
-        reasons = [measured["values"][key] for measured in (*never, *known) if isinstance(measured["values"][key], str)]
-        if isinstance(statistic, str) or reasons:
-            entries[key] = entry | {"reason": statistic if isinstance(statistic, str) else reasons[0]}
+        others = {"references": references, "originals": originals}
+        others = {group: [measured["values"][key] for measured in found] for group, found in others.items()}
+        if reasons := [text for text in (statistic, *others["references"], *others["originals"]) if isinstance(text, str)]:
+            entries[key] = unmeasured_entry(metric) | {"reason": reasons[0]}
             continue
-        entry["value"] = value_of(statistic, task.num_groups)
-        for group, measured in (("references", never), ("originals", known)):
-            entry[group] = [m["values"][key] for m in measured]
+        value, resolution = value_of(statistic, task.num_groups), task.resolution(key)
+        entry = unmeasured_entry(metric) | {"value": value} | others
         if metric.judged:
-            scale = [m["values"][metric.scale_from.get(key, key)] for m in known]
-            entry |= {
-                "interval": bootstrap_interval(statistic, task.num_groups, task.seed),
-                "known": sum(scale) / len(scale),
-            }
-            entry["resolution"] = task.resolution(key)
-            entry |= vars(
-                compare(entry["value"], entry["references"], scale, entry["resolution"], key in metric.lower_if_known)
-            )
+            scale = [measured["values"][metric.scale_from.get(key, key)] for measured in originals]
+            interval = bootstrap_interval(statistic, task.num_groups, task.seed)
+            entry |= {"interval": interval, "known": sum(scale) / len(scale), "resolution": resolution}
+            entry |= vars(compare(value, others["references"], scale, resolution, key in metric.lower_if_known))
         else:
             entry["reason"] = "a picture of where, no verdict"
         entries[key] = rounded(entry)

@@ -43,12 +43,12 @@ class Verification(AuditMetric):
         forgotten, remaining = unit[task.forget_test], unit[task.remain_test]
         known = _scores(remaining, draw_pairs(labels[task.remain_test], PAIRS, task.seed)[1])
         trained = F.normalize(audited.train_embeddings[task.forget_train]), task.train_set.labels.cpu()[task.forget_train]
-        own, test_groups, other, other_who = self._pairs(*trained, task.train_groups, remaining, task)
-        statistics = {trained_auc: auc_statistic(own, other, test_groups, other_who)}
-        own, test_groups, other, other_who = self._pairs(forgotten, task.forget_labels, task.test_groups, remaining, task)
+        own, test_groups, other, other_groups = self._pairs(*trained, task.train_groups, remaining, task)
+        statistics = {trained_auc: auc_statistic(own, other, test_groups, other_groups)}
+        own, test_groups, other, other_groups = self._pairs(forgotten, task.forget_labels, task.test_groups, remaining, task)
         if not len(own):
             return Measurement(statistics | dict.fromkeys((auc, *keys), "needs two test images of a forgotten person"))
-        statistics[auc] = auc_statistic(own, other, test_groups, other_who)
+        statistics[auc] = auc_statistic(own, other, test_groups, other_groups)
         for key, rate, needed in zip(keys, RATES, (1, LEAST / RATES[1], 1), strict=True):
             if len(known) < needed:
                 statistics[key] = f"needs {needed:.0f} impostor pairs of kept faces, there are {len(known)}"

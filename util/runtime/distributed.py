@@ -22,11 +22,11 @@ from util.runtime.errors import UsageError
 TIMEOUT = timedelta(minutes=30)  # after which a process that takes part in nothing is given up
 DECODING = timedelta(hours=12)  # the first process may decode a large data set, or write it over a slow network
 
-_alone = False
+_single_process = False
 
 
 def world_size() -> int:
-    return 1 if _alone or not dist.is_initialized() else dist.get_world_size()
+    return 1 if _single_process or not dist.is_initialized() else dist.get_world_size()
 
 
 def rank() -> int:
@@ -81,14 +81,14 @@ def main_process_first() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside, nothing is shared out: each process does all of what it is asked."""
-    global _alone
-    before, _alone = _alone, True
+    global _single_process
+    before, _single_process = _single_process, True
     try:
         yield
     finally:
-        _alone = before
+        _single_process = before
 
 
 def local_share(items: list) -> list:

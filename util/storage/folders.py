@@ -22,7 +22,7 @@ from util.runtime.files import TEMPORARY_SUFFIX, file_lock, read_json, sha256
 CONFIG = "config.json"  # names the script that made a folder
 REPLACED = ".replaced"  # where a run lies until the one that replaces it has finished
 LOCK = ".lock"  # whoever holds it is written in it
-HOLDER = re.compile(rb"|\w+\.py, process \d+ on .*")
+LOCK_CONTENT = re.compile(rb"|\w+\.py, process \d+ on .*")
 
 
 def claim(path: Path, script: str) -> None:
@@ -45,7 +45,7 @@ def _left_by_a_start(entry: Path) -> bool:
     """Whether it may lie in a folder before a run has begun there: its lock, and the log of whoever started it."""
     if entry.is_symlink() or not entry.is_file():
         return False
-    return entry.name == "log.txt" or (entry.name == LOCK and HOLDER.fullmatch(entry.read_bytes()) is not None)
+    return entry.name == "log.txt" or (entry.name == LOCK and LOCK_CONTENT.fullmatch(entry.read_bytes()) is not None)
 
 
 def maker_of(path: Path) -> str | None:
@@ -197,14 +197,6 @@ class RunFolder(OutputFolder):
     def finished(self) -> bool:
         return self.results.exists() and read_json(self.results).get("finished") is True
 
-    def own_files(self, replaced: bool = False) -> list[Path]:
-        """Of the files of tasks, those that results.json names, and the next one's, which an interruption may have left."""
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError, TypeError):
-            results = json.loads((self.path / (REPLACED if replaced else "") / self.results_name).read_bytes())
-            last = results["tasks"][-1]["task"] + 1
-            return [file for file in super().own_files(replaced) if _task_of(file.name) <= last]
-        return super().own_files(replaced)
-
     def task_file(self, kind: str, task: int) -> Path:
         return self.path / kind / f"task_{task}{TASK_FILES[kind]}"
 
@@ -214,12 +206,6 @@ class RunFolder(OutputFolder):
     def method_state(self, task: int, checkpoints: Path | None = None) -> Path:
         """What a method carries from this task to the next, beside the task's checkpoint."""
         return (checkpoints or self.last.parent) / f"state_{task}.pth"
-
-
-def _task_of(name: str) -> int:
-    """The number in `task_2.pth` or `.state_2.pth.123.tmp`, 0 where there is none."""
-    found = re.match(r"\.?(?:task|state)_(\d+)\.", name)
-    return int(found[1]) if found else 0
 
 
 def utc_now() -> str:

@@ -49,6 +49,15 @@ class ContinualRun:
     earlier: int = 0
     pairs: Mapping[str, FacePairs] = field(default_factory=dict)
 
+    def images_shown(self) -> int:
+        """How many images the tasks that are left train on, counted as often as they are seen."""
+        images = 0
+        for task in self.tasks[self.earlier :]:
+            epochs = epochs_for(self.method, task, self.args.epochs, self.args.min_updates)
+            plans = [plan for epoch in range(epochs) for plan in self.method.passes(task, epoch, epochs)]
+            images += sum(plan.steps * sum(plan.sizes.values()) for plan in plans)
+        return images
+
     def run(self, folder: RunFolder, resume: bool, config: dict) -> dict:
         """Carry out the tasks that are left, leave everything in `folder`, and return the content of results.json.
 

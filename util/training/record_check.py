@@ -138,7 +138,7 @@ def _measured(files: _Files, data: tuple[ImageSet, ImageSet], hardware: Hardware
     models = {when: files.load(f) for when, f in files.models.items() if f.exists() and sha256(f) == recorded[when]}
     for when, checkpoint in models.items():
         data = align_classes(checkpoint, data, files.models[when], range(checkpoint.model.architecture.num_classes))
-    erased = _Erased(data[0].classes, here)
+    erased = _MissingImages(data[0].classes, here)
     count = sum(len(record["request"][key]) for key in ("forget", "forgotten_before", "remain"))
     if not models and len(here) != count:
         yield "images and accuracies", None, "classes are gone, and no model is left that names them"
@@ -153,7 +153,7 @@ def _measured(files: _Files, data: tuple[ImageSet, ImageSet], hardware: Hardware
                 yield f"accuracies {when}", None, f"{files.models[when]} is gone, or another file"
 
 
-class _Erased:
+class _MissingImages:
     """The ids of those of the classes that have no images here, and how to say so."""
 
     def __init__(self, classes: tuple[str, ...], here: tuple[str, ...]) -> None:
@@ -170,7 +170,7 @@ class _Erased:
         return (what, None, f"{found}; {self}") if self.ids.intersection(classes) else (what, so, found)
 
 
-def _images(record: dict, data: tuple[ImageSet, ImageSet], erased: _Erased) -> Iterator[Check]:
+def _images(record: dict, data: tuple[ImageSet, ImageSet], erased: _MissingImages) -> Iterator[Check]:
     (train_set, test_set), request, recorded = data, record["request"], record["images"]
     classes, forget = train_set.classes, [int(c) for c in request["forget"]]
     names = [classes[c] if c < len(classes) else None for c in forget]
@@ -184,7 +184,7 @@ def _images(record: dict, data: tuple[ImageSet, ImageSet], erased: _Erased) -> I
 
 
 def _accuracies(
-    record: dict, when: str, model: torch.nn.Module, test_set: ImageSet, erased: _Erased, hardware: Hardware
+    record: dict, when: str, model: torch.nn.Module, test_set: ImageSet, erased: _MissingImages, hardware: Hardware
 ) -> Iterator[Check]:
     request, recorded, none = record["request"], record["accuracies"], torch.empty(0, dtype=torch.long)
     groups = [tuple(int(c) for c in request[key]) for key in ("forget", "remain", "forgotten_before", "missing")]

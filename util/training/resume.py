@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from util.cli.options import first_difference, number, option_name
 from util.runtime import distributed
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json, readable, sha256
-from util.runtime.hardware import Hardware
 from util.storage.checkpoint import torch_load, torch_save
 from util.storage.folders import OutputFolder
 from util.training.engine import Trainer
@@ -52,7 +50,7 @@ def difference_to(config: dict, args: argparse.Namespace, identity: dict[str, st
     return difference or (f"{option_name(other[0])} has other content now" if other else None)
 
 
-def should_resume(folder: OutputFolder, args: argparse.Namespace, hardware: Hardware, identity: dict, needed: int) -> bool:
+def should_resume(folder: OutputFolder, args: argparse.Namespace, identity: dict, needed: int) -> bool:
     """Whether the run of `args` in the locked folder goes on with one that is there. Nothing is changed.
 
     With both --resume and --overwrite a run that was interrupted is continued, and any other replaced. `identity`: of
@@ -61,16 +59,13 @@ def should_resume(folder: OutputFolder, args: argparse.Namespace, hardware: Hard
     """
     resume = args.resume and folder.config.exists()
     if resume:
-        config = read_json(folder.config)
-        difference = difference_to(config, args, identity)
+        difference = difference_to(read_json(folder.config), args, identity)
         if args.overwrite:
             resume = difference is None and folder.last.exists() and not folder.finished
         elif difference is not None:
             message = f"--resume: {folder.path} was started with other options: {difference}; repeat the first command"
             raise UsageError(f"{message}, or choose another --output-dir (--overwrite replaces the run)")
-    if resume:
-        _warn_of_other_hardware(folder, config.get("hardware"), hardware)
-    elif folder.has_run and not args.overwrite:
+    if not resume and folder.has_run and not args.overwrite:
         message = "--resume continues it, another --output-dir keeps it, --overwrite replaces it"
         raise UsageError(f"{folder.path} holds a run: {message}")
     _check_inputs(args, [*folder.own_files(replaced=True), *(() if resume else folder.own_files())])
@@ -86,13 +81,6 @@ def _check_inputs(args: argparse.Namespace, files: Sequence[Path]) -> None:
             if isinstance(path, Path) and path.resolve() in own:
                 message = f"{option_name(key)} {path} lies in the run that would be replaced"
                 raise UsageError(f"{message}: choose another --output-dir")
-
-
-def _warn_of_other_hardware(folder: OutputFolder, before: object, hardware: Hardware) -> None:
-    choices = before if isinstance(before, dict) else {}
-    other = [f"{key} {choices[key]}, now {now}" for key, now in hardware.as_dict().items() if choices.get(key, now) != now]
-    if other and not distributed.rank():
-        print(f"warning: {folder.path} was begun with {'; '.join(other)}: it may end in other bits", file=sys.stderr)
 
 
 class LastState:

@@ -43,7 +43,7 @@ def set_rows(args: argparse.Namespace, source: Source, model: Recognizer, classe
     """
     if args.rows not in ("random", "enrolment"):
         weight, bias = _classifier(args, source, model)
-        _take(model.head, weight, bias, class_ids(classes, len(weight), args.class_map))
+        _copy_rows(model.head, weight, bias, class_ids(classes, len(weight), args.class_map))
 
 
 def whole_classifier(recipe: dict, model: Recognizer) -> Recognizer:
@@ -54,12 +54,12 @@ def whole_classifier(recipe: dict, model: Recognizer) -> Recognizer:
     weight, bias = _classifier(argparse.Namespace(**recipe), find_source(recipe["model"]), model)
     architecture = replace(model.architecture, num_classes=len(weight))
     head = HEADS[architecture.head](weight.shape[1], len(weight), **architecture.head_options)
-    _take(head, weight, bias, range(len(weight)))
+    _copy_rows(head, weight, bias, range(len(weight)))
     return Recognizer(architecture, model.backbone, head).eval()
 
 
 @torch.no_grad()
-def _take(head: Head, weight: Tensor, bias: Tensor | None, ids: Sequence[int]) -> None:
+def _copy_rows(head: Head, weight: Tensor, bias: Tensor | None, ids: Sequence[int]) -> None:
     head.weight.copy_(weight[[*ids]])
     if isinstance(head, Softmax) and bias is not None:
         head.bias.copy_(bias[[*ids]])

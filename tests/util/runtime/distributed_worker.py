@@ -92,7 +92,7 @@ def main() -> None:
     assert distributed.world_size() == 2
     for name in ["pretrain", *(name for name in METHODS if name != "ssd")]:  # which makes no step
         together = train(name)
-        with distributed.alone():
+        with distributed.single_process():
             alone = train(name)
         difference = max((together[1][key] - alone[1][key]).abs().max().item() for key in alone[1])
         line = {"name": name, "together": together[0], "alone": alone[0], "weights": difference}

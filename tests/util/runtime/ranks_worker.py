@@ -33,7 +33,7 @@ def importances(indices: torch.Tensor, batch_size: int | None) -> dict[str, torc
 
 def difference(indices: torch.Tensor, batch_size: int | None = None) -> float:
     together = importances(indices, batch_size)
-    with distributed.alone():
+    with distributed.single_process():
         alone = importances(indices, batch_size)
     return max(((together[name] - alone[name]).abs().max() / alone[name].abs().max()).item() for name in alone)
 

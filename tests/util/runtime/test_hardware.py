@@ -102,7 +102,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(make_recognizer):
 
 def test_an_exception_leaves_neither_attention_nor_processes_changed(make_recognizer, cpu):
     model = to_device(make_recognizer(), replace(cpu, fused_attention=True))
-    with pytest.raises(KeyError), plain_attention(model), distributed.alone():
+    with pytest.raises(KeyError), plain_attention(model), distributed.single_process():
         raise KeyError
     assert all(block.attn.fused_attn for block in model.backbone.blocks)
-    assert not distributed._alone
+    assert not distributed._single_process
