@@ -126,7 +126,7 @@ def test_the_scalars_are_in_the_events_of_the_run(whole):
     tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("audit/request_1/value/")}
     assert tags == {f"audit/request_1/value/{key}" for key in figures if figures[key]["value"] is not None}
     for key in ("enrolment_1", "probe_embedding"):
-        (scalar,) = events.Scalars(f"audit/request_1/value/{key}")
+        scalar = events.Scalars(f"audit/request_1/value/{key}")[0]
         assert (scalar.step, scalar.value) == (1, pytest.approx(figures[key]["value"], rel=1e-5))
 
 

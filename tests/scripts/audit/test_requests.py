@@ -21,7 +21,7 @@ def test_all_requests_each_after_its_task_and_after_the_last(whole, run, here, c
     options = ("--requests", "all", "--metrics", "readout", "verification", "--num-references", 3, "--num-originals", 1)
     code, out, err = command("scripts/audit.py", run, *options, "--output-dir", tmp_path)
     assert code == 0, err
-    assert [label.split(", ")[0] for label in here] == ["colours without 7 classes"] * 3
+    assert [label.split(", ")[0] for label in here][-3:] == ["colours without 7 classes"] * 3
     content = audit_of(tmp_path)
     moments = [(request["task"], request["after_task"]) for request in content["requests"]]
     assert moments == [(1, 1), (2, 2), (1, 2)]
@@ -178,7 +178,7 @@ def test_beside_strangers_nothing_is_trained(run, crowd, here, command, tmp_path
         assert judged >= {"acc_forget", "enrolment_1", "verification_auc", "membership_images", "photos_apart", "apart"}
         assert request["figures"]["enrolment_5"]["reason"] == "needs strangers with 7 photos"
         assert all(len(request["figures"][key]["references"]) == 30 for key in judged)
-    told = "beside 22 strangers, no retrained references (2 + 2 photos of everybody; 2 people with fewer left out)"
+    told = "compared with 22 strangers, no retrained references (2 + 2 photos of everybody; 2 people with fewer left out)"
     for text in (out, *((tmp_path / "audit" / f"audit.{kind}").read_text() for kind in ("md", "html"))):
         assert text.count(told) >= 2
     assert "groups of strangers, each by the others: " in out
