@@ -21,7 +21,7 @@ from util.cli.main import run_main
 from util.report.audit_tables import NEVER_SEEN, SIGNS
 from util.report.tables import PRETRAINED, PUBLISHED
 from util.runtime.errors import RunError
-from util.runtime.files import write_text
+from util.runtime.files import readable, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -40,15 +40,20 @@ def number(value: float, verdict: str = "") -> str:
     return "" if pd.isna(value) else f"{value:.1f} {SIGNS.get(verdict, '')}".strip().replace("-", "−")
 
 
+def read(name: str) -> pd.DataFrame:
+    with readable(RESULTS / name, "no numbers of a comparison"):
+        return pd.read_csv(RESULTS / name)
+
+
 def accuracies(name: str, margin: bool = False) -> pd.DataFrame:
     """A row per label, a column per (metric, task)."""
-    found = pd.read_csv(RESULTS / f"{name}_accuracy.csv")
+    found = read(f"{name}_accuracy.csv")
     return found[found["margin"] == margin].pivot(index="label", columns=["metric", "task"], values="mean")
 
 
 def audited(name: str) -> pd.DataFrame:
     """The rows of the first request of class order 1337, compared with never-seen models, by method and metric."""
-    found = pd.read_csv(RESULTS / f"{name}_audit.csv")
+    found = read(f"{name}_audit.csv")
     first = found[["request", "after_task", "class_order"]].eq([1, 1, 1337]).all(axis=1)
     first &= found.get("compared_with", NEVER_SEEN) == NEVER_SEEN
     found["method"] = found["method"].str.replace(r" \(.*", "", regex=True)  # which version of a method it is
