@@ -76,14 +76,13 @@ def audit(
 ) -> Audit:
     """Does `after` still know the identities `forget` of `data`, a training and a test set? The models move to the device.
 
-    before:     the pre-trained model; `originals`, others trained like it with other seeds.
+    before: the pre-trained model; `originals`, others trained like it with other seeds.
     references: three models or more that were trained like it on the images of everybody but `forget`.
     stranger_set: people in no training set, for TPIR and the marker.
-    remain:     class ids that the model is to know; by default all but `forget`.
-    cache:      a folder that keeps what was measured of references and originals, which many audits share.
+    remain: class ids that the model is to know; by default all but `forget`.
+    cache: a folder that keeps what was measured of references and originals, which many audits share.
 
-    Raises UsageError if a reference has seen one of the forgotten, `stranger_set` shares people or images with the training
-    set, or there are too few references or images.
+    Raises UsageError if a reference has seen the forgotten, strangers are in the training set, or references or images lack.
     """
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
     check_references(references, forget, data[0].classes)
@@ -92,18 +91,17 @@ def audit(
     if stranger_set is not None:
         check_strangers(stranger_set, data[0])
     data, present = with_images(*data)
-    audited = AuditedModel(with_rows(after, present), *data, stranger_set, hardware)
+    sets = *data, stranger_set
+    audited = AuditedModel(with_rows(after, present), *sets, hardware)
     known, never = (
-        tuple(
-            cached_model(model, weights_sha256(model), present, *data, stranger_set, hardware, original) for model in models
-        )
+        tuple(cached_model(model, weights_sha256(model), present, *sets, hardware, original) for model in models)
         for models, original in (((before, *originals), True), (references, False))
     )
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
     task = AuditTask(*data, *people, stranger_set, known[0], never, hardware, seed)
     entries, curves = _compare_models(audited, task, known, metrics, MeasurementCache(cache, task), progress)
-    useful = utility(audited, task) | {"before": utility(known[0], task)}
-    useful["references"] = [recognition(reference, task) for reference in never]  # whose templates are their own
+    theirs = [recognition(reference, task) for reference in never]  # whose templates are their own
+    useful = utility(audited, task) | {"before": utility(known[0], task), "references": theirs}
     return Audit(task, audited, entries, rounded(useful), curves)
 
 
