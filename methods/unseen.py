@@ -1,5 +1,6 @@
 """Unseen: an adapter after which a forgotten face lies where a model that never saw the person might have placed it."""
 
+import sys
 from bisect import bisect_left
 from collections.abc import Sequence
 from math import ceil
@@ -112,6 +113,13 @@ class Unseen(Method):
         else:
             strangers = F.normalize(embed_images(model, self.strangers, self.hardware))
             self.wanted = coherence(strangers, self.strangers.labels)
+            if (known := coherence(forgotten, self.people)) <= self.wanted:
+                alike = f"{known:.2f}, strangers' {self.wanted:.2f}"
+                print(
+                    f"warning: photos of whom task {self.task.number} forgets are no more alike than strangers' (mean cosine "
+                    f"{alike}): this network may never have learned them, and deleting their rows may be enough",
+                    file=sys.stderr,
+                )
             depth = min(bisect_left(blocks, self.wanted, lo=depth, key=read), len(blocks) - 1)
             read(blocks[depth])
         self.targets = unit.new_zeros(len(self.train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), unit)

@@ -149,6 +149,13 @@ def test_strangers_say_how_alike_targets_are(begin, arithmetic, strangers):
     assert begun.method.wanted == pytest.approx(expected, abs=1e-5)
 
 
+def test_people_no_more_alike_than_strangers_are_no_knowledge_of_the_network(begin, strangers, monkeypatch, capsys):
+    for known, warned in ((0.4, True), (0.6, False)):
+        monkeypatch.setattr("methods.unseen.coherence", lambda _, labels, k=known: 0.5 if labels is strangers.labels else k)
+        begin("unseen", depth=4, moved=False)
+        assert ("may never have learned them" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize(("wanted", "block"), [(0.0, 0), (0.5, 2), (1.0, 3)])
 def test_strangers_say_how_deep_a_strangers_eye_looks(begin, strangers, monkeypatch, wanted, block):
     looked, alike = [], [0.1, 0.4, 0.6, 0.9]
