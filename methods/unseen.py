@@ -114,10 +114,10 @@ class Unseen(Method):
             strangers = F.normalize(embed_images(model, self.strangers, self.hardware))
             self.wanted = coherence(strangers, self.strangers.labels)
             if (known := coherence(forgotten, self.people)) <= self.wanted:
-                alike = f"{known:.2f}, strangers' {self.wanted:.2f}"
                 print(
-                    f"warning: photos of whom task {self.task.number} forgets are no more alike than strangers' (mean cosine "
-                    f"{alike}): this network may never have learned them, and deleting their rows may be enough",
+                    f"warning: the photos that task {self.task.number} forgets are no more alike (mean cosine {known:.2f}) than "
+                    f"strangers' ({self.wanted:.2f}): this network may never have learned these people, and deleting their "
+                    f"rows may be enough",
                     file=sys.stderr,
                 )
             depth = min(bisect_left(blocks, self.wanted, lo=depth, key=read), len(blocks) - 1)
