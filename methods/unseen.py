@@ -115,9 +115,9 @@ class Unseen(Method):
             self.wanted = coherence(strangers, self.strangers.labels)
             if (known := coherence(forgotten, self.people)) <= self.wanted:
                 print(
-                    f"warning: the photos that task {self.task.number} forgets are no more alike (mean cosine {known:.2f}) than "
-                    f"strangers' ({self.wanted:.2f}): this network may never have learned these people, and deleting their "
-                    f"rows may be enough",
+                    f"warning: the photos that task {self.task.number} forgets are no more alike (mean cosine {known:.2f}) "
+                    f"than strangers' ({self.wanted:.2f}): this network may never have learned these people, and deleting "
+                    f"their rows may be enough",
                     file=sys.stderr,
                 )
             depth = min(bisect_left(blocks, self.wanted, lo=depth, key=read), len(blocks) - 1)

@@ -153,7 +153,7 @@ def test_people_no_more_alike_than_strangers_are_no_knowledge_of_the_network(beg
     for known, warned in ((0.4, True), (0.6, False)):
         monkeypatch.setattr("methods.unseen.coherence", lambda _, labels, k=known: 0.5 if labels is strangers.labels else k)
         begin("unseen", depth=4, moved=False)
-        assert ("may never have learned them" in capsys.readouterr().err) == warned
+        assert ("may never have learned these people" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize(("wanted", "block"), [(0.0, 0), (0.5, 2), (1.0, 3)])
