@@ -25,8 +25,8 @@ def to_fx(model, path: Path | str = "the graph") -> fx.GraphModule:
             model = _older(model)
         module = onnx2torch.convert(model).float()
     except Exception as error:  # an operator that it does not know, or an opset
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        raise UsageError(f"{path} cannot be converted by onnx2torch: {message[0]}") from None
+        message = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{path} cannot be converted by onnx2torch: {message}") from None
     for node in module.graph.nodes:
         product = node.op == "call_module" and type(module.get_submodule(node.target)).__name__ == "OnnxMatMul"
         if product and node.args[1].op == "get_attr":

@@ -3,6 +3,7 @@
 import sys
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -14,9 +15,8 @@ from torch import Tensor
 from backbone import lora
 from backbone.blocks import as_map, block_names, block_outputs
 from backbone.recognizer import Recognizer
+from data import build_strangers
 from data.batches import Batch, Pass
-from data.cache import cache_folder
-from data.image_folder import flat_folder
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
@@ -82,10 +82,13 @@ class Unseen(Method):
                 message = f"task {task.number}: unseen needs images of two remaining classes, two of one of them"
                 raise UsageError(f"{message}: raise --data-ratio or --few-shot, or forget fewer")
         if self.args.strangers:
-            about, cache_dir = model.architecture, self.args.cache_dir or cache_folder()
-            self.strangers = flat_folder(self.args.strangers, about.image_size, cache_dir, about.crop_pct)
-            if shared := sorted({*self.strangers.classes} & {*train_set.classes}):
-                raise UsageError(f"--strangers {self.args.strangers}: {shared[0]} is in the training set")
+            # The audit's metrics take seconds to import: no run without strangers waits for them.
+            from util.audit.audit import check_strangers
+
+            about = model.architecture
+            self.strangers = build_strangers(self.args, about.image_size, self.hardware.device, about.crop_pct)
+            used = torch.cat([indices for task in tasks for indices in (task.forget_indices, task.remain_indices)])
+            check_strangers(self.strangers, train_set, used.unique())
             if self.strangers.labels.bincount().max() < 2:
                 raise UsageError(f"--strangers {self.args.strangers}: nobody there has two photos")
 
@@ -100,31 +103,38 @@ class Unseen(Method):
         near = F.normalize(those_alike(middle, kept, kept_labels, self.args.sharpness))
         rest = without_person(forgotten, self.people)
 
-        def read(block: str) -> float:
-            """Take v from this block; returns how alike the targets of a person are with it alone."""
-            early = self._features(model, seen, block, 2)
-            self.parts = F.normalize(as_strangers(early, kept, kept_labels)).to(kept), rest, near
+        @cache
+        def looked_up(block: str) -> Tensor:
+            """v, read from this block."""
+            return F.normalize(as_strangers(self._features(model, seen, block, 2), kept, kept_labels)).to(kept)
+
+        def alike(block: str) -> float:
+            """How alike the targets of a person are with v of this block alone."""
+            self.parts = looked_up(block), rest, near
             return coherence(self._targets(1), self.people)
 
         depth = max(1, len(blocks) // 4) - 1
         if self.strangers is None:
-            read(blocks[depth])
-            self.wanted = coherence(self.parts[0], self.people)
+            self.wanted = coherence(looked_up(blocks[depth]), self.people)
         else:
             strangers = F.normalize(embed_images(model, self.strangers, self.hardware))
             self.wanted = coherence(strangers, self.strangers.labels)
-            if (known := coherence(forgotten, self.people)) <= self.wanted:
-                print(
-                    f"warning: the photos that task {self.task.number} forgets are no more alike (mean cosine {known:.2f}) "
-                    f"than strangers' ({self.wanted:.2f}): this network may never have learned these people, and deleting "
-                    f"their rows may be enough",
-                    file=sys.stderr,
-                )
-            depth = min(bisect_left(blocks, self.wanted, lo=depth, key=read), len(blocks) - 1)
-            read(blocks[depth])
+            self._warn_of_unknown(coherence(forgotten, self.people))
+            depth = min(bisect_left(blocks, self.wanted, lo=depth, key=alike), len(blocks) - 1)
+        self.parts = looked_up(blocks[depth]), rest, near
         self.targets = unit.new_zeros(len(self.train_set), unit.shape[1]).index_copy(0, seen.to(unit.device), unit)
         self._aim(excess=0.0)
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place)
+
+    def _warn_of_unknown(self, known: float) -> None:
+        """Say so where photos are no more alike than strangers', `known` being how alike they are."""
+        if known <= self.wanted:
+            print(
+                f"warning: the photos that task {self.task.number} forgets are no more alike (mean cosine {known:.2f}) than "
+                f"strangers' ({self.wanted:.2f}): this network may never have learned these people, and deleting their rows "
+                f"may be enough",
+                file=sys.stderr,
+            )
 
     def _targets(self, share: float) -> Tensor:
         strangers, rest, near = self.parts

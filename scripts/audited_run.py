@@ -1,6 +1,7 @@
 """A run of forgetting, or two checkpoints, with the data and models that their audit needs."""
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
@@ -92,9 +93,10 @@ class AuditedRun:
         if args.recipe is not None or (args.references is None and False in self.yardsticks):
             try:
                 self.recipe = pretraining_recipe(self.before, args.before, args.recipe)
-            except UsageError:
+            except UsageError as error:
                 if args.strangers is None or args.compare_with or args.recipe is not None:
                     raise
+                print(f"compared with strangers: {error}", file=sys.stderr)
                 self.yardsticks = YARDSTICKS["strangers"]
         for request in self.requests:  # what is wrong is found before references are trained
             self.load(request.after)

@@ -19,7 +19,7 @@ import pandas as pd
 from util.cli import options
 from util.cli.main import run_main
 from util.report.audit_tables import NEVER_SEEN, SIGNS
-from util.report.tables import PRETRAINED, PUBLISHED
+from util.report.tables import PRETRAINED, PUBLISHED, rank_correlation
 from util.runtime.errors import RunError
 from util.runtime.files import readable, write_text
 
@@ -67,11 +67,8 @@ def beside_the_papers(name: str) -> str:
     ours = ours.loc[ours.mean(axis=1).sort_values(ascending=False).index]
     papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)
     rows = [[label, *map(number, ours.loc[label]), *map(number, papers.loc[label])] for label in ours.index]
-    both = papers.notna()
-    correlation = ours.where(both).rank().corrwith(papers.rank())
-    rows.append(
-        ["*rank correlation*", *(f"{value:.2f}".replace("-", "−") for value in correlation), *[""] * len(correlation)]
-    )
+    correlation = [f"{value:.2f}".replace("-", "−") for value in rank_correlation(ours, papers)["value"]]
+    rows.append(["*rank correlation*", *correlation, *[""] * len(correlation)])
     tasks = [f"task {task}" for task in ours.columns]
     return markdown(["H with margin", *tasks, *(f"paper, {task}" for task in tasks)], rows)
 

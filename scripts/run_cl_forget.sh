@@ -31,7 +31,7 @@ esac
 if [ -n "${STRANGERS:-}" ]; then
   STRANGERS=$(_absolute "$STRANGERS") && look+=(--strangers "$STRANGERS")
   [ -d "$STRANGERS" ] || refuse "STRANGERS=$STRANGERS is no folder"
-  OPTIONS_unseen="--strangers '$STRANGERS' ${OPTIONS_unseen:-}"
+  OPTIONS_unseen="--strangers ${STRANGERS@Q} ${OPTIONS_unseen:-}"
 fi
 absolute_paths none "${options[@]}"
 options=("${arguments[@]}")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from backbone.blocks import block_outputs
 from backbone.lora import apply_adapters
-from methods import METHODS
+from methods import METHODS, unseen
 from methods.unseen import those_alike, without_person
 from tests.methods.conftest import arguments
 from util.runtime.errors import UsageError
@@ -41,9 +41,9 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float, new: np.ndarray) -> np.n
     return (new - centre) @ (x - centre).T @ np.linalg.solve(kernel, y - mean) + mean
 
 
-def as_strangers(kept: np.ndarray, job_slots: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
+def as_strangers(kept: np.ndarray, places: np.ndarray, people: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
     """Ridge regression to where the kept people lie."""
-    means = {person: job_slots[people == person].mean(axis=0) for person in np.unique(people)}
+    means = {person: places[people == person].mean(axis=0) for person in np.unique(people)}
     own = np.stack([means[person] for person in people]) - np.mean([*means.values()], axis=0)
     centre, scale = kept.mean(axis=0), kept.std(axis=0)
     return ridge((kept - centre) / scale, own, len(kept) / 170, (forgotten - centre) / scale)
@@ -158,18 +158,25 @@ def test_people_no_more_alike_than_strangers_are_no_knowledge_of_the_network(beg
 
 @pytest.mark.parametrize(("wanted", "block"), [(0.0, 0), (0.5, 2), (1.0, 3)])
 def test_strangers_say_how_deep_a_strangers_eye_looks(begin, strangers, monkeypatch, wanted, block):
-    looked, alike = [], [0.1, 0.4, 0.6, 0.9]
+    looked, alike, made, fitted = [], [0.1, 0.4, 0.6, 0.9], {}, unseen.as_strangers
 
     def features(self, model, seen, name, size):
         looked.append(int(name[-1]))
-        return np.random.default_rng(0).normal(size=(len(seen), 4))
+        return np.random.default_rng(looked[-1]).normal(size=(len(seen), 4))
+
+    def regression(*inputs):
+        made[looked[-1]] = fitted(*inputs)
+        return made[looked[-1]]
+
+    def alike_of(_, labels):
+        return wanted if labels is strangers.labels else alike[looked[-1]]
 
     monkeypatch.setattr(METHODS["unseen"], "_features", features)
-    monkeypatch.setattr(
-        "methods.unseen.coherence", lambda _, labels: wanted if labels is strangers.labels else alike[looked[-1]]
-    )
-    begin("unseen", depth=4, moved=False)
-    assert looked[-1] == block
+    monkeypatch.setattr("methods.unseen.as_strangers", regression)
+    monkeypatch.setattr("methods.unseen.coherence", alike_of)
+    method = begin("unseen", depth=4, moved=False).method
+    torch.testing.assert_close(method.parts[0], F.normalize(made[block]).to(method.parts[0]))
+    assert len(looked) == len({*looked[1:]}) + 1  # the first look is for those alike; no block is read twice
 
 
 def test_strangers_have_two_photos_and_are_in_no_training_set(make_images, make_recognizer, make_tasks, cpu, tmp_path):
@@ -181,7 +188,9 @@ def test_strangers_have_two_photos_and_are_in_no_training_set(make_images, make_
         method = METHODS["unseen"](
             arguments("unseen", "--strangers", str(tmp_path), "--cache-dir", str(tmp_path / "c")), cpu
         )
-        with pytest.raises(UsageError, match="nobody there has two photos" if person == "new" else f"{person} is in the"):
+        with pytest.raises(
+            UsageError, match="nobody there has two photos" if person == "new" else "1 identities of the training set"
+        ):
             method.check(model, make_tasks(train_set, 2), train_set)
 
 

@@ -169,10 +169,11 @@ def check_originals(originals: Sequence[Recognizer], forget: Sequence[int], clas
             raise UsageError(f"{which} was trained without {classes[lacking[0]]!r}: it cannot tell what known means")
 
 
-def check_strangers(stranger_set: ImageSet, train_set: ImageSet) -> None:
-    if cached_model := sorted({*stranger_set.classes} & {*train_set.classes}):
-        raise UsageError(f"--strangers has {len(cached_model)} identities of the training set, {cached_model[0]!r} first")
-    known = {*image_hashes(train_set)}
+def check_strangers(stranger_set: ImageSet, train_set: ImageSet, indices: torch.Tensor | None = None) -> None:
+    """Raise UsageError where strangers share a name with the training set, or an image with it (with those at `indices`)."""
+    if shared := sorted({*stranger_set.classes} & {*train_set.classes}):
+        raise UsageError(f"--strangers has {len(shared)} identities of the training set, {shared[0]!r} first")
+    known = {*image_hashes(train_set, indices)}
     same = [
         stranger_set.classes[label]
         for label, h in zip(stranger_set.labels, image_hashes(stranger_set), strict=True)

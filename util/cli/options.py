@@ -71,8 +71,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         """No default where there is none to tell: those help texts say what happens without the option."""
-        help_text = action.default in (None, False, "auto", "", []) or "default:" in action.help
-        text = action.help if help_text else super()._get_help_string(action)
+        explained = action.default in (None, False, "auto", "", []) or "default:" in action.help
+        text = action.help if explained else super()._get_help_string(action)
         many = isinstance(action.default, list)
         return text.replace("%(default)s", " ".join(map(str, action.default))) if many else text
 

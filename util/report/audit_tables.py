@@ -185,10 +185,10 @@ def audit_markdown(content: dict) -> str:
         align = ["left"] + ["right"] * 7 + ["left"]
         parts.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align))
         useful, before = request["utility"], request["utility"]["before"]
-        message = [
+        changes = [
             f"{name} {percent(before[key])} → {percent(useful[key])} ({percent(never_seen_utility(useful, key))})"
             for key, name in UTILITY.items()
         ]
-        parts.append(f"Kept people, before → after (never seen): {', '.join(message)}.")
+        parts.append(f"Kept people, before → after (never seen): {', '.join(changes)}.")
         parts.append("; ".join(verdicts([("", None, {"requests": [request]})])) + ".")
     return "\n\n".join(parts)

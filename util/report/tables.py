@@ -51,6 +51,13 @@ def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict], p
     return pd.DataFrame(rows)
 
 
+def rank_correlation(ours: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's, by column, over the rows of `ours` that both tables have: {"value", "count"}."""
+    both = ours.notna() & papers.notna()
+    value = ours.where(both).rank().corrwith(papers.where(both).rank())
+    return pd.DataFrame({"value": value, "count": both.sum()})
+
+
 class Comparison:
     """Runs of the same tasks side by side: the pre-trained model, then a row per label; runs of one label are averaged.
 
@@ -149,19 +156,16 @@ class Comparison:
             align = ["left"] + ["right"] * (len(header) - 1)
             text = table.set_axis(header, axis=1).to_markdown(index=False, disable_numparse=True, colalign=align)
             parts += [f"Accuracy (%) {meaning}", text]
-        correlation = [self.rank_correlation()] if self.rank_correlation() else []
-        return "\n\n".join(parts + correlation + [f"{label}: failed: {why}" for label, why in self.failures.items()])
+        return "\n\n".join(parts + self._agreement() + [f"{label}: failed: {why}" for label, why in self.failures.items()])
 
-    def rank_correlation(self) -> str:
-        """Spearman's, between the methods' H and the papers', for each task; nothing for fewer than three methods."""
+    def _agreement(self) -> list[str]:
+        """A line on how the methods' H ranks beside the papers', for each task with three methods or more."""
         h_mean = self.numbers(self.papers_margin).xs("h_mean", axis=1, level=1)
         ours = h_mean.loc[self.labels]
-        papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)
-        both = ours.notna() & papers.notna()
-        count = both.sum()
-        found = ours.where(both).rank().corrwith(papers.where(both).rank())[count > 2].dropna()
-        values = ", ".join(f"{setting} {value:.2f} of {count[setting]} methods" for setting, value in found.items())
-        return f"Spearman's rank correlation of H with the papers': {values}" if values else ""
+        found = rank_correlation(ours, h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index))
+        found = found[found["count"] > 2].dropna()
+        values = [f"{setting} {value:.2f} of {count} methods" for setting, value, count in found.itertuples()]
+        return [f"Spearman's rank correlation of H with the papers': {', '.join(values)}"] if values else []
 
     def csv(self) -> str:
         """One number a line."""
@@ -194,8 +198,7 @@ class Comparison:
         table = table.rename(index=lambda label: label.ljust(width)).rename_axis(index=None, columns=self.sweep or "Method")
         failures = [f"{label.ljust(width)} failed: {why}" for label, why in self.failures.items()]
         title = f"Accuracy (%) {MARGINS[margin]}; Acc after the last task"
-        correlation = [self.rank_correlation()] if self.rank_correlation() else []
-        return [title, *table.to_string(col_space=6).splitlines(), *failures, *correlation]
+        return [title, *table.to_string(col_space=6).splitlines(), *failures, *self._agreement()]
 
     def write(self, folder: Path) -> None:
         """table.md, table.csv, table.tex and figure.png."""

@@ -72,8 +72,8 @@ class _Files:
         self.folder = RunFolder(path.resolve().parent.parent)
         # Ours first: it names the classes, which a published one before it does not.
         self.models = {"after": self.folder.checkpoint(self.number), "before": pretrained}
-        message = record["arguments"].get("head"), record["arguments"].get("published_adapters")
-        self.load = cache(lambda file: load_checkpoint(file, *(message if file == pretrained else ())))
+        layout = record["arguments"].get("head"), record["arguments"].get("published_adapters")
+        self.load = cache(lambda file: load_checkpoint(file, *(layout if file == pretrained else ())))
 
     def weights(self, file: Path) -> str:
         return weights_sha256(self.load(file).model)

@@ -131,6 +131,7 @@ def test_the_scalars_are_in_the_events_of_the_run(whole):
 
 
 def test_with_strangers_their_figures_are_measured_and_without_them_it_is_said(whole, run, here, command, tmp_path):
+    here.clear()  # what the fixtures have trained
     figures = audit_of(whole)["requests"][0]["figures"]
     assert figures["tpir_1pct"]["value"] is not None
     assert figures["membership_person"]["value"] is not None
@@ -146,6 +147,7 @@ def test_with_strangers_their_figures_are_measured_and_without_them_it_is_said(w
 
 
 def test_an_audit_that_is_repeated_trains_nothing_and_finds_the_same(whole, run, strangers, here, command, tmp_path):
+    here.clear()  # what the fixtures have trained
     figures = ("readout", "verification", "membership_person", "relearning")
     options = ("--num-references", 3, "--num-originals", 2, "--strangers", strangers, "--metrics", *figures)
     code, out, err = command("scripts/audit.py", run, *options, "--output-dir", tmp_path)

@@ -52,6 +52,7 @@ def test_requests_by_number_are_audited_after_their_tasks(run, here, command, tm
 
 
 def test_a_first_look_is_four_figures_beside_three_references(whole, run, here, command, tmp_path):
+    here.clear()  # what the fixtures have trained
     code, out, err = command("scripts/audit.py", run, "--quick", "--output-dir", tmp_path)
     assert code == 0, err
     content = audit_of(tmp_path)

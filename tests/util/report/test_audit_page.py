@@ -249,14 +249,14 @@ def test_a_strip_has_a_mark_for_each_model_on_the_verdicts_axis():
     html = page(request())
     strip = strip_of(html, ONE_PHOTO)
     found = re.findall(r'<svg x="([\d.]+)%"[^>]*><title>([\d.]+)</title>\s*<path class="(\w+)"', strip)
-    job_slots = {css: {float(value): float(x) for x, value, other in found if other == css} for *_, css in found}
+    places = {css: {float(value): float(x) for x, value, other in found if other == css} for *_, css in found}
     never = sum(NEVER) / 3
 
     def on_axis(value: float) -> float:  # from −0.5 to 1.5
         return pytest.approx(100 * ((value - never) / (95.7 - never) + 0.5) / 2, abs=0.01)
 
     groups = {"before": KNOWING[::-1], "after": [95.1], "never": NEVER}  # the pre-trained model on top of the others
-    assert job_slots == {css: {value: on_axis(value) for value in values} for css, values in groups.items()}
+    assert places == {css: {value: on_axis(value) for value in values} for css, values in groups.items()}
     low, high = map(float, re.search(r'class="interval" x1="([\d.]+)%" x2="([\d.]+)%"', strip).groups())
     assert (low, high) == (on_axis(91.0), on_axis(98.0))
     assert 'class="band" x="15.0%" width="20.0%"' in strip

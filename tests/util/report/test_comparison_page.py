@@ -50,14 +50,14 @@ def test_no_page_where_nobody_could_be_enrolled(tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_labels_of_nineteen_methods_cover_no_dot_and_no_label(seed):
     generator = np.random.default_rng(seed)
-    job_slots = np.column_stack([generator.normal(0, 3, 19), generator.uniform(10, 50, 19)])
-    models = pd.DataFrame(job_slots, [f"Method {i}" for i in range(19)], ["lost", "known"])
+    places = np.column_stack([generator.normal(0, 3, 19), generator.uniform(10, 50, 19)])
+    models = pd.DataFrame(places, [f"Method {i}" for i in range(19)], ["lost", "known"])
     figure = forgetting_scatter(models, [9.0, 15.0], 60.0, "a title")
     panel = figure.axes[0]
     boxes = [text.get_window_extent() for text in panel.texts if text.get_text().startswith("Method")]
     assert len(boxes) == 19
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    dots = panel.transData.transform(job_slots)
+    dots = panel.transData.transform(places)
     assert not any(box.contains(x, y) for box in boxes for x, y in dots)
     low, high = panel.patches[0].get_window_extent().get_points()[:, 1]
     band = panel.transData.inverted().transform([(0, low), (0, high)])[:, 1]
