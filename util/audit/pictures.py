@@ -14,14 +14,17 @@ FACES, NEIGHBOURS = 6, 3
 
 
 def pictures(audit: Audit) -> dict:
-    """{"map": {model: {group: (N, 2)}}, "neighbours": [{"face": uint8 (3, H, W), "name", model: [face, …]}, …]}
+    """{"map": {model: {group: (N, 2)}}, "people": name of each forgotten point, "neighbours": [{"face": uint8 (3, H, W),
+    "name", model: [face, …]}, …]}
 
     The models are "before", "after" and "never seen" (the first reference).
     """
     task = audit.task
     models = {"before": task.before, "after": audit.after, "never seen": task.references[0]}
+    labels = _some(task.forget_labels, task.seed).tolist()
     return {
         "map": {name: _map(audited, audit) for name, audited in models.items()},
+        "people": [task.train_set.classes[label] for label in labels],
         "neighbours": [_neighbours(face, models, audit) for face in _faces(models, audit)],
     }
 

@@ -37,6 +37,7 @@ MARKS = {  # a path around the place that is marked; "small" is for originals be
     "above": "m7 0l-9-5v10z",
 }
 SHAPES = {"kept": "h0", "never seen": "m-2.5-2.5l5 5m0-5l-5 5", "forgotten": "m0-3.5l3.5 3.5-3.5 3.5-3.5-3.5z"}  # last: top
+GOLDEN_ANGLE = 137.5  # between the hues of two people: however many, neighbours differ
 LEAST_FAR = 1e-3
 FACE = 96  # most pixels of a face's side
 
@@ -47,8 +48,9 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
     """The whole HTML text.
 
     audit:    the content of audit.json.
-    pictures: of each request None or {"map": {model: {group: points (N, 2)}}, "neighbours": [{"face": uint8 (3, H, W),
-              "name", model: [{"face", "name", "same", "cosine"}, …]}, …]}, model a key of MODELS, group one of SHAPES.
+    pictures: of each request None or {"map": {model: {group: points (N, 2)}}, "people": name of each forgotten point,
+              "neighbours": [{"face": uint8 (3, H, W), "name", model: [{"face", "name", "same", "cosine"}, …]}, …]}, model a
+              key of MODELS, group one of SHAPES.
     """
     loader = FileSystemLoader(TEMPLATE.parent)
     environment = Environment(
@@ -86,7 +88,7 @@ def _request(request: dict, pictures: dict | None) -> dict:
         "same": {},
     }
     if pictures is not None:
-        view["maps"] = {model: _scatter(pictures["map"][model]) for model in MODELS}
+        view["maps"] = {model: _scatter(pictures["map"][model], pictures["people"]) for model in MODELS}
         view["faces"] = [_face(face) | {m: [_face(n) for n in face[m]] for m in MODELS} for face in pictures["neighbours"]]
         view["same"] = {m: [near["same"] for face in view["faces"] for near in face[m]] for m in MODELS}
     return request | view
@@ -179,15 +181,18 @@ def _cka(curve: dict) -> tuple[np.ndarray, np.ndarray]:
     return np.array([curve["references"]]), np.array([100 * curve["before"]])
 
 
-def _scatter(groups: dict[str, np.ndarray]) -> dict[str, str]:
-    """A path for each group of points, a mark per point: the same scale both ways."""
+def _scatter(groups: dict[str, np.ndarray], people: list[str]) -> list[dict]:
+    """A path for each group of points and each forgotten person, a mark per point: the same scale both ways."""
     every = np.concatenate([*groups.values()])
     low, high = every.min(axis=0), every.max(axis=0)
     scale = (MAP - 2 * BORDER) / ((high - low).max() or 1)  # a model may have but one embedding
-    paths = {}
+    paths = []
     for group in (group for group in SHAPES if group in groups):
-        places = MAP / 2 + scale * (groups[group] - (low + high) / 2)
-        paths[group] = "".join(f"M{x:.1f} {y:.1f}{SHAPES[group]}" for x, y in places)
+        marks = [f"M{x:.1f} {y:.1f}{SHAPES[group]}" for x, y in MAP / 2 + scale * (groups[group] - (low + high) / 2)]
+        names = people if group == "forgotten" else [""] * len(marks)
+        for number, name in enumerate(sorted({*names})):
+            path = "".join(mark for mark, of in zip(marks, names, strict=True) if of == name)
+            paths.append({"group": group, "name": name, "hue": round(number * GOLDEN_ANGLE) % 360, "path": path})
     return paths
 
 

@@ -58,7 +58,8 @@ def pictures() -> dict:
     face = rng.integers(0, 256, (3, 150, 100), dtype=np.uint8)
     near = [{"face": face, "name": name, "same": name == NASTY, "cosine": 0.5} for name in (NASTY, "ann_lee", "bob")]
     neighbours = [{"face": face, "name": NASTY} | dict.fromkeys(MODELS, near)]
-    return {"map": {model: dict(groups) for model in MODELS}, "neighbours": neighbours}
+    people = [NASTY, "ann", "ann", NASTY]
+    return {"map": {model: dict(groups) for model in MODELS}, "people": people, "neighbours": neighbours}
 
 
 def page(*requests: dict, drawn: dict | None = None, **other) -> str:
@@ -129,7 +130,7 @@ def test_links_lead_somewhere():
 def test_what_comes_from_the_data_is_escaped():
     html = page(request(), drawn=pictures())
     assert NASTY not in html
-    assert Reader(html).text.count(NASTY) == 9  # title and heading, data, file, forgotten, reason twice, without, face
+    assert Reader(html).text.count(NASTY) == 12  # title, heading, data, file, forgotten, reasons, without, face, maps
 
 
 def test_every_figure_and_verdict_is_there():
@@ -308,7 +309,9 @@ def test_roc_shows_what_is_reached_at_each_rate():
 def test_pictures():
     html = page(request(), drawn=pictures())
     reader = Reader(html)
-    assert [len(re.findall("M", path)) for path in re.findall(r'<path class="forgotten" d="(.*?)"', html)[1:]] == [4] * 3
+    forgotten = re.findall(r'<path class="forgotten" style="fill:(.*?)" d="(.*?)"><title>(.*?)</title>', html)
+    assert [path.count("M") for _, path, _ in forgotten] == [2, 2] * 3  # two people on three maps
+    assert len({colour for colour, _, _ in forgotten}) == len({name for _, _, name in forgotten}) == 2
     assert "the same person, 1 of 3 for the pre-trained model, 1 of 3 for this model, 1 of 3 for a model" in reader.text
     assert reader.text.count("✓ same") == 3 and "ann_<wbr>lee" in html
     source = next(attrs["src"] for tag, attrs in reader.tags if tag == "img")
