@@ -109,8 +109,6 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     parser.add_argument("--epoch-over", choices=streams, default="longest", help=help_text)
     none = {"type": options.number(int, 0), "default": 0}
     parser.add_argument("--min-updates", **none, help="fewest updates of a task, which makes more epochs if needed")
-    options.add_hardware(parser)
-    options.add_fast_path(parser)
     group = parser.add_argument_group("output")
     group.add_argument("--output-dir", type=Path, help="folder of the run (default: one in exps/)")
     group.add_argument("--eval-every", **none, help="epochs between two logs of test accuracies; 0 logs none")
@@ -120,6 +118,8 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     help_text = "task_<t>.pth of an earlier run, to continue after its tasks"
     group.add_argument("--resume-from", type=Path, metavar="FILE", help=help_text)
     options.add_method(parser, method, as_published)
+    options.add_hardware(parser)
+    options.add_fast_path(parser)
     return parser
 
 
