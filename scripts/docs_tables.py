@@ -36,8 +36,9 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |").replace("|  |", "| |") for line in lines)
 
 
-def number(value: float, verdict: str = "") -> str:
-    return "" if pd.isna(value) else f"{value:.1f} {SIGNS.get(verdict, '')}".strip().replace("-", "−")
+def number(value: float, verdict: str = "", std: float = float("nan")) -> str:
+    spread = "" if pd.isna(std) else f" ± {std:.1f}"
+    return "" if pd.isna(value) else f"{value:.1f}{spread} {SIGNS.get(verdict, '')}".strip().replace("-", "−")
 
 
 def read(name: str) -> pd.DataFrame:
@@ -45,10 +46,10 @@ def read(name: str) -> pd.DataFrame:
         return pd.read_csv(RESULTS / name)
 
 
-def accuracies(name: str, margin: bool = False) -> pd.DataFrame:
-    """A row per label, a column per (metric, task)."""
+def accuracies(name: str, margin: bool = False, statistic: str = "mean") -> pd.DataFrame:
+    """A row per label, a column per (metric, task); std is over class orders."""
     found = read(f"{name}_accuracy.csv")
-    return found[found["margin"] == margin].pivot(index="label", columns=["metric", "task"], values="mean")
+    return found[found["margin"] == margin].pivot(index="label", columns=["metric", "task"], values=statistic)
 
 
 def audited(name: str) -> pd.DataFrame:
@@ -66,7 +67,11 @@ def beside_the_papers(name: str) -> str:
     ours = h_mean[~h_mean.index.str.endswith(PUBLISHED)].drop(PRETRAINED, errors="ignore")
     ours = ours.loc[ours.mean(axis=1).sort_values(ascending=False).index]
     papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)
-    rows = [[label, *map(number, ours.loc[label]), *map(number, papers.loc[label])] for label in ours.index]
+    std = accuracies(name, margin=True, statistic="std")["h_mean"].loc[ours.index]
+    rows = []
+    for label in ours.index:
+        means = [number(mean, std=spread) for mean, spread in zip(ours.loc[label], std.loc[label], strict=True)]
+        rows.append([label, *means, *map(number, papers.loc[label])])
     correlation = [f"{value:.2f}".replace("-", "−") for value in rank_correlation(ours, papers)["value"]]
     rows.append(["*rank correlation*", *correlation, *[""] * len(correlation)])
     tasks = [f"task {task}" for task in ours.columns]
