@@ -1,5 +1,7 @@
 """Small data and models that the tests share. No test touches the user's cache or the repository's exps folder."""
 
+import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -11,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+import scripts.jobs
+import scripts.references
 from backbone.recognizer import Architecture, Recognizer, build_recognizer
 from data.image_set import ImageSet
 from data.tasks import drawn_requests, forgetting_tasks
@@ -83,6 +87,23 @@ def command(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def here(monkeypatch) -> list[str]:
+    """Runs of comparisons and references are made in this process, which spares start-ups: the labels of those that were."""
+    made = []
+
+    def run_jobs(jobs, where):
+        for job in jobs:
+            made.append(job.label)
+            with job.run.open_log() as log, contextlib.redirect_stdout(log):
+                importlib.import_module(job.script.removesuffix(".py")).main(job.arguments)
+            yield job
+
+    for module in (scripts.jobs, scripts.references):
+        monkeypatch.setattr(module, "run_jobs", run_jobs)
+    return made
 
 
 def drawn_tasks(labels: torch.Tensor, num_classes: int, *, num_tasks=1, per_task=1, seed=0, **options) -> list:

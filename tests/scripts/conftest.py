@@ -1,12 +1,9 @@
-"""A model that is quickly trained, and references of it that are trained in this process."""
+"""A model that is quickly trained."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
 
-import scripts.references
-import train_pretrain
 from tests.conftest import SMALL
 
 
@@ -19,19 +16,3 @@ def early(colours, command, tmp_path_factory) -> Path:
         code, _, err = command("train_pretrain.py", "--data", colours, *SMALL, *options)
         assert code == 0, err
     return folder / "checkpoint.pth"
-
-
-@pytest.fixture
-def here(monkeypatch) -> list[str]:
-    """References are trained in this process, which spares start-ups: the labels of those that were."""
-    trained = []
-
-    def run_jobs(jobs, gpus):
-        for job in jobs:
-            trained.append(job.label)
-            with job.run.open_log() as log, contextlib.redirect_stdout(log):
-                train_pretrain.main(job.arguments)
-            yield job
-
-    monkeypatch.setattr(scripts.references, "run_jobs", run_jobs)
-    return trained

@@ -36,7 +36,7 @@ def printed(out: str) -> list[str]:
     return lines[2:]
 
 
-def test_the_methods_end_in_one_table(command, extra_args, tmp_path):
+def test_the_methods_end_in_one_table(here, command, extra_args, tmp_path):
     names = ["l2", "ssd", "gs_lora"]
     code, out, err = command("scripts/compare.py", "--methods", *names, "--output-dir", tmp_path, *extra_args)
     assert code == 0, err
@@ -59,7 +59,7 @@ def test_the_methods_end_in_one_table(command, extra_args, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
-def test_seeds_are_averaged_and_finished_runs_not_repeated(command, extra_args, trained, tmp_path):
+def test_seeds_are_averaged_and_finished_runs_not_repeated(here, command, extra_args, trained, tmp_path):
     own, runs = tmp_path / "own.pth", tmp_path / "runs"
     own.write_bytes(trained.read_bytes())
     extra_args = [own if word == trained else word for word in extra_args]
@@ -117,7 +117,7 @@ def any_results_merge_into_a_table(command, files, rows, output):
         assert message in err
 
 
-def test_an_interrupted_run_is_continued(command, extra_args, tmp_path, monkeypatch):
+def test_an_interrupted_run_is_continued(here, command, extra_args, tmp_path, monkeypatch):
     from util.training import continual
 
     keep = continual.ContinualRun._after_epoch
