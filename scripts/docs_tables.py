@@ -107,7 +107,7 @@ def overview(least: str, *names: str) -> str:
     h_mean = sets[-1].xs("h_mean", level="metric")["value"].sort_values(ascending=False)
     shown = h_mean.index[h_mean >= float(least)]
     rows += [[method, *chain.from_iterable(_overview(audit, method) for audit in sets)] for method in shown]
-    return markdown(["", *chain.from_iterable([f"{name}: H", "lost", "re-id 1"] for name in names)], rows)
+    return markdown(["", *chain.from_iterable([f"{name.split('_')[0]}: H", "lost", "re-id 1"] for name in names)], rows)
 
 
 def _overview(audit: pd.DataFrame, method: str) -> list[str]:

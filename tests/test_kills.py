@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT, SMALL
 
 # By SIGKILL, for each of the five; more for a longer hunt: KILLS=100 pytest -rP tests/test_kills.py
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "1"))
 # The methods with the most state: importances, an average and two passes, a second network, prototypes and an average.
 METHODS = {
     "ewc": ("--lr", "1e-3"),

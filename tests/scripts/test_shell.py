@@ -85,8 +85,9 @@ def test_continual_forgetting_pretrains_once_and_prints_its_table(script, copy, 
     assert re.fullmatch("pretrain-colours-[0-9a-f]{8}-face_vit_tiny", checkpoint.parent.name)
     # The next command takes the model that is there, and one that wants another is refused.
     before = checkpoint.read_bytes()
-    again = script("run_forget.sh", OUTPUT="again")
+    again = script("run_sub.sh")
     assert again.returncode == 0, again.stderr
+    assert "finished before" in again.stdout
     other = script("run_forget.sh", OUTPUT="other", PRETRAIN_EPOCHS="2")
     assert other.returncode == 2
     assert "--epochs 1, now 2" in other.stderr
@@ -188,8 +189,8 @@ def test_the_depth_sweep_pretrains_a_model_for_each_depth(script, copy):
     assert "--sweep number of blocks --labels 1 2 --results" in table
 
 
-def test_the_evaluation_script(script, tmp_path):
-    done = script("test_sub.sh", "--", "--forget-classes", "c1", OUTPUT="tested")
+def test_the_evaluation_script(script, trained, tmp_path):
+    done = script("test_sub.sh", "--", "--forget-classes", "c1", OUTPUT="tested", CHECKPOINT=str(trained))
     assert done.returncode == 0, done.stderr
     assert set(json.loads((tmp_path / "tested" / "test.json").read_text())["groups"]) == {"all", "forgotten", "remaining"}
 

