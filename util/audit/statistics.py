@@ -23,12 +23,14 @@ WITHIN, INCONCLUSIVE = "within the margin", "inconclusive"
 
 def mean_statistic(hits: np.ndarray, groups: np.ndarray, identities: int) -> Statistic:
     """The share of hits: hits (N,) in [0, 1], who (N,) the identity of each, or (N, m) those whose weights multiply."""
-    groups = groups.reshape(len(hits), -1)
+    # Images of the same identities are summed once, not in each of a thousand replicates.
+    groups, where, counts = np.unique(groups.reshape(len(hits), -1), axis=0, return_inverse=True, return_counts=True)
+    sums = np.bincount(where.ravel(), hits, len(groups))
 
     def one(weights: np.ndarray) -> float:
         times = _times(weights, groups)
         with np.errstate(invalid="ignore"):  # none of the identities drawn has an image
-            return 100 * (times @ hits) / times.sum()
+            return 100 * (times @ sums) / (times @ counts)
 
     return lambda weights: np.array([one(row) for row in weights])
 
