@@ -35,7 +35,7 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
     verdicts = [*families.values()]
     worst = next((verdict for verdict in (STILL_KNOWN, OVER_FORGOTTEN) if verdict in verdicts), None)
     undecided = ((k, e) for k, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1)
-    open_ = {key: entry["rho"] for key, entry in undecided if key not in LOWER_IF_KNOWN}  # which are no sign of knowing
+    open_ = {key: entry["rho"] for key, entry in undecided}
     farthest = max(open_, key=open_.get, default=None)
     verdict = worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= MIN_FAMILIES else NOT_ENOUGH)
     return {
@@ -51,8 +51,10 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
 
 
 def counts(key: str, entry: dict) -> bool:
-    """Is a metric evidence? Nothing to be seen upside down is no sign of forgetting: originals show nothing there either."""
-    return bool(entry["verdict"]) and (key not in BORROWED_SCALE or entry["verdict"] == STILL_KNOWN)
+    """Is a metric evidence? One that can find but one fault is none where it does not find it: an inverted ranking, which
+    originals do not have either, can say still known, and a metric that is lower if known over-forgotten."""
+    only = STILL_KNOWN if key in BORROWED_SCALE else OVER_FORGOTTEN if key in LOWER_IF_KNOWN else entry["verdict"]
+    return bool(entry["verdict"]) and entry["verdict"] == only
 
 
 def significantly_off(key: str, entry: dict) -> bool:

@@ -42,6 +42,14 @@ def test_nothing_upside_down_is_no_evidence_and_something_is():
     assert judge(metrics)["verdict"] == judge(metrics)["families"][FACES] == STILL_KNOWN
 
 
+def test_little_collapse_is_no_evidence_and_much_is():
+    metrics = request((FACES, WITHIN), (MEMBER, WITHIN), (PAIRS, INCONCLUSIVE), collapse_1pct=entry(PAIRS, WITHIN))
+    assert judge(metrics)["verdict"] == NOT_ENOUGH
+    assert judge(metrics)["families"][PAIRS] == INCONCLUSIVE and judge(metrics)["tally"]["within"] == 2
+    metrics["collapse_1pct"] = entry(PAIRS, OVER_FORGOTTEN, rho=-0.5)
+    assert judge(metrics)["verdict"] == OVER_FORGOTTEN
+
+
 def test_a_family_says_what_the_clearest_of_its_figures_says():
     found = judge(request((FACES, WITHIN), (FACES, INCONCLUSIVE), (PAIRS, INCONCLUSIVE), (AGAIN, None)))
     assert found["families"] == {FACES: WITHIN, PAIRS: INCONCLUSIVE}

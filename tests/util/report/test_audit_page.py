@@ -184,8 +184,8 @@ def test_the_sentence_of_a_request():
     )
     sentence += "the person re-identify 23%, the pre-trained model 96%. "
     assert f"The request : ▲ still known 2 people were to be forgotten. {sentence}" in text
-    assert "Within the margin (20% of the way from never seen to known): 3 of 14 metrics with power, 3 of these " in text
-    assert "By family: re-identification: still known; verification: still known; " in text
+    assert "Within the margin (20% of the way from never seen to known): 3 of 13 metrics with power, 3 of these " in text
+    assert "By family: re-identification: still known; verification: over-forgotten; " in text
     one = request(forget=["ann"])
     del one["figures"]["enrolment_1"]
     text = Reader(page(one)).text
