@@ -1,6 +1,6 @@
 """Make an ONNX file of dlib's face recognizer, the model trained by others that the docs measure on.
 
-python scripts/get_model.py                                          npm fetches the weights; leaves data/dlib_face.onnx
+python scripts/get_model.py                                          npm fetches the weights: leaves data/dlib_face.onnx
 python scripts/get_model.py vladmandic-face-api-1.7.15.tgz           from what `npm pack @vladmandic/face-api@1.7.15` leaves
 dlib_face_recognition_resnet_model_v1 (Davis E. King, CC0) has 5.6 M parameters and was trained on three million photos.
 The package holds it in 8 bits. The file takes RGB from 0 to 255, (n, 3, 150, 150), and gives 128 numbers a face.
@@ -116,7 +116,7 @@ def fetch(folder: Path) -> Path:
         command = ["npm", "pack", PACKAGE, "--pack-destination", str(folder)]
         subprocess.run(command, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+        said = (getattr(error, "stderr", "").strip() or str(error)).splitlines()[0]
         raise RunError(f"npm cannot fetch {PACKAGE}: {said}; get the package another way, and give it as ARCHIVE") from None
     return next(folder.glob("*.tgz"))
 

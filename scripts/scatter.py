@@ -1,6 +1,6 @@
 """Draw what forgetting cost the kept people against what is left of the forgotten, from the rows of an audit.
 
-python scripts/scatter.py docs/results/casia100_defaults_audit.csv docs/scatter.png --title "CASIA-100, a small model, 20 of 100 people forgotten"
+python scripts/scatter.py docs/results/casia100_defaults_audit.csv docs/scatter.png --title "CASIA-100, 20 of 100 people"
 The rows are those of audit.csv, which scripts/audit.py leaves in a comparison's folder: its first request.
 """
 
