@@ -83,7 +83,7 @@ def test_a_comparison_is_audited_run_by_run_beside_shared_references(early, colo
     (folder / "der-seed1337").mkdir()  # has not finished a task
     code, out, err = command("scripts/audit.py", folder, "--quick")
     assert code == 0, err
-    assert here == [f"colours without 2 classes, seed {seed}" for seed in (1, 2, 3)]
+    assert here == ["GS-LoRA", "L2*", *(f"colours without 2 classes, seed {seed}" for seed in (1, 2, 3))]
     lines = out.split("about 0:00 left\n")[-1].splitlines()
     assert [line.split()[0] for line in lines[3:7]] == ["Never", "Pre-train", "L2*", "GS-LoRA"]
     one, other = (audit_of(folder / f"{name}-seed1337" / "audit") for name in ("l2", "gs_lora"))
