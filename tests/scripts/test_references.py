@@ -205,7 +205,7 @@ def test_sigterm_ends_them_saved(early, colours, tmp_path):
         while not [*references.glob("*/events.out*")]:
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.05)
-        time.sleep(1)
+        time.sleep(3)  # the writer is opened just before the first step
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
