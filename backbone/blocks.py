@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from util.runtime.errors import UsageError
+from util.runtime.errors import UsageError, one_line
 from util.runtime.files import state_mismatch
 
 
@@ -139,7 +139,7 @@ class Halves:
                     hook.remove()
                 whole, joined = backbone.forward(images), self.upper(backbone, images, mid)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise UsageError(f"{message}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+            raise UsageError(f"{message}: {one_line(error)}") from None
         finally:
             backbone.train(was_training)
         if not torch.is_tensor(mid) or not torch.allclose(whole, joined, rtol=1e-3, atol=1e-4):

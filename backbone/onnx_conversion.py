@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import fx, nn
 
-from util.runtime.errors import UsageError
+from util.runtime.errors import UsageError, one_line
 
 OPSETS = range(10, 18)  # that onnx2torch converts; of 18 it lacks what torch exports
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence")  # of torch, about onnx2torch
@@ -25,8 +25,7 @@ def to_fx(model, path: Path | str = "the graph") -> fx.GraphModule:
             model = _older(model)
         module = onnx2torch.convert(model).float()
     except Exception as error:  # an operator that it does not know, or an opset
-        message = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{path} cannot be converted by onnx2torch: {message}") from None
+        raise UsageError(f"{path} cannot be converted by onnx2torch: {one_line(error)}") from None
     for node in module.graph.nodes:
         product = node.op == "call_module" and type(module.get_submodule(node.target)).__name__ == "OnnxMatMul"
         if product and node.args[1].op == "get_attr":

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from backbone.graph_cuts import cut_into_blocks
 from backbone.onnx_conversion import to_fx
-from util.runtime.errors import RunError, UsageError
+from util.runtime.errors import RunError, UsageError, one_line
 
 # Whose initializers are weights. What else is constant in a graph (sizes, axes, limits) stays as it is.
 WEIGHTED = ("Conv", "Gemm", "MatMul", "BatchNormalization", "PRelu", "LayerNormalization", "Add", "Mul", "Sub", "Div")
@@ -38,7 +38,7 @@ class OnnxBackbone(nn.Module):
             try:
                 embeddings, whole = self.forward(images), module(self.as_given(images)).flatten(1)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                message = str(error).strip().splitlines()[0]
+                message = one_line(error)
                 raise UsageError(f"the graph cannot embed two {image_size}×{image_size} images at once: {message}") from None
             self.train()
         if not torch.allclose(embeddings, whole, rtol=1e-3, atol=1e-5):
@@ -66,7 +66,7 @@ def read_onnx(path: Path) -> tuple[Tensor, int | None, dict, dict[str, Tensor]]:
         model = onnx.load(path)
         onnx.checker.check_model(model)
     except Exception as error:  # protobuf's, the checker's, a missing file of external data
-        raise UsageError(f"{path} is no ONNX model that can be read: {str(error).strip().splitlines()[0]}") from None
+        raise UsageError(f"{path} is no ONNX model that can be read: {one_line(error)}") from None
     inputs = [value.name for value in _inputs(model)]
     if len(inputs) != 1:
         raise UsageError(f"{path} has {len(inputs)} inputs, {', '.join(inputs)}: one is needed, a batch of images")

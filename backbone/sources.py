@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from backbone.onnx_graph import read_onnx
-from util.runtime.errors import UsageError
+from util.runtime.errors import UsageError, one_line
 
 PIXELS = ("mean", "std")  # of timm's configurations
 CHOSEN_HERE = ("num_classes", "img_size", "in_chans")  # of a saved model's arguments
@@ -57,7 +57,7 @@ def _config(place: str, hub: bool) -> tuple[dict, str, dict]:
     try:
         return _hub.load_model_config_from_hf(place) if hub else _hub.load_model_config_from_path(place)
     except Exception as error:  # a file that is missing or damaged; without a network, the hub's own
-        raise UsageError(f"{place}: its config.json cannot be read as timm's: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{place}: its config.json cannot be read as timm's: {one_line(error)}") from None
 
 
 def _configured(name: str, config: dict, architecture: str, options: dict | None, weights: Path | None = None) -> Source:

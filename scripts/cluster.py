@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from util.runtime.errors import RunError, UsageError
+from util.runtime.errors import RunError, UsageError, one_line
 
 if TYPE_CHECKING:  # where nothing goes to a cluster it is not imported
     import submitit
@@ -126,7 +126,7 @@ def _submit(executor: "submitit.AutoExecutor", run: ClusterRun) -> "submitit.Job
     try:
         return executor.submit(run)
     except Exception as error:  # of submitit: what sbatch said is its last line
-        raise RunError(f"sbatch refused a job: {str(error).strip().splitlines()[-1]}") from None
+        raise RunError(f"sbatch refused a job: {one_line(error, -1)}") from None
 
 
 def _in_queue() -> set[str] | None:
@@ -146,6 +146,6 @@ def _failure(job: "submitit.Job") -> str:
             try:
                 return job.result()
             except Exception as error:  # the text is that of the node's traceback
-                return str(error).strip().splitlines()[-1]
+                return one_line(error, -1)
         time.sleep(POLL / 10)
     return f"job {job.job_id} ended without a result: cancelled, or killed by SLURM ({job.paths.stderr})"

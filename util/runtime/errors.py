@@ -11,3 +11,8 @@ class RunError(Exception):
     """The command was right and the run failed (a damaged file, a NaN loss, a full disk)."""
 
     exit_code = 1
+
+
+def one_line(error: BaseException, line: int = 0) -> str:
+    """A line of what a library says, or the kind of error where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[line]
