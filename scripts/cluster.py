@@ -43,9 +43,13 @@ class Run:
             self.process = subprocess.Popen(self.command, env=os.environ | (variables or {}), **options)
             _, errors = self.process.communicate()
             log.write(errors)
-        if not self.process.returncode:
+        return self.failure(self.process.returncode, errors)
+
+    def failure(self, code: int, errors: str) -> str:
+        """What went wrong in one line, from the exit code and what was said on stderr."""
+        if not code:
             return ""
-        last = (errors.strip().splitlines() or [f"exit code {self.process.returncode}"])[-1]
+        last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
         return last.removeprefix(f"{Path(self.command[1]).name}: error: ")
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import train_forget
 from methods import METHODS, method_class
-from scripts.jobs import Job, add_job_options, job_slots, run_jobs
+from scripts.jobs import Job, add_job_options, job_slots, run_jobs, start_server
 from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
@@ -86,6 +86,8 @@ def main(argv: list[str] | None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="rerun finished runs")
     parser.add_argument("--published", **PUBLISHED_OPTION)
     args = parser.parse_args(argv[:end])
+    if args.cluster == "local":
+        start_server()
     claim(args.output_dir, SCRIPT)
     jobs = make_jobs(args, argv[end + 1 :])
     write_json(args.output_dir / CONFIG, describe_command(args, SCRIPT) | {"train_forget": argv[end + 1 :]})

@@ -63,3 +63,23 @@ def test_what_a_run_says_is_logged_whatever_it_is(tmp_path):
         log.write("\udcfd ")
     assert [done.failure for done in run_jobs([job], [""])] == ["err\\xfe"]
     assert (tmp_path / "odd" / "log.txt").read_bytes() == b"\\udcfd out\xfferr\\xfe"
+
+
+def test_a_run_begins_with_the_libraries_imported_and_no_gpu_touched(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; t = sys.modules['torch']; print('timm' in sys.modules, t.cuda.is_initialized(), *sys.argv[1:])"
+    )
+    job = Job("warm", PretrainFolder(tmp_path / "warm"), str(script), ["--lr", "1"])
+    assert [done.failure for done in run_jobs([job], [""])] == [""]
+    assert (tmp_path / "warm" / "log.txt").read_text() == "True False --lr 1\n"
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"), [("sys.exit('script.py: error: no room')", "no room"), ("os.kill(os.getpid(), 9)", "exit code -9")]
+)
+def test_a_run_that_fails_says_why_in_one_line(tmp_path, ends, said):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys; {ends}")
+    job = Job("bad", PretrainFolder(tmp_path / "bad"), str(script), [])
+    assert [done.failure for done in run_jobs([job], [""])] == [said]

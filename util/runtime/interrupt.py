@@ -38,7 +38,7 @@ def stop_on_signals() -> Iterator[Stop]:
         stop.received = signal.Signals(number)
 
     alone = threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
-    with _handled_by(note, signal.SIGINT, signal.SIGTERM) if alone else contextlib.nullcontext():
+    with handled_by(note, signal.SIGINT, signal.SIGTERM) if alone else contextlib.nullcontext():
         yield stop
 
 
@@ -48,11 +48,11 @@ def end_on_sigterm() -> contextlib.AbstractContextManager:
     def end(number: int, _: object) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
-    return _handled_by(end, signal.SIGTERM)
+    return handled_by(end, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _handled_by(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
+def handled_by(handler: Callable[[int, object], None] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
