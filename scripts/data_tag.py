@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import torch
 
-from data import SYNTHETIC
 from data.cache import cache_folder
 from data.image_files import file_digests, list_images, one_line
 from data.image_set import ImageSet, class_digests
@@ -24,13 +23,10 @@ def main(argv: list[str] | None) -> None:
     words = sys.argv[1:] if argv is None else argv
     if len(words) != 1 or words[0].startswith("-"):
         raise UsageError("one data folder is needed: data_tag.py DATA")
-    tag = words[0]
-    if tag != SYNTHETIC:
-        listed = list_records(Path(tag)) if is_record_file(tag) else list_images(tag)
-        labels, digests = torch.tensor(listed.labels), file_digests(listed, cache_folder())
-        images = ImageSet(one_line(listed.root.name), torch.empty(0), labels, listed.classes, listed.files, digests)
-        tag = replace(images, contents=class_digests(images)).tag
-    print(tag)
+    listed = list_records(Path(words[0])) if is_record_file(words[0]) else list_images(words[0])
+    labels, digests = torch.tensor(listed.labels), file_digests(listed, cache_folder())
+    images = ImageSet(one_line(listed.root.name), torch.empty(0), labels, listed.classes, listed.files, digests)
+    print(replace(images, contents=class_digests(images)).tag)
 
 
 if __name__ == "__main__":

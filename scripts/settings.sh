@@ -89,7 +89,7 @@ set -- "${arguments[@]}"
 source scripts/setup.sh
 
 # Sets `tag`, which names the data and changes with its images, for the names of folders.
-tag=""
+tag=$([ "$DATA" != synthetic_faces ] || echo "$DATA")
 tag_data() { [ -n "$tag" ] || tag=$("$PYTHON" scripts/data_tag.py "$DATA") || exit $?; }
 
 # Sets CHECKPOINT, pre-training first where that was not done. Arguments: a suffix of the folder's name and further options,

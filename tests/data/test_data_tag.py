@@ -25,7 +25,6 @@ def test_the_tag_is_of_the_images_however_split_and_named(root, load, tmp_path):
 def test_the_script_prints_the_tag(root, load, command):
     expected = tag_of(load(root))
     assert command("scripts/data_tag.py", root) == (0, f"{expected}\n", "")
-    assert command("scripts/data_tag.py", "synthetic_faces") == (0, "synthetic_faces\n", "")
 
 
 @pytest.mark.parametrize(

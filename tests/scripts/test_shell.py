@@ -19,7 +19,7 @@ FOLDERS = ("backbone", "data", "methods", "scripts", "util")
 # is named as the script, its exit code is the variable's.
 ECHO = """#!/usr/bin/env bash
 case "$1" in
-scripts/data_tag.py) echo "$(basename "$2")$([ "$2" = synthetic_faces ] || printf -- "-%.8s" "$(cksum <<<"$2")")" ;;
+scripts/data_tag.py) echo "$(basename "$2")-$(cksum <<<"$2" | cut -c -8)" ;;
 *) printf '%s\\n' "$*" ;;
 esac
 name=$(basename "$1" .py)
