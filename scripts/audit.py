@@ -47,6 +47,7 @@ def build_parser() -> options.Parser:
     group.add_argument("--forget-classes", type=options.class_list, metavar="LIST", help=f"people: {options.NAMES}")
     options.add_published(group)
     options.add_data(parser)
+    options.add_pairs(parser, "to measure before and after forgetting, and on the references")
     parser.add_argument("--strangers", type=Path, metavar="DIR", help="folder <person>/<image> of people in no training set")
     group = parser.add_argument_group("what is audited")
     group.add_argument(

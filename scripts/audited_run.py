@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from backbone.recognizer import Recognizer, to_device
 from data import build_datasets, build_strangers
 from data.cache import cache_folder
 from data.image_set import ImageSet
+from data.pairs import FacePairs, load_pairs
 from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
@@ -22,10 +24,13 @@ from util.audit import STRANGER_METRICS
 from util.audit.audit import Audit, audit, check_originals, check_references, check_strangers
 from util.audit.inputs import AuditTask
 from util.audit.strangers import audit_against_strangers, choose_strangers
+from util.audit.utility import PAIRS_OF
 from util.cli import options
+from util.evaluation.verification import pair_benchmark
 from util.report.results import load_results
 from util.runtime.errors import UsageError
 from util.runtime.files import sha256, state_mismatch
+from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import RunFolder, default_folder
 
@@ -51,8 +56,8 @@ class AuditedRequest:
 @lru_cache(maxsize=1)
 def load_data(
     where: tuple[tuple[str, object], ...], classes: tuple[str, ...], forgotten: tuple[int, ...], device: torch.device
-) -> tuple[tuple[ImageSet, ImageSet], ImageSet | None]:
-    """Training and test set, and people in none of them; runs of one data set share them.
+) -> tuple[tuple[ImageSet, ImageSet], ImageSet | None, dict[str, FacePairs]]:
+    """Training and test set, people in none of them, and the benchmarks of --pairs; runs of one data set share them.
 
     With the class ids of the pre-trained model; `classes` are its, if it names none. `forgotten` ones may have no images.
     """
@@ -64,10 +69,17 @@ def load_data(
     data = align_classes(replace(checkpoint, classes=checkpoint.classes or classes), data, args.before, forgotten)
     if stranger_set is not None:
         check_strangers(stranger_set, data[0])
-    return data, stranger_set
+    return data, stranger_set, load_pairs(args.pairs or [], a.image_size, args.cache_dir, a.crop_pct)
 
 
 load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained model and the references
+
+
+@lru_cache(maxsize=16)
+def benchmark_once(model: Recognizer, pairs: tuple[tuple[str, FacePairs], ...], hardware: Hardware) -> dict[str, float]:
+    """The accuracy on each of the benchmarks, in percent, as part of `Audit.utility`."""
+    found = pair_benchmark(to_device(model, hardware), dict(pairs), hardware)
+    return {f"{PAIRS_OF}{name}": one["accuracy"] for name, one in found.items()}
 
 
 class AuditedRun:
@@ -86,7 +98,8 @@ class AuditedRun:
         self.output = args.output_dir or own
         forgotten = tuple(sorted({*chain(*after.forgotten)}))
         where = tuple((key, getattr(args, key)) for key in (*DATA_OPTIONS, *FURTHER_OPTIONS))
-        self.data, self.stranger_set = load_data(where, after.classes, forgotten, self.hardware.device)
+        where += (("pairs", args.pairs and tuple(args.pairs)),)
+        self.data, self.stranger_set, self.pairs = load_data(where, after.classes, forgotten, self.hardware.device)
         self.classes = self.data[0].classes
         self.requests = self.requests or [self._request_of_files()]
         self.recipe, self.yardsticks = None, YARDSTICKS[args.compare_with or "references"]
@@ -191,6 +204,9 @@ class AuditedRun:
                 settings |= {"metrics": args.metrics, "cache": (args.cache_dir or cache_folder()) / "audits"}
                 settings["originals"] = [checkpoint.model for checkpoint in known.values()]
                 found = audit(*models, [checkpoint.model for checkpoint in never.values()], *people, **settings)
+        useful, references = found.utility, [checkpoint.model for checkpoint in never.values()]
+        for entry, model in zip([useful["before"], useful, *useful["references"]], [*models, *references], strict=True):
+            entry |= benchmark_once(model, tuple(self.pairs.items()), self.hardware)
         known = {args.before: self.before, **known}
         return found, *([describe(*entry, self.data[0]) for entry in group.items()] for group in (never, known))
 

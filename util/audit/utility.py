@@ -9,6 +9,7 @@ from util.evaluation.verification import verify
 
 PAIRS = 20_000
 FAR = 0.01
+PAIRS_OF = "pairs_"  # what the keys of benchmarks begin with
 
 
 def utility(audited: AuditedModel, task: AuditTask) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from util.audit.base import FAMILIES
 from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, WITHIN
 from util.audit.titles import title_of
 from util.audit.verdict import BORROWED_SCALE, MIN_FAMILIES, counts, significantly_off
-from util.report.audit_tables import OFF, never_seen_utility, strangers_note, summary
+from util.report.audit_tables import OFF, never_seen_utility, strangers_note, summary, utility_titles
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 MODELS = {"before": "the pre-trained model", "after": "this model", "never seen": "a model that never saw them"}
@@ -60,6 +60,7 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
     environment.filters |= {
         "number": _number,
         "never_seen": never_seen_utility,
+        "titles": utility_titles,
         "summary": summary,
         "strangers_note": strangers_note,
         "shown": shown,

@@ -8,6 +8,7 @@ import pandas as pd
 
 from util.audit.statistics import INCONCLUSIVE, MARGIN, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.titles import title_of
+from util.audit.utility import PAIRS_OF
 from util.audit.verdict import AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH, VERDICTS, calibration, significantly_off
 from util.report.tables import PRETRAINED, percent
 
@@ -19,7 +20,11 @@ OFF = "*"  # within the margin, and yet significantly off
 LEGEND = ", ".join(f"{sign} {verdict}" for verdict, sign in SIGNS.items()) + f" ({OFF}: and yet significantly off)"
 COUNTED = "in margin"
 INSIDE = "probe_block"  # what these figures' keys begin with: read from the inside, not from what leaves the model
-UTILITY = {"acc_remain": "Acc_r", "verification_auc_remain": "verification AUC", "old_templates_tar_1pct": "old templates"}
+UTILITY = {
+    "acc_remain": "top-1 accuracy",
+    "verification_auc_remain": "verification AUC",
+    "old_templates_tar_1pct": "old templates: TAR at FAR 1%",
+}
 
 
 def _moments(audits: Sequence[tuple[str, dict | None, dict]]) -> dict[tuple, list[tuple[str, dict | None, dict]]]:
@@ -154,6 +159,12 @@ def summary(request: dict) -> str:
     return message
 
 
+def utility_titles(utility: dict) -> dict[str, str]:
+    """Of each key of a request's utility: metrics of kept people, and the accuracy on each benchmark of --pairs."""
+    pairs = {key: f"{key.removeprefix(PAIRS_OF)} accuracy" for key in utility if key.startswith(PAIRS_OF)}
+    return UTILITY | pairs
+
+
 def never_seen_utility(utility: dict, key: str) -> float | None:
     """The references' mean, of what they have."""
     values = [reference.get(key) for reference in utility["references"]]
@@ -187,7 +198,7 @@ def audit_markdown(content: dict) -> str:
         useful, before = request["utility"], request["utility"]["before"]
         changes = [
             f"{name} {percent(before[key])} → {percent(useful[key])} ({percent(never_seen_utility(useful, key))})"
-            for key, name in UTILITY.items()
+            for key, name in utility_titles(useful).items()
         ]
         parts.append(f"Kept people, before → after (never seen): {', '.join(changes)}.")
         parts.append("; ".join(verdicts([("", None, {"requests": [request]})])) + ".")

@@ -1,5 +1,6 @@
 """What scripts/audit.py leaves: audit.json with its whole schema, tables and scalars."""
 
+import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -157,3 +158,28 @@ def test_an_audit_that_is_repeated_trains_nothing_and_finds_the_same(whole, run,
     (again,), (request,) = (audit_of(folder)["requests"] for folder in (tmp_path, whole))
     assert again["figures"] == {key: request["figures"][key] for key in again["figures"]}
     assert again["utility"] == request["utility"]
+
+
+def test_benchmarks_are_measured_before_and_after_and_on_the_references(
+    files, colours, early, run, references, command, tmp_path
+):
+    for person in range(4):
+        for number, image in enumerate(sorted((colours / "test" / f"c{person}").iterdir()), start=1):
+            (tmp_path / "faces" / f"c{person}").mkdir(parents=True, exist_ok=True)
+            shutil.copy(image, tmp_path / "faces" / f"c{person}" / f"c{person}_{number:04}.png")
+    lines = ["2 2", "c0 1 2", "c1 1 2", "c0 1 c1 1", "c2 1 c3 1", "c2 1 2", "c3 1 2", "c0 2 c2 2", "c1 2 c3 2"]
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    pairs = ("--pairs", f"{tmp_path / 'pairs.txt'}:{tmp_path / 'faces'}")
+    code, _, err = files(*pairs)
+    assert code == 0, err
+    expected = []
+    for path in (early, run / "checkpoints" / "task_1.pth", *references):
+        assert (
+            command("test.py", "--checkpoint", path, *pairs, "--output-dir", tmp_path / path.parent.name / path.name)[0] == 0
+        )
+        found = json.loads((tmp_path / path.parent.name / path.name / "test.json").read_text())
+        expected.append(pytest.approx(found["pairs"]["faces"]["accuracy"], abs=1e-3))
+    useful = audit_of(tmp_path / "audit")["requests"][0]["utility"]
+    assert [entry["pairs_faces"] for entry in (useful["before"], useful, *useful["references"])] == expected
+    assert "faces accuracy" in (tmp_path / "audit" / "audit.md").read_text()
+    assert "<th>faces accuracy</th>" in (tmp_path / "audit" / "audit.html").read_text()

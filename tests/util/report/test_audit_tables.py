@@ -222,8 +222,8 @@ def test_every_figure_with_its_numbers_in_one_table():
     }
     assert found == expected
     assert text.split("\n\n")[4] == (
-        "Kept people, before → after (never seen): Acc_r 95.00 → 90.00 (93.00), "
-        "verification AUC 80.00 → 80.00 (80.00), old templates 70.00 → 70.00 (–)."
+        "Kept people, before → after (never seen): top-1 accuracy 95.00 → 90.00 (93.00), "
+        "verification AUC 80.00 → 80.00 (80.00), old templates: TAR at FAR 1% 70.00 → 70.00 (–)."
     )
 
 
@@ -270,4 +270,4 @@ def test_strangers_have_a_table_of_their_own_beside_that_of_the_references():
     )
     assert "Strangers" in cells(audit_markdown(audited("L2*", second)[2]))["Metric"]
     second["utility"]["references"] = []
-    assert "Acc_r 95.00 → 90.00 (–)" in audit_markdown(audited("L2*", second)[2])
+    assert "top-1 accuracy 95.00 → 90.00 (–)" in audit_markdown(audited("L2*", second)[2])
