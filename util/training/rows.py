@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,7 @@ def class_ids(classes: tuple[str, ...], count: int, class_map: Path | None) -> l
     elif all(name.isdecimal() for name in classes):
         known = {name: int(name) for name in classes}
     elif len(classes) == count:
+        print("rows are taken in the order of the folders' names; --class-map FILE gives another", file=sys.stderr)
         known = {name: place for place, name in enumerate(classes)}
     else:
         message = f"{len(classes)} classes, {count} rows, and no names that tell which is which"
