@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 import pandas as pd
 
+from util.audit.statistics import POWER, WITHIN
+from util.audit.verdict import counts
 from util.cli import options
 from util.cli.main import run_main
 from util.report.audit_tables import NEVER_SEEN, SIGNS
@@ -118,7 +120,30 @@ def _overview(audit: pd.DataFrame, method: str) -> list[str]:
     return [*costs, number(*own.loc["enrolment_1", ["value", "verdict"]])]
 
 
-KINDS = {"papers": beside_the_papers, "all": all_metrics, "overview": overview}
+def by_request(name: str) -> str:
+    """Of each request after its task, and of earlier ones after the last: re-identification from one photo, and how many
+    metrics with power are within the margin."""
+    found = read(f"{name}_audit.csv").dropna(subset="verdict")
+    counted = found[
+        [counts(key, {"verdict": verdict}) for key, verdict in zip(found["metric"], found["verdict"], strict=True)]
+    ]
+    when, columns = ["method", "after_task", "request"], {NEVER: "never_seen", BEFORE: "trained_with_them"}
+    within = counted["verdict"].eq(WITHIN).groupby([counted[key] for key in when]).sum()
+    powerful = counted["power"].ge(POWER).groupby([counted[key] for key in when]).sum()
+    shown = found[found["metric"] == "enrolment_1"].set_index(when)
+    moments = sorted({moment[1:] for moment in shown.index}, key=lambda moment: (moment[0] != moment[1], moment[1]))
+    rows = []
+    for label, column in columns.items():
+        rows.append([label, *(number(shown.loc[(shown.index[0][0], *moment), column]) for moment in moments)])
+    for method in shown.index.unique("method"):
+        own = [(method, *moment) for moment in moments]
+        cells = [f"{number(*shown.loc[key, ['value', 'verdict']])}, {within[key]} of {powerful[key]}" for key in own]
+        rows.append([method, *cells])
+    heads = [f"request {number}" + f", after {after}" * (after != number) for after, number in moments]
+    return markdown(["", *heads], rows)
+
+
+KINDS = {"papers": beside_the_papers, "all": all_metrics, "overview": overview, "requests": by_request}
 
 
 def written(text: str) -> str:

@@ -3,27 +3,26 @@
 import argparse
 import multiprocessing
 import os
-import queue
 import runpy
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing.forkserver import ensure_running
+from multiprocessing import connection, forkserver, resource_tracker
 from pathlib import Path
 
 import torch
 
 from scripts.cluster import ROOT, TEXT, Cluster, Run
 from util.cli.options import number
-from util.runtime.interrupt import handled_by
+from util.runtime.interrupt import deferred
 from util.storage.folders import OutputFolder
 
 # Imported once: they take five seconds of a core, which each run would spend. None of them touches a GPU.
 IMPORTS = ["torchvision", "timm", "timm.optim", "timm.scheduler", "pandas", "torch.utils.tensorboard", "matplotlib.pyplot"]
 SERVER = multiprocessing.get_context("forkserver")
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
@@ -43,15 +42,22 @@ class Job:
 
 
 class ForkedRun(Run):
-    """The same, forked off a process that has imported the libraries (`start_server`)."""
+    """The same, forked off a process that has imported the libraries (`start_server`), and not waited for."""
 
-    def __call__(self, variables: dict[str, str]) -> str:
-        with self.open_log() as log, tempfile.NamedTemporaryFile("r", **TEXT) as errors:
-            words = (self.command[1:], {1: self.log, 2: errors.name}, {**os.environ, **variables})
-            self.process = SERVER.Process(target=_run_script, args=words)
-            self.process.start()
-            self.process.join()
-            said = errors.read()
+    def start(self, variables: dict[str, str]) -> int:
+        """Begin. Returns the process's sentinel."""
+        self.open_log().close()
+        self.errors = tempfile.NamedTemporaryFile("r", **TEXT)  # noqa: SIM115  until `end`
+        words = (self.command[1:], {1: self.log, 2: self.errors.name}, {**os.environ, **variables})
+        self.process = SERVER.Process(target=_run_script, args=words)
+        self.process.start()
+        return self.process.sentinel
+
+    def end(self) -> str:
+        """Wait for its end; what went wrong, or ""."""
+        self.process.join()
+        with self.errors, self.open_log() as log:
+            said = self.errors.read()
             log.write(said)
         return self.failure(self.process.exitcode, said)
 
@@ -59,21 +65,28 @@ class ForkedRun(Run):
 def _run_script(words: list[str], streams: dict[int, Path | str], variables: dict[str, str]) -> None:
     """In the new process: the script and its arguments, as Python itself would run them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.environ.clear()
     os.environ.update(variables)
     for stream, path in streams.items():
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream)
     sys.stdout.reconfigure(line_buffering=True)
-    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    threads = variables["OMP_NUM_THREADS"].partition(",")[0]  # the first of nested levels
+    if threads.isdecimal() and int(threads):  # OpenMP has read its own when it was imported
+        torch.set_num_threads(int(threads))
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
 
 def start_server() -> None:
-    """Begin with the imports in the background. Ctrl-C, which reaches every process, is the affair of this one."""
+    """Begin with the imports in the background. What stops all processes does not stop the server, and waits in a run until
+    it listens."""
     SERVER.set_forkserver_preload(IMPORTS)
-    with handled_by(signal.SIG_IGN, signal.SIGINT):
-        ensure_running()
+    resource_tracker.ensure_running()  # it unblocks the signals
+    with deferred(*STOPS):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def add_job_options(group: argparse.ArgumentParser) -> None:
@@ -118,27 +131,26 @@ def run_jobs(jobs: list[Job], where: list[str] | Cluster) -> Iterator[Job]:
         yield jobs[index]
 
 
-def _on_this_machine(runs: list[Run], gpus: list[str]) -> Iterator[tuple[int, str]]:
-    """Not through submitit, whose local executor has no queue."""
-    start_server()
+def _on_this_machine(runs: list[ForkedRun], gpus: list[str]) -> Iterator[tuple[int, str]]:
+    """Not through submitit, whose local executor has no queue. Whoever ends it early waits until the runs have saved."""
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(gpus)))} | os.environ
-    free: queue.Queue[str] = queue.Queue()
-    for gpu in gpus:
-        free.put(gpu)
-
-    def run(number: int) -> tuple[int, str]:
-        gpu = free.get()
-        failure = runs[number](threads | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))
-        free.put(gpu)
-        return number, failure
-
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        try:
-            for done in as_completed([pool.submit(run, number) for number in range(len(runs))]):
-                yield done.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in [run.process for run in runs]:
-                if process and process.is_alive():
-                    process.terminate()  # it saves, and ends
-            raise
+    free, waiting, running = [*gpus], [*range(len(runs))], {}
+    start_server()
+    ready = SERVER.Process(target=int)
+    ready.start()  # may be interrupted, as a run's start may not
+    ready.join()
+    try:
+        while waiting or running:
+            while free and waiting:
+                number, gpu = waiting.pop(0), free.pop(0)
+                with deferred(*STOPS):  # what has begun is known before anything stops
+                    running[runs[number].start(threads | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))] = number, gpu
+            for sentinel in connection.wait(running):
+                number, gpu = running.pop(sentinel)
+                free.append(gpu)
+                yield number, runs[number].end()
+    finally:
+        for number, _ in running.values():
+            runs[number].process.terminate()  # it saves, and ends
+        for number, _ in running.values():
+            runs[number].end()

@@ -56,3 +56,22 @@ def test_a_changed_page_is_found(results, tmp_path, monkeypatch, command):
     assert "edited" not in page.read_text()
     assert page.read_text().startswith("before\n<!-- table: papers faces -->\n| H with margin")
     docs_tables.main(["--check"])
+
+
+def test_requests_stand_in_their_order_and_what_is_no_evidence_is_not_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs_tables, "RESULTS", tmp_path)
+    verdicts = {"enrolment_1": "still known", "readout": "within the margin", "sign_flip": "within the margin"}
+    rows = []
+    for request, after in ((1, 1), (1, 2), (2, 2)):
+        for metric, verdict in verdicts.items():
+            about = {"method": "A", "request": request, "after_task": after, "metric": metric, "verdict": verdict}
+            numbers = {"value": 10 * request + after, "never_seen": request, "trained_with_them": 90 + after, "power": 4}
+            rows.append(about | numbers)
+    pd.DataFrame([*rows, rows[0] | {"metric": "h_mean", "verdict": None}]).to_csv(tmp_path / "faces_audit.csv", index=False)
+    table = docs_tables.written("<!-- table: requests faces -->\n<!-- end -->\n").splitlines()
+    assert table[1] == "| | request 1 | request 2 | request 1, after 2 |"
+    assert table[3:6] == [
+        "| *never saw them* | 1.0 | 2.0 | 1.0 |",
+        "| *before* | 91.0 | 92.0 | 92.0 |",
+        "| A | 11.0 ▲, 1 of 2 | 22.0 ▲, 1 of 2 | 12.0 ▲, 1 of 2 |",
+    ]

@@ -1,12 +1,17 @@
 """Where runs go that share a machine."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from argparse import Namespace
 
 import pytest
 import torch
 
 from scripts.jobs import Job, job_slots, run_jobs
+from tests.conftest import ROOT
 from util.storage.folders import PretrainFolder
 
 
@@ -83,3 +88,68 @@ def test_a_run_that_fails_says_why_in_one_line(tmp_path, ends, said):
     script.write_text(f"import os, sys; {ends}")
     job = Job("bad", PretrainFolder(tmp_path / "bad"), str(script), [])
     assert [done.failure for done in run_jobs([job], [""])] == [said]
+
+
+@pytest.mark.parametrize("threads", ["1,1", "", "0"])
+def test_whatever_openmp_takes_as_a_number_of_threads(tmp_path, monkeypatch, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    script = tmp_path / "script.py"
+    script.write_text("import torch; print(torch.get_num_threads() > 0)")
+    job = Job("odd", PretrainFolder(tmp_path / "odd"), str(script), [])
+    assert [done.failure for done in run_jobs([job], [""])] == [""]
+
+
+def test_after_one_that_is_not_taken_none_begins_and_what_runs_saves(tmp_path):
+    """As `train_references` ends at the first that fails."""
+    script = tmp_path / "script.py"
+    script.write_text(SAVES)
+    jobs = [
+        Job(name, PretrainFolder(tmp_path / name), str(script), [str(tmp_path / name)]) for name in ("bad", "long", "later")
+    ]
+    ended = run_jobs(jobs, ["", ""])
+    assert next(ended).label == "bad"
+    ended.close()
+    assert (tmp_path / "long" / "saved").exists()
+    assert not (tmp_path / "later").exists()
+
+
+SAVES = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), folder.joinpath("saved").touch(), sys.exit(143)))
+folder.joinpath("begun").touch()
+while folder.name == "bad" and not (folder.parent / "long" / "begun").exists():
+    time.sleep(0.01)
+time.sleep(60 * (folder.name == "long"))
+sys.exit("no")
+"""
+PARENT = """
+import sys
+from scripts.jobs import Job, run_jobs
+from util.runtime.interrupt import end_on_sigterm
+from util.storage.folders import PretrainFolder
+from pathlib import Path
+folder = Path(sys.argv[1])
+with end_on_sigterm():
+    print("here", flush=True)
+    list(run_jobs([Job("long", PretrainFolder(folder), sys.argv[2], [str(folder)])], [""]))
+"""
+
+
+@pytest.mark.parametrize("when", ["while the libraries are imported", "while it runs"])
+def test_a_signal_to_all_processes_is_followed_by_what_has_begun_alone(tmp_path, when):
+    (tmp_path / "script.py").write_text(SAVES)
+    words = [sys.executable, "-c", PARENT, tmp_path / "long", tmp_path / "script.py"]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as parent:
+        parent.stdout.readline()
+        for _ in range(600):
+            if when == "while the libraries are imported" or (tmp_path / "long" / "begun").exists():
+                break
+            time.sleep(0.1)
+        os.killpg(parent.pid, signal.SIGTERM)  # as `timeout` and schedulers do
+        begun = time.monotonic()
+        parent.wait()
+        assert time.monotonic() - begun < 30
+    assert (tmp_path / "long" / "saved").exists() == (when == "while it runs")

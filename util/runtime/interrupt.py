@@ -38,7 +38,7 @@ def stop_on_signals() -> Iterator[Stop]:
         stop.received = signal.Signals(number)
 
     alone = threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
-    with handled_by(note, signal.SIGINT, signal.SIGTERM) if alone else contextlib.nullcontext():
+    with _handled_by(note, signal.SIGINT, signal.SIGTERM) if alone else contextlib.nullcontext():
         yield stop
 
 
@@ -48,11 +48,21 @@ def end_on_sigterm() -> contextlib.AbstractContextManager:
     def end(number: int, _: object) -> None:
         raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
 
-    return handled_by(end, signal.SIGTERM)
+    return _handled_by(end, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def handled_by(handler: Callable[[int, object], None] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+def deferred(*numbers: signal.Signals) -> Iterator[None]:
+    """Inside, these signals wait. In the main thread alone."""
+    received: list[int] = []
+    with _handled_by(lambda number, _: received.append(number), *numbers):
+        yield
+    for number in received:
+        signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, object], None], *numbers: signal.Signals) -> Iterator[None]:
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
