@@ -38,8 +38,9 @@ def _moments(audits: Sequence[tuple[str, dict | None, dict]]) -> dict[tuple, lis
 
 
 def _h_mean(results: dict | None, request: dict) -> float | None:
+    """Of the request's own task; None afterwards, where H is about a later task's people."""
     tasks = {task["task"]: task for task in results["tasks"]} if results else {}
-    return tasks[request["after_task"]]["after"]["h_mean"] if tasks else None
+    return tasks[request["task"]]["after"]["h_mean"] if tasks and request["task"] == request["after_task"] else None
 
 
 def tally(request: dict) -> str:
@@ -50,19 +51,38 @@ def tally(request: dict) -> str:
 
 
 def _overview_frame(models: Sequence[tuple[str, dict | None, dict]]) -> pd.DataFrame:
-    """A row per audited model, below those of the references and the pre-trained one; `models` as `_moments` gives them."""
-    first = {key: entry for key, entry in models[0][2]["figures"].items() if entry["value"] is not None}
-    rows = [_row(None, {key: float(np.mean(entry["references"])) for key, entry in first.items()}, "", "")]
-    rows += [_row(None, {key: entry["originals"][0] for key, entry in first.items()}, "", "")]
+    """A row per audited model, below those of the references and the pre-trained one; `models` as `_moments` gives them.
+
+    Strangers are measured in each model: they are in brackets there.
+    """
+    request = models[0][2]
+    known = {key: f"{entry['originals'][0]:.1f}" for key, entry in _measured(request).items()}
+    labels, rows = [PRETRAINED, *(label for label, *_ in models)], [_row(None, known, "", "")]
+    if not request.get("strangers"):
+        labels = [NEVER_SEEN, *labels]
+        rows.insert(0, _row(None, {key: _never(entry) for key, entry in _measured(request).items()}, "", ""))
     for _, results, request in models:
-        values = {key: entry["value"] for key, entry in request["figures"].items() if entry["value"] is not None}
+        values = {key: _value(request, key) for key in _measured(request)}
         rows.append(_row(_h_mean(results, request), values, tally(request), request["verdict"]))
-    labels = [reference_label(models[0][2]), PRETRAINED, *(label for label, *_ in models)]
     return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), COUNTED, "verdict"])
 
 
-def _row(h_mean: float | None, values: dict[str, float], *judged: str) -> list[str]:
-    return [percent(h_mean), *("–" if key not in values else f"{values[key]:.1f}" for key in OVERVIEW), *judged]
+def _row(h_mean: float | None, values: dict[str, str], *judged: str) -> list[str]:
+    return [percent(h_mean), *(values.get(key, "–") for key in OVERVIEW), *judged]
+
+
+def _measured(request: dict) -> dict[str, dict]:
+    return {key: entry for key, entry in request["figures"].items() if entry["value"] is not None}
+
+
+def _value(request: dict, key: str, sign: str = "") -> str:
+    """A metric of an audited model; with that of strangers, who are measured in each model anew, in brackets."""
+    entry = request["figures"][key]
+    return f"{entry['value']:.1f}{sign}" + (f" ({_never(entry)})" if request.get("strangers") else "")
+
+
+def _never(entry: dict) -> str:
+    return f"{np.mean(entry['references']):.1f}"
 
 
 def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) -> list[str]:
@@ -74,11 +94,15 @@ def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) ->
     for models in _moments(audits).values():
         request, table = models[0][2], _overview_frame(models)
         lines += [""] if lines else []
-        lines += [f"{_title(request)}: {_people(request)} still known? {request['images']} test faces, %", ""]
+        lines += [f"{_title(request)}: {_people(request)} still known? {_faces(request)}, %", ""]
         table.index = table.index.str.ljust(max(width, *map(len, table.index)))
         table["verdict"] = table["verdict"].str.ljust(max(map(len, VERDICTS)))
         lines += table.to_string(col_space=7).splitlines()
     return lines
+
+
+def _faces(request: dict) -> str:
+    return f"{request['images']} test faces" + (", strangers in brackets" if request.get("strangers") else "")
 
 
 def _title(request: dict) -> str:
@@ -112,17 +136,20 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
         request = models[0][2]
         first = request["figures"]
         keys = [key for key, entry in first.items() if entry["verdict"] and not key.startswith(INSIDE)]
-        spread = [(np.mean(first[key]["references"]), np.std(first[key]["references"], ddof=1)) for key in keys]
-        rows = [["", *(f"{mean:.1f} ± {std:.1f}" for mean, std in spread), ""]]
-        rows += [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys), ""]]
+        labels = ["Originals", *(label for label, *_ in models)]
+        rows = [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys), ""]]
+        about = f"{count_of(request)}, {_faces(request)}"
+        if not request.get("strangers"):
+            spread = (np.std(first[key]["references"], ddof=1) for key in keys)
+            labels = [NEVER_SEEN, *labels]
+            rows.insert(0, ["", *(f"{_never(first[key])} ± {std:.1f}" for key, std in zip(keys, spread, strict=True)), ""])
+            about += f", K = {max(len(entry['references']) for entry in first.values())}"
         for _, results, other in models:
             entries = [(key, other["figures"][key]) for key in keys]
-            message = (f"{e['value']:.1f} {SIGNS[e['verdict']]}{OFF * significantly_off(k, e)}" for k, e in entries)
-            rows.append([percent(_h_mean(results, other)), *message, tally(other)])
-        labels = [reference_label(request), "Originals", *(label for label, *_ in models)]
+            signs = (f" {SIGNS[entry['verdict']]}{OFF * significantly_off(key, entry)}" for key, entry in entries)
+            values = (_value(other, key, sign) for key, sign in zip(keys, signs, strict=True))
+            rows.append([percent(_h_mean(results, other)), *values, tally(other)])
         table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys), COUNTED]).rename_axis("Method")
-        about = f"{count_of(request)}, {request['images']} test faces"
-        about += f", K = {max(len(entry['references']) for entry in first.values())}"
         parts.append(f"**{_title(request)}**: {about}. {LEGEND}")
         parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 2)))
     return "\n\n".join([*parts, *(f"- {line}" for line in verdicts(audits))])

@@ -35,9 +35,10 @@ def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
         return None
     rows = [_row(*one) for one in first]
     several = len({results["seed"] for _, results, *_ in first}) > 1
-    moment = frame["request"] == first[0][2]["task"], frame["after_task"] == first[0][2]["after_task"]
-    band = "strangers" if reference_label(first[0][2]) == STRANGERS else "models that never saw them"
-    figure = scatter_of(frame[moment[0] & moment[1]], title, band)
+    compared = reference_label(request := first[0][2])
+    shown = frame[["request", "after_task", "compared_with"]].eq([request["task"], request["after_task"], compared])
+    band = "strangers, mean over the methods" if compared == STRANGERS else "models that never saw them"
+    figure = scatter_of(frame[shown.all(axis=1)], title, band)
     save_figure(figure, folder / SCATTER)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
     known = {name: [float(np.mean(group[key])) for key in METRICS] for name, group in _yardsticks(first).items()}
@@ -75,10 +76,11 @@ def audit_rows(audits: Audited) -> pd.DataFrame:
 
 
 def _costs(results: dict, request: dict) -> dict[str, float]:
-    """What the request's task left by the run's own account: H, and the points of accuracy that kept people lost."""
+    """By the run's own account: H of the request's own task (None after a later one), and the points of accuracy that kept
+    people have lost by then."""
     task = next(task for task in results["tasks"] if task["task"] == request["after_task"])
     lost = task["before"]["acc_remain"] - task["after"]["acc_remain"]
-    return {"h_mean": task["after"]["h_mean"], "acc_remain_lost": lost}
+    return {"h_mean": task["after"]["h_mean"] if task["task"] == request["task"] else None, "acc_remain_lost": lost}
 
 
 def _mean(values: Sequence[float]) -> float | None:

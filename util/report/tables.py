@@ -113,8 +113,8 @@ class Comparison:
         """A row per label, pre-trained first; a column per (setting, metric)."""
         rows = [PRETRAINED]
         for label in self.labels:
-            strangers_note = margin == self.papers_margin and label + PUBLISHED in self.about.index
-            rows += [label, label + PUBLISHED] if strangers_note else [label]
+            published = margin == self.papers_margin and label + PUBLISHED in self.about.index
+            rows += [label, label + PUBLISHED] if published else [label]
         table = self.stats[statistic].xs(margin, level="margin").unstack(["setting", "metric"])
         return table.reindex(index=rows, columns=pd.MultiIndex.from_tuples(self.columns))
 

@@ -341,5 +341,5 @@ def test_bottom_of_the_page():
     text = Reader(page(request(), request(task=2, after_task=3))).text
     assert "Request 2, measured after request 3" in text
     assert "97.7 → 97.7 (96.5) – → – (–) 98.2 → 98.2 (–)" in text
-    assert f"Never saw ann, {NASTY} seed kept, % SHA-256 1 97.9 0123abcd" in text
+    assert f"Never saw ann, {NASTY} seed accuracy on its own people, % SHA-256 1 97.9 0123abcd" in text
     assert "epochs: 150." in text

@@ -263,7 +263,9 @@ def test_strangers_have_a_table_of_their_own_beside_that_of_the_references():
     second = request(verdict="like strangers", **{name: figure(reason="") for name in NAMES}) | {"strangers": strangers}
     first = audited("L2*")[2]["requests"][0]
     lines = overview([audited("L2*", first, second)])
-    assert [line.split()[0] for line in lines if line[:2] in ("Ne", "St", "L2")] == ["Never", "L2*", "Strangers", "L2*"]
+    assert [line.split()[0] for line in lines if line[:2] in ("Ne", "St", "L2")] == ["Never", "L2*", "L2*"]
+    assert lines[-1].split()[2:10] == ["50.0", "(23.3)"] * 4  # strangers are measured in each model anew
+    assert "test faces, strangers in brackets, %" in "".join(lines)
     assert (
         "Request 1, compared with 30 strangers, no retrained references (2 + 2 photos of everybody): are its 2 people"
         in "".join(lines)
@@ -271,3 +273,12 @@ def test_strangers_have_a_table_of_their_own_beside_that_of_the_references():
     assert "Strangers" in cells(audit_markdown(audited("L2*", second)[2]))["Metric"]
     second["utility"]["references"] = []
     assert "top-1 accuracy 95.00 → 90.00 (–)" in audit_markdown(audited("L2*", second)[2])
+    judged = {name: figure(verdict=STILL_KNOWN, known=90.0, rho=0.4, z=5.0, power=9.0) for name in NAMES}
+    compared = cells(comparison_markdown([audited("L2*", request(**judged) | {"strangers": strangers})]))
+    assert compared["L2*"][1] == "50.0 ▲ (23.3)" and "Never seen" not in compared
+
+
+def test_h_is_of_the_requests_own_task():
+    own, later = request(sign_flip=figure()), request(1, 2, sign_flip=figure())
+    lines = overview([audited("L2*", own, later)])
+    assert [line.split()[1] for line in lines if line.startswith("L2*")] == ["80.00", "–"]

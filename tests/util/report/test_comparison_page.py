@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from util.report import comparison_page
 from util.report.comparison_page import write_comparison
 from util.report.figures import forgetting_scatter
 
@@ -40,6 +41,20 @@ def test_class_orders_are_one_dot_and_a_row_each(tmp_path):
     text = write_comparison(runs, tmp_path, "a title").read_text()
     assert "class order" in text and text.count("<td><a") == 2
     assert text[: text.index("</svg>")].count(">L2<") == 1
+
+
+def test_the_chart_is_of_one_comparison_where_there_are_two(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        comparison_page, "forgetting_scatter", lambda *words: drawn.append(words) or forgetting_scatter(*words)
+    )
+    run = audited("L2", 1, 1.0, 36.0, [10.0, 12.0])
+    beside = audited("L2", 1, 1.0, 56.0, [30.0, 30.0])[2]["requests"][0] | {"strangers": {"people": 30}}
+    run[2]["requests"].append(beside)
+    write_comparison([run], tmp_path, "a title")
+    models, band, *_ = drawn[0]
+    assert models["known"].tolist() == [36.0]
+    assert band == pytest.approx([11 - 2**0.5, 11 + 2**0.5])
 
 
 def test_no_page_where_nobody_could_be_enrolled(tmp_path):
