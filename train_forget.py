@@ -230,6 +230,8 @@ def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given
     if unused := sorted(given & {options.option_name(name) for name in run.method.unused}):
         print(f"{run.method.title} has no use for {', '.join(unused)}")
     config = describe_run(args, SCRIPT, hardware, train_set.images.device) | identity
+    if resume and folder.finished:
+        folder.discard()  # it may have been killed just before
     results = load_results(folder.results) if resume and folder.finished else run.run(folder, resume, config)
     print("", *Comparison([results]).narrow(), "", f"results, checkpoints and figure: {folder.path}", sep="\n")
 

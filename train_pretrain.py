@@ -157,6 +157,7 @@ def pretrain(
     identity = identity_of(args, train_set)
     resume = should_resume(folder, args, identity, needed_bytes(model, 1))
     if resume and folder.finished:
+        folder.discard()  # it may have been killed just before
         print(f"finished before: {folder.results}")
         return
     if not resume:

@@ -11,6 +11,7 @@ the deletion.
 """
 
 import argparse
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,7 +33,7 @@ from data.tasks import name_list
 from util.cli import options
 from util.cli.main import run_main
 from util.evaluation.verification import pair_benchmark
-from util.runtime.errors import RunError, UsageError
+from util.runtime.errors import RunError, UsageError, one_line
 from util.runtime.files import atomic_write, save_tensors, write_json
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, torch_load, torch_save
@@ -80,13 +81,32 @@ def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     names = {"input_names": ["images"], "output_names": ["embeddings"]}
     shapes = [{0: torch.export.Dim("images")}]
-    program = torch.onnx.export(embedder, (example,), **names, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    try:
+        program = torch.onnx.export(embedder, (example,), **names, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    except Exception as error:  # of the exporter, which has many
+        raise RunError(f"torch cannot export this model: {one_line(error)}; --no-onnx leaves model.onnx out") from None
     model = program.model_proto
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")  # the exporter's notes name the files of this machine
     with atomic_write(path) as target:
         target.write(model.SerializeToString())
+
+
+def write_files(folder: Path, checkpoint: Checkpoint, onnx: bool) -> None:
+    """The checkpoint, and its backbone in the form that it came in; `onnx`: as model.onnx too."""
+    model = checkpoint.model
+    a = model.architecture
+    save_checkpoint(folder / "checkpoint.pth", checkpoint)
+    if a.graph is not None:
+        with atomic_write(folder / "model.onnx") as target:
+            target.write(write_onnx_weights(model.backbone, a.graph).SerializeToString())
+    elif a.model in insightface.default_cfgs:
+        torch_save(folder / "backbone.pth", model.backbone.state_dict())
+    else:
+        write_timm(folder / "timm", model)
+    if onnx and a.graph is None:
+        write_onnx(folder / "model.onnx", Embedder(model).eval(), a.image_size)
 
 
 def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Tensor]:
@@ -131,28 +151,25 @@ def main(argv: list[str] | None) -> None:
     if not checkpoint.forgotten:
         raise UsageError(f"{args.checkpoint} has forgotten nobody: give the checkpoint of a run's task")
     model = without_forgotten(checkpoint)
-    a = model.model.architecture
-
-    save_checkpoint(args.output_dir / "checkpoint.pth", model)
-    recognizer = model.model.eval()
-    if a.graph is not None:
-        with atomic_write(args.output_dir / "model.onnx") as target:
-            target.write(write_onnx_weights(recognizer.backbone, a.graph).SerializeToString())
-    elif a.model in insightface.default_cfgs:
-        torch_save(args.output_dir / "backbone.pth", recognizer.backbone.state_dict())
-    else:
-        write_timm(args.output_dir / "timm", recognizer)
-    if args.onnx and a.graph is None:
-        write_onnx(args.output_dir / "model.onnx", Embedder(recognizer).eval(), a.image_size)
-
-    images = torch.randint(0, 256, (8, 3, a.image_size, a.image_size), dtype=torch.uint8)
-    expected = Embedder(checkpoint.model.eval())(images)
-    for name, embeddings in embed_with(args.output_dir, recognizer, images).items():
-        error = (embeddings - expected).abs().max().item()
-        if not error <= TOLERANCE:
-            raise RunError(f"{args.output_dir / name} embeds otherwise than {args.checkpoint}: off by {error:.1g}")
-        print(f"{name}: embeds as the checkpoint does, to {error:.1g}")
+    a, recognizer = model.model.architecture, model.model.eval()
     pairs = load_pairs(args.pairs or [], a.image_size, None, a.crop_pct)
+    unchecked = args.output_dir / ".unchecked"
+    unchecked.mkdir(parents=True)
+    try:
+        write_files(unchecked, model, args.onnx)
+        images = torch.randint(0, 256, (8, 3, a.image_size, a.image_size), dtype=torch.uint8)
+        expected = Embedder(checkpoint.model.eval())(images)
+        for name, embeddings in embed_with(unchecked, recognizer, images).items():
+            error = (embeddings - expected).abs().max().item()
+            if not error <= TOLERANCE:
+                raise RunError(
+                    f"{name} would embed otherwise than {args.checkpoint}: off by {error:.1g}; nothing is released"
+                )
+            print(f"{name}: embeds as the checkpoint does, to {error:.1g}")
+        for path in unchecked.iterdir():
+            path.rename(args.output_dir / path.name)
+    finally:
+        shutil.rmtree(unchecked)
     for name, found in pair_benchmark(recognizer, pairs, Hardware(torch.device("cpu"), bf16=False)).items():
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
     forgotten = [c for task in checkpoint.forgotten for c in task]

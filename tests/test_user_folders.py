@@ -144,8 +144,21 @@ def test_a_replaced_run_stays_until_its_successor_has_finished(run_folder, train
     assert content(run / ".replaced") == {"mine.txt": b"mine"}
     assert len(results_of(run)["tasks"]) == 2
     before = results_of(run)  # which is set aside beside it in turn
+    # As one leaves it that was killed when it had finished, before it removed what it replaced.
+    shutil.copytree(run / "checkpoints", run / ".replaced" / "checkpoints")
     refused(command("train_forget.py", *words, "--overwrite"), 1, "the loss is not finite")
     assert results_of(run / ".replaced") == before
+
+
+def test_a_run_that_was_killed_when_it_had_finished_removes_what_it_replaced(run_folder, command, tmp_path):  # noqa: F811
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    before = content(run)
+    shutil.copytree(run / "checkpoints", run / ".replaced" / "checkpoints")
+    again = ["--config", tmp_path / "config.json", "--output-dir", run, "--resume"]
+    shutil.copy(run / "config.json", tmp_path)
+    code, _, err = command("train_forget.py", *again)
+    assert code == 0, err
+    assert content(run) == before
 
 
 def test_nothing_is_removed_through_a_link(run_folder, trained, colours, command, tmp_path):  # noqa: F811

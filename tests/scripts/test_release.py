@@ -67,6 +67,24 @@ def test_nothing_of_the_forgotten_is_released(forgotten, people, command, tmp_pa
     assert all(NAMES[c].encode() in files["checkpoint.pth"] for c in (0, 9))
 
 
+def test_what_fails_leaves_nothing_behind(forgotten, command, tmp_path, monkeypatch):
+    words = ("scripts/release.py", "--checkpoint", forgotten, "--output-dir", tmp_path / "out")
+    code, _, err = command(*words, "--pairs", tmp_path / "nowhere.bin")
+    assert code == 2 and "nowhere.bin" in err and not (tmp_path / "out").exists()
+
+    def fails(*_, **__):
+        raise NotImplementedError("no such operator\nmore of it")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    code, _, err = command(*words)
+    assert (code, err) == (
+        1,
+        "release.py: error: torch cannot export this model: no such operator; --no-onnx leaves model.onnx out\n",
+    )
+    assert not any((tmp_path / "out").iterdir())
+    assert command(*words, "--no-onnx")[0] == 0
+
+
 def test_the_released_checkpoint_knows_the_others_as_before(forgotten, people, command, tmp_path):
     out = tmp_path / "released"
     code, _, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", out, "--no-onnx")

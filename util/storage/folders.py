@@ -138,7 +138,11 @@ class OutputFolder:
 
     def set_aside(self) -> None:
         """Move what a run has left out of the way of the one that replaces it, until `discard`."""
-        if distributed.rank() or not (own := self.own_files()):
+        if distributed.rank():
+            return
+        if self.finished:
+            self.discard()
+        if not (own := self.own_files()):
             return
         if self.own_files(replaced=True):  # by an interrupted run, which is replaced in turn
             for file in own:
