@@ -10,6 +10,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterable
+from contextlib import closing
 from itertools import chain, product
 from pathlib import Path
 
@@ -94,10 +95,9 @@ def main(argv: list[str] | None) -> None:
 
     finished, waiting = [job for job in jobs if job.finished], [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs, {len(finished)} of them finished before → {args.output_dir}\n", flush=True)
-    with end_on_sigterm():
-        waiting.sort(key=lambda job: job.arguments[1] not in FIRST)
-        ended = chain(finished, run_jobs(waiting, job_slots(args, len(waiting))))
-        print_rows(ended, max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
+    waiting.sort(key=lambda job: job.arguments[1] not in FIRST)
+    with end_on_sigterm(), closing(run_jobs(waiting, job_slots(args, len(waiting)))) as ended:
+        print_rows(chain(finished, ended), max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 
     failures = {job.label: job.failure for job in jobs if job.failure}
     if len(failures) == len(jobs):

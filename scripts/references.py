@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from itertools import chain
 from math import ceil
 from pathlib import Path
@@ -101,8 +101,8 @@ def train_references(jobs: Sequence[Job], args: argparse.Namespace) -> None:
         return
     print(f"references: {len(jobs)} needed, {len(jobs) - len(missing)} in the cache", flush=True)
     at_once = len(missing) if args.cluster == "slurm" else len(job_slots(args, len(missing)))
-    with end_on_sigterm():
-        for done, job in enumerate(_trained(missing, args), start=1):
+    with end_on_sigterm(), closing(_trained(missing, args)) as trained:
+        for done, job in enumerate(trained, start=1):
             if job.failure:
                 raise RunError(f"reference {job.label}: {job.failure} (see {job.folder.path / 'log.txt'})")
             seconds = time.perf_counter() - start
@@ -118,7 +118,7 @@ def _trained(jobs: list[Job], args: argparse.Namespace) -> Iterator[Job]:
             locks = {job.folder.path: held.enter_context(lock) for job in jobs if (lock := _reserve(job))}
             idle, there = not locks, [job for job in jobs if job.folder.finished]
             todo = [job for job in jobs if job.folder.path in locks and job not in there]
-            for job in chain(there, run_jobs(todo, job_slots(args, len(todo)))):
+            for job in chain(there, held.enter_context(closing(run_jobs(todo, job_slots(args, len(todo)))))):
                 locks.pop(job.folder.path, ExitStack()).close()
                 if job.failure and not _reserve(job):
                     job.failure = ""  # one that an audit has left behind when it was killed goes on

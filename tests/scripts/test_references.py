@@ -22,10 +22,13 @@ import train_pretrain
 from data import build_datasets
 from data.tasks import named_classes
 from scripts.audit import parse_arguments
+from scripts.jobs import Job
 from scripts.references import _locks, pretraining_recipe, reference_job, train_references
 from tests.conftest import ROOT
+from tests.scripts.test_jobs import SAVES
 from tests.test_bad_input import refused
 from train_pretrain import RECIPE
+from util.runtime.errors import RunError
 from util.runtime.files import file_lock
 from util.storage.checkpoint import load_checkpoint
 from util.storage.folders import PretrainFolder
@@ -189,6 +192,17 @@ def test_one_that_fails_is_named_in_one_line(early, colours, command, tmp_path):
     assert [path.name for path in (tmp_path / "audit").iterdir()] == ["config.json"]
 
 
+def test_after_one_that_fails_the_others_save_and_end(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SAVES)
+    folders = [PretrainFolder(tmp_path / name) for name in ("bad", "long", "later")]
+    jobs = [Job(folder.path.name, folder, str(script), [str(folder.path)]) for folder in folders]
+    with pytest.raises(RunError, match="reference bad: no"):
+        train_references(jobs, Namespace(gpus=["0", "1"], jobs_per_gpu=1, cluster="local"))
+    assert (tmp_path / "long" / "saved").exists()  # while the error is at hand, and with it all that led there
+    assert not (tmp_path / "later" / "begun").exists()
+
+
 def test_sigterm_ends_them_saved(early, colours, tmp_path):
     """The one at hand saves and ends, none is started after it."""
     config = json.loads((early.parent / "config.json").read_text())
@@ -222,6 +236,7 @@ def test_sigterm_ends_them_saved(early, colours, tmp_path):
 ANOTHER_AUDIT = """
 import sys
 from pathlib import Path
+from util.runtime.errors import RunError
 from util.runtime.files import file_lock
 with file_lock(Path(sys.argv[1])):
     print("held", flush=True)
@@ -266,7 +281,7 @@ def test_a_reference_that_another_audit_trains_is_waited_for(held, killed, colou
 
 def test_references_on_a_cluster_tell_their_time_as_side_by_side(colours, recipe, monkeypatch, tmp_path):
     jobs, lines = [job_of(colours, recipe, (4,), seed, cache_dir=tmp_path) for seed in (1, 2)], []
-    monkeypatch.setattr(scripts.references, "run_jobs", lambda jobs, where: iter(jobs))
+    monkeypatch.setattr(scripts.references, "run_jobs", lambda jobs, where: (job for job in jobs))
     monkeypatch.setattr(scripts.references, "print", lambda line, **_: lines.append(line), raising=False)
     train_references(jobs, Namespace(gpus=[], jobs_per_gpu=None, cluster="slurm", sbatch=""))
     assert [line.split(", ")[-1] for line in lines[1:]] == ["about 0:00 left"] * 2
