@@ -54,6 +54,12 @@ def accuracies(name: str, margin: bool = False, statistic: str = "mean") -> pd.D
     return found[found["margin"] == margin].pivot(index="label", columns=["metric", "task"], values=statistic)
 
 
+def of_fewer_orders(name: str) -> set[str]:
+    """Labels that were run on fewer class orders than others."""
+    runs = read(f"{name}_accuracy.csv").groupby("label")["runs"].max()
+    return {label for label, count in runs.items() if count < runs.max() and not label.endswith(PUBLISHED)} - {PRETRAINED}
+
+
 def audited(name: str) -> pd.DataFrame:
     """The rows of the first request of class order 1337, compared with never-seen models, by method and metric."""
     found = read(f"{name}_audit.csv")
@@ -66,7 +72,7 @@ def audited(name: str) -> pd.DataFrame:
 def beside_the_papers(name: str) -> str:
     """H with margin of each task, ours and the papers', best first; the last row is Spearman's correlation of the two."""
     h_mean = accuracies(name, margin=True)["h_mean"]
-    ours = h_mean[~h_mean.index.str.endswith(PUBLISHED)].drop(PRETRAINED, errors="ignore")
+    ours = h_mean[~h_mean.index.str.endswith(PUBLISHED)].drop([PRETRAINED, *of_fewer_orders(name)], errors="ignore")
     ours = ours.loc[ours.mean(axis=1).sort_values(ascending=False).index]
     papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)
     std = accuracies(name, margin=True, statistic="std")["h_mean"].loc[ours.index]
@@ -81,7 +87,7 @@ def beside_the_papers(name: str) -> str:
 
 
 def all_metrics(name: str) -> str:
-    """Accuracy over all tasks and the audit of the first request, best H first."""
+    """Accuracy over all tasks and the audit of the first request, best H first. †: of fewer class orders."""
     table, margin, audit = accuracies(name), accuracies(name, margin=True), audited(name)
     keys = [key for key in METRICS if key in audit.index.unique("metric")]
     costs = pd.DataFrame({"H": table["h_mean"].mean(axis=1)})
@@ -95,7 +101,8 @@ def all_metrics(name: str) -> str:
     rows = [[NEVER, *blank, *map(number, known["never_seen"])], [BEFORE, *blank, *map(number, known["trained_with_them"])]]
     for label, own in costs.drop(PRETRAINED).sort_values("H", ascending=False).iterrows():
         entries = audit.loc[label].loc[keys]
-        rows.append([label, *map(number, own), *map(number, entries["value"], entries["verdict"])])
+        mark = " †" * (label in of_fewer_orders(name))
+        rows.append([label + mark, *map(number, own), *map(number, entries["value"], entries["verdict"])])
     return markdown(["", *costs, *(METRICS[key] for key in keys)], rows)
 
 

@@ -17,6 +17,7 @@ def results(tmp_path, monkeypatch):
     """Two tasks of three methods, two of which the papers have as well."""
     monkeypatch.setattr(docs_tables, "RESULTS", tmp_path)
     found = {"Pre-train": {}, "A": {"h_mean": (50, 40)}, "B": {"h_mean": (70, 80)}, "C": {"h_mean": (60, 66)}}
+    found |= {"D": {"h_mean": (99, 99)}}  # of one class order, where others have three
     found |= {
         "A (published)": {"h_mean": (72, 71)},
         "B (published)": {"h_mean": (70, 73)},
@@ -27,7 +28,14 @@ def results(tmp_path, monkeypatch):
         for metric, values in {"acc_remain": (90, 80), **metrics}.items():
             for task, value in enumerate(values, start=1):
                 value -= 5 * (metric == "acc_remain" and label == "A")
-                row = {"label": label, "task": task, "metric": metric, "mean": value, "std": 1.25 if label == "B" else None}
+                row = {
+                    "label": label,
+                    "runs": 3 - 2 * (label == "D"),
+                    "task": task,
+                    "metric": metric,
+                    "mean": value,
+                    "std": 1.25 if label == "B" else None,
+                }
                 rows += [row | {"margin": margin} for margin in (True, False)]
     pd.DataFrame(rows).to_csv(tmp_path / "faces_accuracy.csv", index=False)
 
