@@ -121,9 +121,11 @@ def run_jobs(jobs: list[Job], where: list[str] | Cluster) -> Iterator[Job]:
     A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle. Runs
     side by side share out the CPU's cores. On a cluster, where devices are found is the cluster's affair.
     """
+    if not jobs:
+        return
     runs = [job.run for job in jobs]
     if isinstance(where, Cluster):
-        ends = where.run(runs, runs[0].log.parents[1] / ".slurm") if runs else ()
+        ends = where.run(runs, runs[0].log.parents[1] / ".slurm")
     else:
         ends = _on_this_machine(runs, where)
     for index, failure in ends:
