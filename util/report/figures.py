@@ -124,6 +124,12 @@ def _label(figure: Figure, panel: Axes, models: pd.DataFrame) -> None:
     figure.draw_without_rendering()  # lays it out
     dots = panel.transData.transform(models[["lost", "known"]].to_numpy())
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in dots]
+    for words in panel.texts:  # of the band and the line: at their right end, or where there is no dot
+        for end in np.arange(0.99, 0.3, -0.05):
+            words.set_x(end)
+            if not words.get_window_extent().count_overlaps(taken):
+                break
+        taken.append(words.get_window_extent())
     places = [(8 * (1 + r) * np.cos(a), 6 * (1 + r) * np.sin(a)) for r in range(14) for a in np.arange(0, 6.2, 0.2)]
     for label, at in zip(models.index, models[["lost", "known"]].to_numpy(), strict=True):
         note = panel.annotate(label, at, (0, 0), textcoords="offset points", fontsize=8, va="center")
