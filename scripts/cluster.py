@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -26,24 +26,14 @@ MINUTES = 240  # of a job, without --time; a run that takes longer is requeued
 
 @dataclass
 class Run:
-    """A command as a process of this machine. What it says is appended to the file `log`."""
+    """A command. What it says is appended to the file `log`."""
 
     command: list[str]
     log: Path
-    process: subprocess.Popen | None = field(default=None, repr=False)
 
     def open_log(self) -> TextIO:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         return self.log.open("a", **TEXT)
-
-    def __call__(self, variables: dict[str, str] | None = None, before: Callable[[], None] | None = None) -> str:
-        """Run it to its end; the last line of what went wrong, or "". `before` is called in the new process."""
-        with self.open_log() as log:
-            options = {"stdout": log, "stderr": subprocess.PIPE, "preexec_fn": before, **TEXT}
-            self.process = subprocess.Popen(self.command, env=os.environ | (variables or {}), **options)
-            _, errors = self.process.communicate()
-            log.write(errors)
-        return self.failure(self.process.returncode, errors)
 
     def failure(self, code: int, errors: str) -> str:
         """What went wrong in one line, from the exit code and what was said on stderr."""
@@ -53,19 +43,28 @@ class Run:
         return last.removeprefix(f"{Path(self.command[1]).name}: error: ")
 
 
+@dataclass
 class ClusterRun(Run):
-    """The same on a node. It ends without a result where SLURM ends it, and goes on when SLURM starts it again."""
+    """A process on a node. It ends without a result where SLURM ends it, and goes on when SLURM starts it again."""
+
+    process: subprocess.Popen | None = field(default=None, repr=False)
 
     def __call__(self) -> str:
+        """Run it to its end; the last line of what went wrong, or ""."""
         if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and "--resume" not in self.command:
             self.command.append("--resume")  # beside --overwrite: if it can
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", os.environ["SLURM_CPUS_ON_NODE"])}
         # SLURM signals every process of a job; this signal is submitit's, and would kill the run before it has saved.
-        failure = super().__call__(threads, lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN))
-        if self.process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM):  # preempted, requeued or cancelled
-            sys.exit(self.process.returncode)
-        self.process = None
-        return failure
+        options = {"preexec_fn": lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN), **TEXT}
+        with self.open_log() as log:
+            options |= {"stdout": log, "stderr": subprocess.PIPE, "env": os.environ | threads}
+            self.process = subprocess.Popen(self.command, **options)
+            _, errors = self.process.communicate()
+            log.write(errors)
+        code, self.process = self.process.returncode, None
+        if code in (-signal.SIGTERM, 128 + signal.SIGTERM):  # preempted, requeued or cancelled
+            sys.exit(code)
+        return self.failure(code, errors)
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """Called by submitit before the time is up: let the run save, and end; the job is requeued then."""

@@ -89,7 +89,7 @@ def beside_the_papers(name: str) -> str:
 def all_metrics(name: str) -> str:
     """Accuracy over all tasks and the audit of the first request, best H first. †: of fewer class orders."""
     table, margin, audit = accuracies(name), accuracies(name, margin=True), audited(name)
-    keys = [key for key in METRICS if key in audit.index.unique("metric")]
+    keys, fewer = [key for key in METRICS if key in audit.index.unique("metric")], of_fewer_orders(name)
     costs = pd.DataFrame({"H": table["h_mean"].mean(axis=1)})
     costs["Acc_r lost"] = (table.loc[PRETRAINED, "acc_remain"] - table["acc_remain"]).max(axis=1)
     costs["Acc_f"] = table["acc_forget"].max(axis=1)
@@ -101,7 +101,7 @@ def all_metrics(name: str) -> str:
     rows = [[NEVER, *blank, *map(number, known["never_seen"])], [BEFORE, *blank, *map(number, known["trained_with_them"])]]
     for label, own in costs.drop(PRETRAINED).sort_values("H", ascending=False).iterrows():
         entries = audit.loc[label].loc[keys]
-        mark = " †" * (label in of_fewer_orders(name))
+        mark = " †" * (label in fewer)
         rows.append([label + mark, *map(number, own), *map(number, entries["value"], entries["verdict"])])
     return markdown(["", *costs, *(METRICS[key] for key in keys)], rows)
 

@@ -42,7 +42,7 @@ class Job:
 
 
 class ForkedRun(Run):
-    """The same, forked off a process that has imported the libraries (`start_server`), and not waited for."""
+    """A process of this machine, forked off one that has imported the libraries (`start_server`)."""
 
     def start(self, variables: dict[str, str]) -> int:
         """Begin. Returns the process's sentinel."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import scripts.cluster
-from scripts.cluster import Cluster, ClusterRun, Run
+from scripts.cluster import Cluster, ClusterRun
 from scripts.jobs import Job, job_slots, run_jobs
 from util.runtime.errors import RunError, UsageError
 from util.storage.folders import PretrainFolder
@@ -159,4 +159,4 @@ def test_a_run_that_slurm_ends_has_no_result(tmp_path, monkeypatch):
     stopped = ClusterRun(["sh", "-c", "kill $$"], tmp_path / "log.txt")
     with pytest.raises(SystemExit):
         stopped()
-    assert Run(["sh", "-c", "kill -KILL $$"], tmp_path / "log.txt")() == f"exit code -{signal.SIGKILL.value}"
+    assert ClusterRun(["sh", "-c", "kill -KILL $$"], tmp_path / "log.txt")() == f"exit code -{signal.SIGKILL.value}"
