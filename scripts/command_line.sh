@@ -16,10 +16,10 @@ refuse() { echo "$(basename "$0"): $1" >&2 && exit 2; }
 # Paths are relative to where the script was called from: in variables, and as values of these options.
 _absolute() { case "$1" in "" | /*) echo "$1" ;; *) echo "$_caller/$1" ;; esac; }
 _paths=" RUN --adapters --after --before --cache-dir --checkpoint --config --data --deposit --originals --output-dir --pairs"
-_paths+=" --allowed-signers --class-map --recipe --references --results --resume-from --strangers --verify-record --weights --whole-classifier "
+_paths+=" --allowed-signers --class-map --recipe --references --results --resume-from --rows --strangers --verify-record --weights --whole-classifier "
 _value() { # option, its value
   case "$1=$2" in
-  --data=synthetic_faces) echo "$2" ;;
+  --data=synthetic_faces | --rows=random | --rows=enrolment | --rows=classifier) echo "$2" ;;
   --pairs=*:*) echo "$(_absolute "${2%:*}"):$(_absolute "${2##*:}")" ;; # a list, and its folder
   --forget-classes=@* | --then=@* | --without-classes=@*) echo "@$(_absolute "${2#@}")" ;; # names in a file
   *) case "$_paths" in *" $1 "*) _absolute "$2" ;; *) printf '%s\n' "$2" ;; esac ;;

@@ -148,6 +148,7 @@ def test_paths_for_the_audit_are_relative_to_the_callers_folder(script, tmp_path
             "--references {}/a {}/b --originals {}/c --recipe {}/d --seed 1",
         ),
         ("--data synthetic_faces --cache-dir ../cache", "--data synthetic_faces --cache-dir {}/../cache"),
+        ("RUN --rows classifier --rows=a.npy", "{}/RUN --rows classifier --rows={}/a.npy"),
         ("RUN --pairs lfw.bin pairs.txt:lfw", "{}/RUN --pairs {}/lfw.bin {}/pairs.txt:{}/lfw"),
         ("RUN -- --help", "{}/RUN --help"),
     ):
