@@ -4,7 +4,11 @@
 #
 #   bash scripts/demo.sh
 #   DATA=path/to/faces bash scripts/demo.sh     real faces; the variables of run_cl_forget.sh
+#
+# The pre-trained model is demo.pth, made by: python train_pretrain.py --epochs 30 --image-size 32 --output-dir DIR
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
 split_words "$@"
 root=$PWD && cd "$_caller" || exit 1
+# Other data or another model are pre-trained first.
+[ -n "${DATA:-}${MODEL:-}${SETTING:-}${PRETRAIN_EPOCHS:-}" ] || export CHECKPOINT=${CHECKPOINT:-$root/scripts/demo.pth} DATA=synthetic_faces
 METHODS=${METHODS:-gs_lora unseen} RUN_NAME=demo exec bash "$root/scripts/run_cl_forget.sh" "${options[@]}" -- --num-tasks 2 "${rest[@]}"

@@ -11,5 +11,5 @@ fi
 SETUP_EXTRA=requirements-dev.txt
 source scripts/setup.sh
 cores=$("$PYTHON" -c 'import os; print(min(4, os.cpu_count() or 1))')
-# A file's tests stay together: they share what they have trained.
-OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest -n "${TEST_JOBS:-$cores}" --dist loadscope "$@"
+# A file's tests stay together: they share what they have trained. The longest files come first (tests/conftest.py).
+OMP_NUM_THREADS=1 exec "$PYTHON" -m pytest -n "${TEST_JOBS:-$cores}" --dist loadscope --no-loadscope-reorder "$@"

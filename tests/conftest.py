@@ -23,6 +23,12 @@ from util.runtime.hardware import Hardware
 ROOT = Path(__file__).parents[1]
 # 4×4 tokens of 16 pixels: an epoch takes milliseconds.
 SMALL = ("--image-size", "32", "--depth", "2")
+# What takes a minute is not begun last, when no other process has work left.
+LONG = ("test_shell", "test_rehearsal", "test_kills", "test_distributed", "test_method_runs", "test_requests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import pytest
 
 import train_forget
 from tests.conftest import results_of
+from util.storage.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("backbone", "data", "methods", "scripts", "util")
@@ -70,17 +71,25 @@ def script(copy, colours, tmp_path, monkeypatch):
     return run
 
 
-def test_continual_forgetting_pretrains_once_and_prints_its_table(script, copy, tmp_path):
-    given = {"METHODS": "gs_lora", "OPTIONS_gs_lora": "--rank 3", "AUDIT": "off"}
-    done = script("run_cl_forget.sh", OUTPUT="my results", **given)
+def test_continual_forgetting_pretrains_once_and_ends_with_a_page(script, copy, tmp_path):
+    given = {"METHODS": "unseen gs_lora", "OPTIONS_gs_lora": "--rank 3"}
+    done = script("run_cl_forget.sh", "--", "--num-tasks", "2", OUTPUT="my results", **given)
     assert done.returncode == 0, done.stderr
     assert "pre-training face_vit_tiny" in done.stdout
     assert "without margin" in done.stdout
     folders = {path.name for path in (tmp_path / "my results").iterdir() if path.is_dir()}
-    assert folders == {"gs_lora-seed1337"}
+    assert folders == {"gs_lora-seed1337", "unseen-seed1337"}
     results = results_of(tmp_path / "my results" / "gs_lora-seed1337")
-    assert [task["setting"] for task in results["tasks"]] == ["10-2", "8-2", "6-2", "4-2"]
+    assert [task["setting"] for task in results["tasks"]] == ["10-2", "8-2"]
     assert results["model"]["trainable"] == 4 * 2 * 3 * (128 + 512)
+    # The audit of the first request comes after the table, beside three references.
+    assert "reference 3 of 3" in done.stdout
+    audit = json.loads((tmp_path / "my results" / "unseen-seed1337" / "audit" / "audit.json").read_text())
+    assert (len(audit["references"]), len(audit["originals"])) == (3, 1)
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("Never seen", "Pre-train", "GS-LoRA", "Unseen"))]
+    assert {line.split("  ")[0] for line in lines[-4:]} == {"Never seen", "Pre-train", "GS-LoRA", "Unseen"}
+    page = Path(done.stdout.splitlines()[-1].split("look at: ")[1])
+    assert "GS-LoRA</a>" in page.read_text() and "Unseen</a>" in page.read_text()
     (checkpoint,) = (copy / "exps").glob("pretrain-colours-*-face_vit_tiny/checkpoint.pth")
     assert re.fullmatch("pretrain-colours-[0-9a-f]{8}-face_vit_tiny", checkpoint.parent.name)
     # The next command takes the model that is there, and one that wants another is refused.
@@ -94,24 +103,28 @@ def test_continual_forgetting_pretrains_once_and_prints_its_table(script, copy, 
     assert checkpoint.read_bytes() == before
 
 
-def test_the_demo_ends_with_a_page_of_both_methods(script, copy):
-    done = script("demo.sh", EPOCHS="1")
-    assert done.returncode == 0, done.stderr
-    where = Path(done.stdout.splitlines()[-1].split("look at: ")[1])
-    assert where.name == "index.html"
-    page = (copy / where).read_text()
-    assert "GS-LoRA</a>" in page and "Unseen</a>" in page
-    unseen = (copy / where).parent / "unseen-seed1337"
-    assert len(results_of(unseen)["tasks"]) == 2
-    # The audit of the first request comes after the table, beside three references.
-    assert "reference 3 of 3" in done.stdout
-    audit = json.loads((unseen / "audit" / "audit.json").read_text())
-    assert (len(audit["references"]), len(audit["originals"])) == (3, 1)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("Never seen", "Pre-train", "GS-LoRA", "Unseen"))]
-    assert [line.split("  ")[0] for line in lines[-4:]] == ["Never seen", "Pre-train", "GS-LoRA", "Unseen"]
-    told = script("demo.sh", "--overwrite", "--", "--lr", "1e-3", PYTHON="echo", CHECKPOINT="p").stdout
-    compared = next(line for line in told.splitlines() if line.startswith("scripts/compare.py")).split(" -- ")
-    assert "--overwrite" in compared[0] and compared[1].endswith("--num-tasks 2 --lr 1e-3")
+def test_the_demo_starts_from_its_own_model_where_nothing_else_is_asked_for(script, copy):
+    unset = dict.fromkeys(("DATA", "SETTING", "EPOCHS", "PRETRAIN_EPOCHS"), "")
+    for own, wanted in (
+        ({}, f"--checkpoint {copy}/scripts/demo.pth --data synthetic_faces"),
+        ({"CHECKPOINT": "/p"}, "--checkpoint /p "),
+    ):
+        (compared,) = (
+            line for line in script("demo.sh", PYTHON="echo", **unset | own).stdout.splitlines() if "compare.py" in line
+        )
+        assert "--methods gs_lora unseen" in compared and wanted in compared and compared.endswith("--num-tasks 2")
+    told = script("demo.sh", "--overwrite", "--", "--lr", "1e-3", PYTHON="echo").stdout
+    assert "pretrain-colours-" in told.splitlines()[0]
+    before, after = next(line for line in told.splitlines() if "compare.py" in line).split(" -- ")
+    assert "--overwrite" in before and after.endswith("--num-tasks 2 --lr 1e-3")
+
+
+def test_the_demos_model_knows_the_synthetic_faces(command, tmp_path):
+    model = ROOT / "scripts" / "demo.pth"
+    code, _, err = command("test.py", "--checkpoint", model, "--precision", "fp32", "--output-dir", tmp_path)
+    assert (code, err) == (0, "")  # no warning either: it was trained on these images
+    found = json.loads((tmp_path / "test.json").read_text())["groups"]["all"]["acc"]
+    assert found == pytest.approx(load_checkpoint(model).info["acc"], abs=1)
 
 
 def test_the_open_form_reports_acc_m(script, copy, trained):
@@ -252,7 +265,6 @@ def test_wrong_words_are_refused_at_once(script):
         ("run_tests.sh", [], {"FACES": "absent"}, "absent is no folder"),
         ("run_sub.sh", [], {"SETTING": "huge"}, "SETTING=huge is unknown"),
         ("run_audit.sh", [], {}, "name the folders of runs"),
-        ("run_cl_forget.sh", [], {"DATA": "absent", "CHECKPOINT": "absent.pth", "OUTPUT": "new"}, "no file"),
     ):
         done = script(name, *arguments, **variables)
         assert done.returncode == 2
