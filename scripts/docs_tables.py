@@ -150,7 +150,22 @@ def by_request(name: str) -> str:
     return markdown(["", *heads], rows)
 
 
-KINDS = {"papers": beside_the_papers, "all": all_metrics, "overview": overview, "requests": by_request}
+def one_by_one(*names: str) -> str:
+    """People deleted one at a time, whose rows of audit.csv stand below one another: means over people, and the verdicts."""
+    heads, columns = [], []
+    for name in names:
+        found = read(f"{name}_audit.csv")
+        known, rows = found[found["metric"] == "enrolment_1"], found.groupby(["metric", "method"], sort=False)
+        values = rows["value"].mean()
+        shown = {NEVER: known["never_seen"].mean(), BEFORE: known["trained_with_them"].mean(), **values["enrolment_1"]}
+        said = rows["verdict"].agg(lambda verdicts: ", ".join(f"{n} {v}" for v, n in verdicts.value_counts().items()))
+        heads += [f"{name.split('_')[0]}: re-id 1", "Acc_r lost", "verdict"]
+        columns += [pd.Series(shown).map(number), values["acc_remain_lost"].map(number), said["request"]]
+    table = pd.concat(columns, axis=1).fillna("")
+    return markdown(["", *heads], ([label, *row] for label, *row in table.itertuples()))
+
+
+KINDS = {"papers": beside_the_papers, "all": all_metrics, "overview": overview, "requests": by_request, "people": one_by_one}
 
 
 def written(text: str) -> str:

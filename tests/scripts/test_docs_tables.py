@@ -83,3 +83,27 @@ def test_requests_stand_in_their_order_and_what_is_no_evidence_is_not_counted(tm
         "| *before* | 91.0 | 92.0 | 92.0 |",
         "| A | 11.0 ▲, 1 of 2 | 22.0 ▲, 1 of 2 | 12.0 ▲, 1 of 2 |",
     ]
+
+
+def test_people_deleted_one_at_a_time_are_averaged_and_their_verdicts_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(docs_tables, "RESULTS", tmp_path)
+    rows = []
+    for method, values, verdicts in (
+        ("A", (40.0, 50.0), ("still known", "still known")),
+        ("B", (10.0, 20.0), ("not enough", "fine")),
+    ):
+        for value, verdict in zip(values, verdicts, strict=True):
+            rows.append(
+                {"method": method, "metric": "enrolment_1", "value": value, "never_seen": 12, "trained_with_them": 60}
+            )
+            rows.append({"method": method, "metric": "acc_remain_lost", "value": value / 10})
+            rows.append({"method": method, "metric": "request", "verdict": verdict})
+    pd.DataFrame(rows).to_csv(tmp_path / "faces_one_audit.csv", index=False)
+    table = docs_tables.written("<!-- table: people faces_one -->\n<!-- end -->\n").splitlines()
+    assert table[1] == "| | faces: re-id 1 | Acc_r lost | verdict |"
+    assert table[3:7] == [
+        "| *never saw them* | 12.0 | | |",
+        "| *before* | 60.0 | | |",
+        "| A | 45.0 | 4.5 | 2 still known |",
+        "| B | 15.0 | 1.5 | 1 not enough, 1 fine |",
+    ]

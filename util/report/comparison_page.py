@@ -67,6 +67,7 @@ def audit_rows(audits: Audited) -> pd.DataFrame:
             about["compared_with"] = reference_label(request)
             made = {"date": content["date"], "git_commit": content["git_commit"]}
             rows += [about | {"metric": key, "value": value} | made for key, value in _costs(results, request).items()]
+            rows.append(about | {"metric": "request", "verdict": request["verdict"]} | made)
             for key, entry in request["figures"].items():
                 row = {"metric": key, "value": entry["value"]}
                 row |= {"never_seen": _mean(entry["references"]), "never_seen_sd": _deviation(entry["references"])}

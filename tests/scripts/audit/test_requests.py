@@ -97,6 +97,7 @@ def test_a_comparison_is_audited_run_by_run_beside_shared_references(early, colo
     rows = pd.read_csv(folder / "audit.csv").set_index(["method", "metric"])
     figures = other["requests"][0]["figures"]
     assert rows["value"]["GS-LoRA", "enrolment_1"] == pytest.approx(figures["enrolment_1"]["value"])
+    assert rows["verdict"]["GS-LoRA", "request"] == other["requests"][0]["verdict"]
     assert rows["never_seen"]["L2*", "verification_auc"] == pytest.approx(
         np.mean(one["requests"][0]["figures"]["verification_auc"]["references"])
     )
