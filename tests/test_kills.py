@@ -21,7 +21,7 @@ METHODS = {
     "scrub_s": ("--lr", "1e-3"),
 }
 if KILLS == 1:  # the others are stopped between tasks in test_method_runs.py
-    METHODS = {name: METHODS[name] for name in ("lirf", "gs_lora_pp")}
+    METHODS = {"lirf": METHODS["lirf"]}
 
 
 @pytest.fixture(scope="module")
