@@ -48,7 +48,7 @@ def pretraining_recipe(checkpoint: Checkpoint, path: Path, config: Path | None) 
         where = f"{config} has" if config else f"{path} names"
         raise UsageError(
             f"{where} no recipe of pre-training, and references are trained by the same: give the config.json of its run "
-            f"with --recipe, or references with --references"
+            f"with --recipe, references with --references, or people in no training set with --strangers"
         )
     recipe = recipe_in(recipe)
     with readable(config or path, "no recipe of pre-training"), torch.device("meta"):

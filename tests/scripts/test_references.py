@@ -315,7 +315,7 @@ def asked(early, colours, command, tmp_path):
 
 
 def test_an_unknown_recipe_is_asked_for(asked, trained, early, here, tmp_path):
-    known = "--recipe, or references with --references"
+    known = "--recipe, references with --references, or people in no training set with --strangers"
     refused(asked(), 2, f"{tmp_path / 'old.pth'} names no recipe of pre-training")
     assert known in asked()[2]
     for name, content in (("empty", {}), ("none", {"arguments": None}), ("other", {"arguments": {"lr": 1}})):

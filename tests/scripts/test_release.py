@@ -1,5 +1,6 @@
 """What leaves the house after a deletion."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import SMALL, coloured_images, write_folder
+from tests.conftest import SMALL, coloured_images, results_of, write_folder
 from util.storage.checkpoint import load_checkpoint
 
 NAMES = tuple(f"Person Number {letter}" for letter in "ABCDEFGHIJ")
@@ -96,6 +97,14 @@ def test_the_released_checkpoint_knows_the_others_as_before(forgotten, people, c
     assert (after.forgotten, after.info) == ([], {})
     images = coloured_images(10, 2, 32).images
     torch.testing.assert_close(after.model.eval()(images), before.model.eval()(images)[:, kept])
+    # The next request starts from it: nothing older is needed.
+    gone = shutil.ignore_patterns(*(NAMES[c] for c in (2, 4, 7)))
+    shutil.copytree(people, tmp_path / "those who stay", ignore=gone)
+    words = ("--checkpoint", out / "checkpoint.pth", "--data", tmp_path / "those who stay", "--forget-classes", NAMES[0])
+    words += ("--method", "gs_lora", "--epochs", 1, "--batch-size", 6, "--output-dir", tmp_path / "next")
+    code, _, err = command("train_forget.py", *words)
+    assert code == 0, err
+    assert results_of(tmp_path / "next")["tasks"][0]["setting"] == "7-1"
 
 
 def test_a_model_that_forgot_nobody_and_a_full_folder_are_refused(forgotten, people, command, tmp_path):
