@@ -36,6 +36,14 @@ def test_the_page_names_each_run_and_leads_to_its_audit(tmp_path):
     assert (tmp_path / "scatter.png").stat().st_size > 1000
 
 
+def test_strangers_are_of_all_methods_and_named_so(tmp_path):
+    runs = [audited("L2", 1, 1.0, 55.5, [10.0, 14.0]), audited("EWC", 1, 1.0, 12.25, [20.0, 24.0])]
+    for run in runs:
+        run[2]["requests"][0]["strangers"] = {"people": 30}
+    text = write_comparison(runs, tmp_path, "a title").read_text()
+    assert "Strangers, mean over the methods" in text and '<td class="n">17.0</td>' in text
+
+
 def test_class_orders_are_one_dot_and_a_row_each(tmp_path):
     runs = [audited("L2", seed, seed, 50.0, [10.0, 14.0]) for seed in (1, 2)]
     text = write_comparison(runs, tmp_path, "a title").read_text()
