@@ -65,6 +65,13 @@ def build_strangers(
     return synthetic_faces.synthetic_faces(*STRANGERS_SIZE, image_size=image_size, **more)[0]
 
 
+def build_replay(args: argparse.Namespace, image_size: int, crop_pct: float = 1.0) -> ImageSet | None:
+    """The other people of the folder `args.replay`, None where there is none."""
+    if args.replay is None:
+        return None
+    return image_folder.flat_folder(args.replay, image_size, args.cache_dir or cache_folder(), crop_pct)
+
+
 def has_room(device: torch.device, size: int) -> bool:
     """Whether `size` bytes of images leave most of the device's free memory to the model."""
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * size

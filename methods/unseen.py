@@ -1,6 +1,7 @@
 """Unseen: an adapter after which a forgotten face lies where a model that never saw the person might have placed it."""
 
 import sys
+import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
@@ -22,6 +23,7 @@ from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
 from util.evaluation.evaluate import embed_images, map_images
 from util.runtime.errors import UsageError
+from util.storage.hashes import check_strangers
 
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
 COMPONENTS = 100  # most discriminant directions
@@ -82,9 +84,6 @@ class Unseen(Method):
                 message = f"task {task.number}: unseen needs images of two remaining classes, two of one of them"
                 raise UsageError(f"{message}: raise --data-ratio or --few-shot, or forget fewer")
         if self.args.strangers:
-            # The audit's metrics take seconds to import: no run without strangers waits for them.
-            from util.audit.audit import check_strangers
-
             about = model.architecture
             self.strangers = build_strangers(self.args, about.image_size, self.hardware.device, about.crop_pct)
             used = torch.cat([indices for task in tasks for indices in (task.forget_indices, task.remain_indices)])
@@ -220,13 +219,14 @@ def those_alike(features: np.ndarray, kept: Tensor, labels: Tensor, sharpness: f
 
     components = min(len(labels.unique()) - 1, COMPONENTS, features.shape[1])
     lda = LinearDiscriminantAnalysis("eigen", shrinkage=SHRINKAGE, n_components=components)
-    found = torch.from_numpy(lda.fit(features[-len(kept) :], labels.numpy()).transform(features))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a person's only photo has no spread
+        found = torch.from_numpy(lda.fit(features[-len(kept) :], labels.numpy()).transform(features))
     found = F.normalize(found - found[-len(kept) :].mean(dim=0)).to(kept)
     forgotten, kept_found = found.split([len(found) - len(kept), len(kept)])
     # Forgotten × kept would not fit for a hundred thousand photos.
-    return torch.cat(
-        [(part @ kept_found.T / (sharpness / components**0.5)).softmax(dim=1) @ kept for part in forgotten.split(CHUNK)]
-    )
+    alike = (part @ kept_found.T / (sharpness / components**0.5) for part in forgotten.split(CHUNK))
+    return torch.cat([weights.softmax(dim=1) @ kept for weights in alike])
 
 
 def as_strangers(features: np.ndarray, kept: Tensor, labels: Tensor) -> Tensor:

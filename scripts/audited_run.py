@@ -21,7 +21,7 @@ from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, pretraining_recipe, reference_job
 from util.audit import STRANGER_METRICS
-from util.audit.audit import Audit, audit, check_originals, check_references, check_strangers
+from util.audit.audit import Audit, audit, check_originals, check_references
 from util.audit.inputs import AuditTask
 from util.audit.strangers import audit_against_strangers, choose_strangers
 from util.audit.utility import PAIRS_OF
@@ -33,6 +33,7 @@ from util.runtime.files import sha256, state_mismatch
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import RunFolder, default_folder
+from util.storage.hashes import check_strangers
 
 YARDSTICKS = {"references": [False], "strangers": [True], "both": [False, True]}  # whether strangers, of each comparison
 # What data depend on, besides DATA_OPTIONS.

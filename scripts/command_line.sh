@@ -16,7 +16,7 @@ refuse() { echo "$(basename "$0"): $1" >&2 && exit 2; }
 # Paths are relative to where the script was called from: in variables, and as values of these options.
 _absolute() { case "$1" in "" | /*) echo "$1" ;; *) echo "$_caller/$1" ;; esac; }
 _paths=" RUN --adapters --after --before --cache-dir --checkpoint --config --data --deposit --originals --output-dir --pairs"
-_paths+=" --allowed-signers --class-map --recipe --references --results --resume-from --rows --strangers --verify-record --weights --whole-classifier "
+_paths+=" --allowed-signers --class-map --recipe --references --results --resume-from --replay --rows --strangers --verify-record --weights --whole-classifier "
 _value() { # option, its value
   case "$1=$2" in
   --data=synthetic_faces | --rows=random | --rows=enrolment | --rows=classifier) echo "$2" ;;

@@ -20,7 +20,7 @@ from util.audit.verdict import judge
 from util.runtime.errors import UsageError
 from util.runtime.files import read_json, write_json
 from util.runtime.hardware import Hardware
-from util.storage.hashes import data_sha256, image_hashes, weights_sha256
+from util.storage.hashes import check_strangers, data_sha256, weights_sha256
 
 MIN_REFERENCES = 3
 # What was measured by other code is measured again. As it was when this process began, which may run for hours.
@@ -167,20 +167,6 @@ def check_originals(originals: Sequence[Recognizer], forget: Sequence[int], clas
         if lacking := [c for c in forget if model.head.absent[c]]:
             which = f"original {number}" if number else "the pre-trained model"
             raise UsageError(f"{which} was trained without {classes[lacking[0]]!r}: it cannot tell what known means")
-
-
-def check_strangers(stranger_set: ImageSet, train_set: ImageSet, indices: torch.Tensor | None = None) -> None:
-    """Raise UsageError where strangers share a name with the training set, or an image with it (with those at `indices`)."""
-    if shared := sorted({*stranger_set.classes} & {*train_set.classes}):
-        raise UsageError(f"--strangers has {len(shared)} identities of the training set, {shared[0]!r} first")
-    known = {*image_hashes(train_set, indices)}
-    same = [
-        stranger_set.classes[label]
-        for label, h in zip(stranger_set.labels, image_hashes(stranger_set), strict=True)
-        if h in known
-    ]
-    if same:
-        raise UsageError(f"--strangers has {len(same)} images of the training set, of {same[0]!r} first")
 
 
 class MeasurementCache:

@@ -14,13 +14,13 @@ import torch
 from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
 from util.audit import STRANGER_METRICS, AuditMetric
-from util.audit.audit import Audit, cached_model, check_originals, check_strangers, rounded, unmeasured_entry, with_images
+from util.audit.audit import Audit, cached_model, check_originals, rounded, unmeasured_entry, with_images
 from util.audit.inputs import ENROLLED, AuditedModel, AuditTask
 from util.audit.statistics import CONFIDENCE, compare
 from util.audit.utility import utility
 from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware
-from util.storage.hashes import weights_sha256
+from util.storage.hashes import check_strangers, weights_sha256
 
 GROUPS = 200  # of strangers, drawn with replacement
 ROUNDS = 5  # in which everybody's photos are drawn anew; metrics are their mean

@@ -7,6 +7,7 @@ import json
 from torch import Tensor, nn
 
 from data.image_set import ImageSet
+from util.runtime.errors import UsageError
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -35,3 +36,14 @@ def data_sha256(images: ImageSet) -> str:
     for part in [*images.images.split(1024), images.labels]:
         digest.update(part.cpu().contiguous().numpy())
     return digest.hexdigest()
+
+
+def check_strangers(
+    strangers: ImageSet, train_set: ImageSet, indices: Tensor | None = None, option: str = "--strangers"
+) -> None:
+    """Raise UsageError where strangers share a name with the training set, or an image with it (with those at `indices`)."""
+    if shared := sorted({*strangers.classes} & {*train_set.classes}):
+        raise UsageError(f"{option} has {len(shared)} identities of the training set, {shared[0]!r} first")
+    known, hashes = {*image_hashes(train_set, indices)}, image_hashes(strangers)
+    if same := [strangers.classes[c] for c, own in zip(strangers.labels, hashes, strict=True) if own in known]:
+        raise UsageError(f"{option} has {len(same)} images of the training set, of {same[0]!r} first")

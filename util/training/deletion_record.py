@@ -29,10 +29,17 @@ SIZES = range(1, 1 << 14)  # of images, in pixels
 class Recorder:
     """Notes what a task starts from; writes its record when it is done."""
 
-    def __init__(self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet], resumed: bool) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        hardware: Hardware,
+        data: tuple[ImageSet, ImageSet],
+        replay: ImageSet | None,
+        resumed: bool,
+    ) -> None:
         self.args, self.hardware, self.resumed = args, hardware, resumed
         self.train_set, test_set = data
-        self.test_hash = joint_hash(test_set)
+        self.hashes = {"test": joint_hash(test_set)} | ({} if replay is None else {"replay": joint_hash(replay)})
 
     def begin(self, model: nn.Module) -> None:
         """Before a task; `model` is the one that entered it."""
@@ -69,7 +76,7 @@ class Recorder:
                 "crop_pct": model.architecture.crop_pct,
                 "forget": image_hashes(self.train_set, task.forget_indices),
                 "remain": image_hashes(self.train_set, task.remain_indices),
-                "test": self.test_hash,
+                **self.hashes,
             },
             "accuracies": {"before": entry["before"], "after": entry["after"]},
             "arguments": plain_arguments(self.args),

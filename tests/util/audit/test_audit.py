@@ -11,9 +11,10 @@ import torch
 from tests.conftest import coloured_images, small_recognizer
 from tests.util.audit.conftest import CPU, patterns, take_rows
 from util.audit import AUDIT_METRICS, relearning
-from util.audit.audit import Audit, MeasurementCache, audit, check_references, check_strangers
+from util.audit.audit import Audit, MeasurementCache, audit, check_references
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.runtime.errors import UsageError
+from util.storage.hashes import check_strangers
 
 # With the embedding and what comes before it alone.
 WITHOUT_THE_HEAD = {"enrolment_1", "enrolment_5", "tpir_1pct", "verification_auc", "verification_tar_1pct", "collapse_1pct"}
