@@ -40,7 +40,8 @@ def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def number(value: float, verdict: str = "", std: float = float("nan")) -> str:
     spread = "" if pd.isna(std) else f" ± {std:.1f}"
-    return "" if pd.isna(value) else f"{value:.1f}{spread} {SIGNS.get(verdict, '')}".strip().replace("-", "−")
+    shown = round(value, 1) + 0  # no −0.0
+    return "" if pd.isna(value) else f"{shown:.1f}{spread} {SIGNS.get(verdict, '')}".strip().replace("-", "−")
 
 
 def read(name: str) -> pd.DataFrame:
