@@ -18,7 +18,7 @@ from pathlib import Path
 
 from backbone.published import to_published
 from backbone.recognizer import to_device, training_flops
-from data import build_datasets, build_replay, place_images
+from data import build_datasets, place_images
 from data.copies import check_copies, check_forgotten
 from data.image_set import ImageSet
 from data.pairs import load_pairs
@@ -35,7 +35,7 @@ from util.runtime.errors import UsageError
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import RunFolder
-from util.storage.hashes import check_strangers, image_hashes
+from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, make_optimizer
 from util.training.resume import add_resume_options, identity_of, needed_bytes, should_resume
@@ -104,8 +104,6 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     group.add_argument("--data-ratio", type=ratio, default=0.1, help="share of a class's training images that are used")
     group.add_argument("--few-shot", type=count, metavar="N", help="training images a class, instead of --data-ratio")
     group.add_argument("--missing-classes", type=int, default=0, metavar="N", help="remaining classes without images")
-    help_text = "folder <person>/<image> of other people, to train on beside what is there of those who stay"
-    group.add_argument("--replay", type=Path, metavar="DIR", help=help_text)
     options.add_optimization(parser, epochs=100)
     streams, help_text = ("longest", "forget", "remain"), "images of which an epoch is one pass: D_f, D_r, or the longer"
     parser.add_argument("--epoch-over", choices=streams, default="longest", help=help_text)
@@ -165,7 +163,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     named = args.forget_classes is not None
     # Of a person who is named, also copies in other files: the pixels tell.
     by_pixels = named and not is_record_file(args.data)
-    everything = by_pixels or args.replay or getattr(args, "importance_data", "sampled") == "all"
+    everything = by_pixels or getattr(args, "importance_data", "sampled") == "all"
     a = model.architecture
     data = build_datasets(args, a.image_size, hardware.device, not everything, a.crop_pct)
     begun = Checkpoint(model) if args.resume_from is None else load_checkpoint(args.resume_from)
@@ -183,13 +181,10 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     check_copies(sets, tasks[len(earlier) :], refuse)
     if named:
         warn_of_few_photos(tasks[len(earlier) :], data[0].labels.cpu(), data[0].classes)
-    replay = build_replay(args, a.image_size, a.crop_pct)
-    if replay is not None:
-        check_strangers(replay, data[0], option="--replay")
+    method = METHODS[args.method](args, hardware)
+    method.check(model, tasks[len(earlier) :], data[0])
     pairs = load_pairs(args.pairs or [], a.image_size, args.cache_dir, a.crop_pct)
-    run = ContinualRun(args, model, METHODS[args.method](args, hardware), data, tasks, len(earlier), pairs, replay)
-    run.method.check(model, run.shown_tasks[len(earlier) :], run.shown)
-    return run
+    return ContinualRun(args, model, method, data, tasks, len(earlier), pairs)
 
 
 def check_held_out(args: argparse.Namespace, info: dict) -> None:
@@ -220,7 +215,7 @@ def default_name(args: argparse.Namespace, run: ContinualRun) -> str:
 def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given: set[str]) -> None:
     """The run, in its folder."""
     hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
-    identity = identity_of(args, run.shown)
+    identity = identity_of(args, train_set)
     resume = should_resume(folder, args, identity, needed_bytes(model, len(run.tasks)))
     to_device(model, hardware)
     sizes = [len(task.forget) for task in run.tasks[run.earlier :]]

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from data.image_set import ImageSet, class_digests
 from data.records import is_record_file
 from data.tasks import ForgettingTask, split_validation
 from util.runtime import distributed
+from util.runtime.errors import UsageError
 
 SYNTHETIC = "synthetic_faces"
 STRANGERS_SIZE = 300, 4, 0  # identities, images of each, none for a test split
@@ -56,20 +58,26 @@ def build_strangers(
     args: argparse.Namespace, image_size: int, device: torch.device, crop_pct: float = 1.0
 ) -> ImageSet | None:
     """People in no training set: of the folder `args.strangers`, or further ones drawn; None where there are none."""
-    cache_dir = args.cache_dir or cache_folder()
     if args.strangers is not None:
-        return image_folder.flat_folder(args.strangers, image_size, cache_dir, crop_pct)
+        return people_folder(args, args.strangers, image_size, crop_pct)
     if args.data != SYNTHETIC:
         return None
-    more = {"first": args.identities, "seed": args.data_seed, "device": device, "cache_dir": cache_dir}
+    more = {
+        "first": args.identities,
+        "seed": args.data_seed,
+        "device": device,
+        "cache_dir": args.cache_dir or cache_folder(),
+    }
     return synthetic_faces.synthetic_faces(*STRANGERS_SIZE, image_size=image_size, **more)[0]
 
 
-def build_replay(args: argparse.Namespace, image_size: int, crop_pct: float = 1.0) -> ImageSet | None:
-    """The other people of the folder `args.replay`, None where there is none."""
-    if args.replay is None:
-        return None
-    return image_folder.flat_folder(args.replay, image_size, args.cache_dir or cache_folder(), crop_pct)
+def people_folder(args: argparse.Namespace, root: Path | str, image_size: int, crop_pct: float = 1.0) -> ImageSet:
+    """The photos in a folder `root`, <person>/<image>."""
+    with distributed.main_process_first():
+        people = image_folder.flat_folder(root, image_size, args.cache_dir or cache_folder(), crop_pct)
+    if {*people.classes} <= {"train", "test"}:
+        raise UsageError(f"{root} holds train/ and test/: a folder <person>/<image> is needed, as {root}/train")
+    return people
 
 
 def has_room(device: torch.device, size: int) -> bool:

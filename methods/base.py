@@ -79,6 +79,7 @@ class Method(ABC):
     unused: ClassVar[Sequence[str]] = ()  # the shared options that do nothing here
     counts_statistics: ClassVar[bool] = False  # whether batch norms count the statistics of what is trained on
     average: AveragedModel | None = None  # within a task, for the methods that have one
+    replay: ImageSet | None = None  # images that it trains on beside the run's
 
     def __init__(self, args: argparse.Namespace, hardware: Hardware) -> None:
         self.args = args

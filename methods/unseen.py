@@ -20,7 +20,8 @@ from data import build_strangers
 from data.batches import Batch, Pass
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Method, Option, TaskOutput
+from methods.base import Option, TaskOutput
+from methods.replay import REPLAY, Replaying
 from util.evaluation.evaluate import embed_images, map_images
 from util.runtime.errors import UsageError
 from util.storage.hashes import check_strangers
@@ -34,7 +35,7 @@ CARRIED = 0.5  # of how much more alike trained photos of a person are than thei
 SHARES = np.linspace(1, 0, 21)  # the first of equals: one photo of each person says nothing of s
 
 
-class Unseen(Method):
+class Unseen(Replaying):
     """L = λ_f · (1 − cos(e_f, t)) + λ_r · (1 − cos(e_r, θ₀(x_r))) + λ · CE(z_r, y_r)
 
     t = unit[(1 − w) · (s · v + √(1 − s²) · unit(u − P u)) + w · n],  u = unit(θ₀(x_f)) the old embedding
@@ -65,10 +66,9 @@ class Unseen(Method):
         Option("sharpness", 0.5, "temperature c of that similarity; smaller values are stricter", low=1e-3),
         Option("lambda_forget", 5.0, "weight λ_f of the forgotten images' targets"),
         Option("lambda_remain", 1.0, "weight λ_r of the remaining images' old embeddings"),
-        Option("lambda", 0.1, "weight λ of the remaining images' cross entropy"),
-        Option(
-            "strangers", "", "folder of people in no training set, <person>/<image>: targets become as alike as their photos"
-        ),
+        Option("lambda", 0.1, "weight λ of the remaining images' cross entropy; none with --replay"),
+        Option("strangers", "", "folder <person>/<image> in no training set: targets become as alike as their photos"),
+        REPLAY,
     ]
 
     strangers: ImageSet | None = None
@@ -76,13 +76,16 @@ class Unseen(Method):
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
         if len(block_names(model.backbone)) < 2:
-            message = f"unseen looks at early blocks, and {type(model.backbone).__name__} has none"
-            raise UsageError(f"{message}: choose another --method, as gs_lora")
+            raise UsageError(
+                f"unseen reads early blocks, and {type(model.backbone).__name__} has none: take another --method"
+            )
+        super().check(model, tasks, train_set)
+        labels = self.seen_set(train_set).labels.cpu()
         for task in tasks:
-            counts = train_set.labels.cpu()[task.remain_indices].unique(return_counts=True)[1]
+            counts = labels[self.seen(task).remain_indices].unique(return_counts=True)[1]
             if len(counts) < 2 or counts.max() < 2:
                 message = f"task {task.number}: unseen needs images of two remaining classes, two of one of them"
-                raise UsageError(f"{message}: raise --data-ratio or --few-shot, or forget fewer")
+                raise UsageError(f"{message}: raise --data-ratio or --few-shot, or give --replay")
         if self.args.strangers:
             about = model.architecture
             self.strangers = build_strangers(self.args, about.image_size, self.hardware.device, about.crop_pct)
@@ -128,12 +131,9 @@ class Unseen(Method):
     def _warn_of_unknown(self, known: float) -> None:
         """Say so where photos are no more alike than strangers', `known` being how alike they are."""
         if known <= self.wanted:
-            print(
-                f"warning: the photos that task {self.task.number} forgets are no more alike (mean cosine {known:.2f}) than "
-                f"strangers' ({self.wanted:.2f}): this network may never have learned these people, and deleting their rows "
-                f"may be enough",
-                file=sys.stderr,
-            )
+            found = f"the photos that task {self.task.number} forgets are no more alike (mean cosine {known:.2f})"
+            found += f" than strangers' ({self.wanted:.2f}): this network may never have learned these people"
+            print(f"warning: {found}, and deleting their rows may be enough", file=sys.stderr)
 
     def _targets(self, share: float) -> Tensor:
         strangers, rest, near = self.parts
@@ -157,16 +157,18 @@ class Unseen(Method):
         return map_images(model, of, self.train_set, self.hardware, seen).double().cpu().numpy()
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
-        forget, longer = len(task.forget_indices), max(len(task.forget_indices), len(task.remain_indices))
+        forget, longer = len(task.forget_indices), max(map(len, (task.forget_indices, self.seen(task).remain_indices)))
         return super().passes(task, epoch, epochs) * max(self.args.passes, ceil(self.args.visits * forget / longer))
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         embeddings = model.embed(batch.images)
         away = batch.split(1 - F.cosine_similarity(embeddings.float(), self.targets[batch.indices]))
-        forget, remain = away["forget"].mean(), away["remain"].mean()
-        replay = model.head.loss(batch.split(embeddings)["remain"], batch.split(batch.labels)["remain"])
-        total = self.args.lambda_forget * forget + self.args.lambda_remain * remain + self.args.lambda_ * replay
-        return {"total": total, "forget": forget, "remain": remain, "replay": replay}
+        losses = {"forget": away["forget"].mean(), "remain": away["remain"].mean()}
+        total = self.args.lambda_forget * losses["forget"] + self.args.lambda_remain * losses["remain"]
+        if self.replay is None:  # whose people have no rows
+            losses["replay"] = model.head.loss(batch.split(embeddings)["remain"], batch.split(batch.labels)["remain"])
+            total = total + self.args.lambda_ * losses["replay"]
+        return {"total": total} | losses
 
     def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
         indices = self.task.forget_indices

@@ -126,6 +126,9 @@ def load_audited_run(run: RunFolder, argv: list[str] | None) -> AuditedRun:
             raise UsageError(f"no file {args.before}: --before says where the checkpoint lies that {run.path} began with")
         if sha256(args.before) != expected:
             raise UsageError(f"{args.before} is not the checkpoint that {run.path} began with: --before names that")
+        replay = config["arguments"].get("replay")
+        if replay and args.strangers and args.strangers.resolve() == Path(replay).resolve():
+            raise UsageError(f"{run.path} was trained on the people of --strangers {args.strangers} (--replay): give others")
         if args.data != SYNTHETIC and not Path(args.data).is_dir():
             raise UsageError(f"no folder {args.data}: --data says where the images of {run.path} lie")
     return AuditedRun(args, run)

@@ -51,7 +51,7 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
         parsed = train_forget.parse_arguments(job.arguments)
         if not jobs:
             # What is wrong for all of them is found once, before any of them starts.
-            identity = identity_of(parsed, train_forget.assemble(parsed, choose_hardware("cpu")).shown)
+            identity = identity_of(parsed, train_forget.assemble(parsed, choose_hardware("cpu")).data[0])
         resume = folder.config.exists() and not args.overwrite
         if resume:
             if other := difference_to(read_json(folder.config), parsed, identity):

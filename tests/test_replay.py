@@ -1,12 +1,13 @@
-"""Photos of other people in the place of those of kept people (--replay), through the command line."""
+"""Unseen on photos of other people beside those of kept people (--replay), through the command line."""
 
-import json
 import shutil
 
 import pytest
 import torch
 
-from tests.conftest import coloured_images, results_of, write_folder
+import train_forget
+from tests.conftest import coloured_images, write_folder
+from util.runtime.hardware import choose_hardware
 from util.storage.checkpoint import load_checkpoint
 
 SHARED = ("--data-ratio", 1, "--epochs", 2, "--batch-size", 8, "--precision", "fp32")
@@ -32,38 +33,49 @@ def gallery(colours, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["gs_lora", "gs_lora_pp", "ewc", "lirf", "bad_teacher", "unseen"])
-def test_only_people_of_the_checkpoint_are_left(method, trained, gallery, others, command, tmp_path):
-    words = ("--method", method, "--checkpoint", trained, "--data", gallery, "--forget-classes", "c2", "--then", "c7")
-    code, _, err = command("train_forget.py", *words, *SHARED, "--replay", others, "--output-dir", tmp_path / "run")
-    assert (code, "UserWarning" in err) == (0, False), err
-    images = [task["train_images"] for task in results_of(tmp_path / "run")["tasks"]]
-    assert images == [{"forget": 12, "remain": remain, "replay": 24} for remain in (8 + 12, 8)]
-    for task in (1, 2):
-        checkpoint = load_checkpoint(tmp_path / "run" / "checkpoints" / f"task_{task}.pth")
-        rows, known = len(checkpoint.model.head.weight), checkpoint.model.architecture.num_classes
-        assert len(checkpoint.classes) == rows == known == 10
-    code, out, err = command("test.py", "--verify-record", tmp_path / "run" / "deletions" / "task_2.json")
-    assert code == 0, out + err
-
-
-def test_it_keeps_more_than_the_gallery_alone(trained, gallery, others, command, tmp_path):
-    """Images of others are seen: the model ends elsewhere, and is measured without them."""
-    words = ("--checkpoint", trained, "--data", gallery, "--forget-classes", "c2,c7", "--method", "gs_lora", *SHARED)
+def test_photos_of_others_are_seen_and_their_people_leave_nothing(trained, gallery, others, command, tmp_path):
+    words = ("--checkpoint", trained, "--data", gallery, "--forget-classes", "c2", *SHARED)
     weights = []
     for name, more in (("with", ("--replay", others)), ("without", ())):
         code, _, err = command("train_forget.py", *words, *more, "--output-dir", tmp_path / name)
-        assert code == 0, err
-        weights.append(load_checkpoint(tmp_path / name / "checkpoints" / "task_1.pth").model.state_dict())
-        record = json.loads((tmp_path / name / "deletions" / "task_1.json").read_text())
-        assert ("replay" in record["images"]) == (name == "with")
-    assert weights[0].keys() == weights[1].keys()
+        assert (code, "UserWarning" in err) == (0, False), err
+        checkpoint = load_checkpoint(tmp_path / name / "checkpoints" / "task_1.pth")
+        assert len(checkpoint.classes) == len(checkpoint.model.head.weight) == 10
+        weights.append(checkpoint.model.state_dict())
+        code, out, err = command("test.py", "--verify-record", tmp_path / name / "deletions" / "task_1.json")
+        assert code == 0, out + err
+        assert ("24 images of other people" in out) == (name == "with")
+    code, _, err = command("scripts/audit.py", tmp_path / "with", "--quick", "--strangers", others)
+    assert code == 2 and "was trained on the people of --strangers" in err
     assert torch.equal(weights[0]["head.weight"], weights[1]["head.weight"])
     assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
-def test_a_later_request_and_a_resumed_one_end_as_one_run(trained, gallery, others, command, tmp_path):
-    words = ("--checkpoint", trained, "--data", gallery, "--method", "gs_lora", *SHARED, "--replay", others)
+def test_all_of_them_count_in_an_epoch(trained, gallery, others):
+    words = [
+        "--checkpoint",
+        str(trained),
+        "--data",
+        str(gallery),
+        "--forget-classes",
+        "c2",
+        "--passes",
+        "1",
+        "--visits",
+        "1",
+    ]
+    counts = []
+    for more in ([], ["--replay", str(others)]):
+        run = train_forget.assemble(train_forget.parse_arguments([*words, *more]), choose_hardware("cpu"))
+        (plan,) = run.method.passes(run.tasks[0], 0, 1)
+        counts.append(plan.streams["remain"].tolist())
+    known = 8 + 2 * 12
+    assert counts[1] == counts[0] + [*range(known, known + 24)]
+    assert len(run.method.seen_set(run.data[0])) == known + 24
+
+
+def test_a_later_request_ends_as_in_one_run(trained, gallery, others, command, tmp_path):
+    words = ("--checkpoint", trained, "--data", gallery, *SHARED, "--replay", others)
     for name, more in (
         ("both", ("--forget-classes", "c2", "--then", "c7")),
         ("first", ("--forget-classes", "c2")),
@@ -83,4 +95,6 @@ def test_people_of_the_data_set_are_refused(trained, gallery, colours, others, c
     shutil.copy(next((gallery / "train" / "c2").iterdir()), tmp_path / "others" / "c12" / "copy.png")
     code, _, err = command("train_forget.py", *words, "--replay", tmp_path / "others")
     assert code == 2 and "--replay has 1 images of the training set, of 'c12' first" in err
+    code, _, err = command("train_forget.py", *words, "--replay", colours)
+    assert code == 2 and "holds train/ and test/" in err
     assert not (tmp_path / "run").exists()

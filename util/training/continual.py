@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ import torch
 from backbone.published import to_published
 from backbone.recognizer import Recognizer
 from data.copies import DIGITS
-from data.image_set import ImageSet, joined
+from data.image_set import ImageSet
 from data.pairs import FacePairs
 from data.tasks import ForgettingTask
 from methods.base import Method, TaskOutput
@@ -29,7 +29,6 @@ from util.training.engine import Trainer
 from util.training.monitor import Monitor, log_scalars, open_writer
 from util.training.optim import Schedule, derived_seed, epochs_for
 from util.training.resume import LastState
-from util.training.rows import enrol_more, first_rows
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
 class ContinualRun:
     """A model on its way through tasks, with a training and a test set. The first `earlier` tasks are done.
 
-    `pairs`: verification benchmarks to measure before and after each task, by name. `replay`: other people, whose photos
-    are trained on beside those of kept people; while it is trained the model has rows for them as well.
+    `pairs`: verification benchmarks to measure before and after each task, by name.
     """
 
     args: argparse.Namespace
@@ -50,25 +48,11 @@ class ContinualRun:
     tasks: list[ForgettingTask]
     earlier: int = 0
     pairs: Mapping[str, FacePairs] = field(default_factory=dict)
-    replay: ImageSet | None = None
-
-    def __post_init__(self) -> None:
-        self.train_set, self.test_set = self.data
-        self.shown, self.shown_tasks = self.train_set, self.tasks
-        if self.replay is not None:
-            self.shown = joined(self.train_set, self.replay)
-            more = torch.arange(len(self.train_set), len(self.shown))
-            self.shown_tasks = [replace(t, remain_indices=torch.cat([t.remain_indices, more])) for t in self.tasks]
-
-    @property
-    def known(self) -> Recognizer:
-        """The model that is measured and saved: without rows of replayed people."""
-        return self.model if self.replay is None else first_rows(self.model, len(self.train_set.classes))
 
     def images_shown(self) -> int:
         """How many images the tasks that are left train on, counted as often as they are seen."""
         images = 0
-        for task in self.shown_tasks[self.earlier :]:
+        for task in self.tasks[self.earlier :]:
             epochs = epochs_for(self.method, task, self.args.epochs, self.args.min_updates)
             plans = [plan for epoch in range(epochs) for plan in self.method.passes(task, epoch, epochs)]
             images += sum(plan.steps * sum(plan.sizes.values()) for plan in plans)
@@ -80,14 +64,13 @@ class ContinualRun:
         `config` is the content of config.json. An earlier run in the folder is set aside unless it is resumed.
         """
         self.folder, self.results, self.forgotten_digests = folder, None, []
+        self.train_set, self.test_set = self.data
         self.num_parameters = self.model.num_parameters()
         self.last = LastState(folder.last, self.args.save_every, resume)
-        self.recorder = Recorder(self.args, self.method.hardware, self.data, self.replay, resume)
+        self.recorder = Recorder(self.args, self.method.hardware, self.data, resume)
         self.predictions_before = predict(self.model, self.test_set, self.method.hardware)
         self.pairs_before = pair_benchmark(self.model, self.pairs, self.method.hardware)
-        if self.replay is not None:
-            self.model = enrol_more(self.model, self.replay, self.method.hardware)
-        self.method.begin_run(self.model, self.shown_tasks[self.earlier :], self.shown)
+        self.method.begin_run(self.model, self.tasks[self.earlier :], self.train_set)
         done = 0
         if self.last.resume and self.folder.results.exists():
             self.results = load_results(self.folder.results)
@@ -110,11 +93,7 @@ class ContinualRun:
         done = len(checkpoint.forgotten)
         if checkpoint.forgotten != self._forgotten(done):
             raise RunError(f"{path} has not forgotten what the first tasks of this run forget; use --overwrite")
-        state = checkpoint.model.state_dict()
-        if self.replay is not None:
-            more = self.model.head.weight.detach()[len(self.train_set.classes) :].cpu()
-            state["head.weight"] = torch.cat([state["head.weight"], more])
-        load_weights(self.model, state, path)
+        load_weights(self.model, checkpoint.model.state_dict(), path)
         self.forgotten_digests = checkpoint.info.get("forgotten_digests", [])
         state = self.folder.method_state(done, path.parent)
         if state.exists():
@@ -127,7 +106,7 @@ class ContinualRun:
 
     def _forget(self, task: ForgettingTask, writer: "SummaryWriter") -> None:
         hardware = self.method.hardware
-        self.recorder.begin(self.known)
+        self.recorder.begin(self.model)
         hardware.reset_peak_memory()
         start = time.perf_counter()
         trainer = self._trainer(task)
@@ -139,8 +118,8 @@ class ContinualRun:
         trained = time.perf_counter()
 
         before = accuracies_before(self.predictions_before, task)
-        after = accuracies_after(predict(self.known, self.test_set, hardware), task, before)
-        pairs = {"before": self.pairs_before, "after": pair_benchmark(self.known, self.pairs, hardware)}
+        after = accuracies_after(predict(self.model, self.test_set, hardware), task, before)
+        pairs = {"before": self.pairs_before, "after": pair_benchmark(self.model, self.pairs, hardware)}
         costs = {
             "train_seconds": round(trained - start, 3),
             "eval_seconds": round(time.perf_counter() - trained, 3),
@@ -148,7 +127,6 @@ class ContinualRun:
             "peak_memory_mb": round(hardware.peak_memory_mb(), 1),
         }
         entry = task_entry(task, before, after, output.groups, costs) | ({"pairs": pairs} if self.pairs else {})
-        entry["train_images"] |= {} if self.replay is None else {"replay": len(self.replay)}
         self._keep(task, output, entry)
         log_scalars(writer, "tasks", after, task.number)
         more = "" if after["acc_old"] is None else f", Acc_o {percent(after['acc_old'])}"
@@ -163,15 +141,15 @@ class ContinualRun:
 
     def _trainer(self, task: ForgettingTask) -> Trainer:
         """Begin a task, or go to where an interrupted run left it."""
-        task = next(shown for shown in self.shown_tasks if shown.number == task.number)
         epochs = epochs_for(self.method, task, self.args.epochs, self.args.min_updates)
         # Before begin_task draws anything, so that a task does not depend on how the earlier ones were run.
         torch.manual_seed(derived_seed(self.args.seed, task.number))
-        self.method.begin_task(self.model, task, self.shown, epochs)
+        self.method.begin_task(self.model, task, self.train_set, epochs)
         self.model.to(self.method.hardware.device)
         if self.results is None:
             self.results = self._new_results()
-        trainer = Trainer(self.model, self.method, task, self.shown, Schedule.of(self.args, epochs))
+        # A method may have images of its own beside the run's.
+        trainer = Trainer(self.model, self.method, task, self.method.train_set, Schedule.of(self.args, epochs))
         self.last.restore(trainer)
         return trainer
 
@@ -190,7 +168,7 @@ class ContinualRun:
         self.last.after_epoch(trainer)
         epoch, task = trainer.position.epoch, trainer.task
         if self.args.eval_every and epoch % self.args.eval_every == 0:
-            now = predict(self.known, self.test_set, self.method.hardware)
+            now = predict(self.model, self.test_set, self.method.hardware)
             accuracies = accuracies_after(now, task, accuracies_before(self.predictions_before, task))
             log_scalars(writer, f"task_{task.number}/test", accuracies, epoch)
 
@@ -207,11 +185,11 @@ class ContinualRun:
             labelled = zip(images.labels.tolist(), images.digests, strict=False)
             self.forgotten_digests += [digest[:DIGITS] for c, digest in labelled if c in task.forget]
         info["forgotten_digests"] = self.forgotten_digests
-        checkpoint = Checkpoint(self.known, self.train_set.classes, self._forgotten(task.number), info)
+        checkpoint = Checkpoint(self.model, self.train_set.classes, self._forgotten(task.number), info)
         save_checkpoint(self.folder.checkpoint(task.number), checkpoint)
         if self.args.published_layout:
-            torch_save(self.folder.task_file("published", task.number), to_published(self.known))
-        self.recorder.write(self.folder, task, self.known, entry)
+            torch_save(self.folder.task_file("published", task.number), to_published(self.model))
+        self.recorder.write(self.folder, task, self.model, entry, self.method.replay)
         self.results["tasks"].append(entry)
         write_text(self.folder.path / "table.md", Comparison([self.results]).markdown() + "\n")
         write_json(self.folder.results, self.results)

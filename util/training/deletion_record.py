@@ -29,24 +29,17 @@ SIZES = range(1, 1 << 14)  # of images, in pixels
 class Recorder:
     """Notes what a task starts from; writes its record when it is done."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        hardware: Hardware,
-        data: tuple[ImageSet, ImageSet],
-        replay: ImageSet | None,
-        resumed: bool,
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, hardware: Hardware, data: tuple[ImageSet, ImageSet], resumed: bool) -> None:
         self.args, self.hardware, self.resumed = args, hardware, resumed
         self.train_set, test_set = data
-        self.hashes = {"test": joint_hash(test_set)} | ({} if replay is None else {"replay": joint_hash(replay)})
+        self.test_hash = joint_hash(test_set)
 
     def begin(self, model: nn.Module) -> None:
         """Before a task; `model` is the one that entered it."""
         self.started, self.before = utc_now(), weights_sha256(model)
 
-    def write(self, folder: RunFolder, task: ForgettingTask, model: nn.Module, entry: dict) -> None:
-        """After a task whose checkpoint is written; `entry` is its part of results.json."""
+    def write(self, folder: RunFolder, task: ForgettingTask, model: nn.Module, entry: dict, replay: ImageSet | None) -> None:
+        """After a task whose checkpoint is written; `entry` is its part of results.json, `replay` are further images."""
         if distributed.rank():
             return  # the first process alone has written the files that are hashed here
         classes = self.train_set.classes
@@ -76,8 +69,9 @@ class Recorder:
                 "crop_pct": model.architecture.crop_pct,
                 "forget": image_hashes(self.train_set, task.forget_indices),
                 "remain": image_hashes(self.train_set, task.remain_indices),
-                **self.hashes,
-            },
+                "test": self.test_hash,
+            }
+            | ({} if replay is None else {"replay": image_hashes(replay)}),
             "accuracies": {"before": entry["before"], "after": entry["after"]},
             "arguments": plain_arguments(self.args),
             "hardware": self.hardware.as_dict(),

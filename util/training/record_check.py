@@ -180,6 +180,8 @@ def _images(record: dict, data: tuple[ImageSet, ImageSet], erased: _MissingImage
         here = torch.isin(train_set.labels.cpu(), torch.tensor(members)).nonzero()[:, 0]
         absent, count = len(set(recorded[group]) - set(image_hashes(train_set, here))), len(recorded[group])
         yield erased.check(f"training images to {group}", absent == 0, f"{count - absent} of {count} found", members)
+    if replayed := recorded.get("replay"):
+        yield "images of --replay", None, f"{len(replayed)} images of other people"
     yield erased.check("test images", joint_hash(test_set) == recorded["test"], f"{len(test_set)} images", erased.ids)
 
 

@@ -20,7 +20,7 @@ from util.training.engine import Trainer
 
 # Options that may differ between an interrupted run and the one that continues it. Files and data are known by their hashes.
 FREE_ON_RESUME = {"output_dir", "cache_dir", "device", "overwrite", "resume", "save_every", "eval_every", "config"}
-FREE_ON_RESUME |= {"checkpoint", "resume_from", "weights", "data", "replay"}
+FREE_ON_RESUME |= {"checkpoint", "resume_from", "weights", "data"}
 
 
 def add_resume_options(group: argparse._ArgumentGroup) -> None:

@@ -30,34 +30,11 @@ def enrol(model: Recognizer, task: ForgettingTask, train_set: ImageSet, hardware
     """Each person's row is the mean of the unit embeddings of their training images, as face recognizers enrol people."""
     if isinstance(model.head, Softmax):
         raise UsageError("--rows enrolment is for heads that compare directions: choose another --head than softmax")
-    model.head.weight.copy_(_mean_rows(model, train_set, hardware, task.remain_indices))
-
-
-def _mean_rows(model: Recognizer, images: ImageSet, hardware: Hardware, indices: Tensor) -> Tensor:
-    """The mean of each person's unit embeddings, (classes, dim) of unit length; zero where nobody is at `indices`."""
-    labels = images.labels.cpu()[indices].to(hardware.device)
-    unit = F.normalize(embed_images(model, images, hardware, indices))
-    return F.normalize(unit.new_zeros(len(images.classes), unit.shape[1]).index_add_(0, labels, unit))
-
-
-def enrol_more(model: Recognizer, people: ImageSet, hardware: Hardware) -> Recognizer:
-    """The model with a row more for each of other `people`. The backbone is shared. Raises UsageError for a softmax head."""
-    if isinstance(model.head, Softmax):
-        raise UsageError("other people can be enrolled in heads that compare directions alone, not in softmax")
-    rows = _mean_rows(model, people, hardware, torch.arange(len(people)))
-    return _with_rows(model, torch.cat([model.head.weight.detach(), rows.to(model.head.weight)]))
-
-
-def first_rows(model: Recognizer, count: int) -> Recognizer:
-    """The model with its first `count` rows alone. The backbone is shared."""
-    return _with_rows(model, model.head.weight.detach()[:count])
-
-
-def _with_rows(model: Recognizer, weight: Tensor, bias: Tensor | None = None) -> Recognizer:
-    architecture = replace(model.architecture, num_classes=len(weight))
-    head = HEADS[architecture.head](weight.shape[1], len(weight), **architecture.head_options).to(weight)
-    _copy_rows(head, weight, bias, range(len(weight)))
-    return Recognizer(architecture, model.backbone, head).train(model.training)
+    indices = task.remain_indices
+    labels = train_set.labels.cpu()[indices].to(hardware.device)
+    unit = F.normalize(embed_images(model, train_set, hardware, indices))
+    rows = torch.zeros_like(model.head.weight).index_add_(0, labels, unit)
+    model.head.weight.copy_(F.normalize(rows))
 
 
 def set_rows(args: argparse.Namespace, source: Source, model: Recognizer, classes: tuple[str, ...]) -> None:
@@ -76,7 +53,10 @@ def whole_classifier(recipe: dict, model: Recognizer) -> Recognizer:
     if recipe.get("rows") in (None, "random", "enrolment"):
         raise UsageError("--whole-classifier: the model's rows were not taken from one (--rows classifier, or a file)")
     weight, bias = _classifier(argparse.Namespace(**recipe), find_source(recipe["model"]), model)
-    return _with_rows(model, weight, bias).eval()
+    architecture = replace(model.architecture, num_classes=len(weight))
+    head = HEADS[architecture.head](weight.shape[1], len(weight), **architecture.head_options)
+    _copy_rows(head, weight, bias, range(len(weight)))
+    return Recognizer(architecture, model.backbone, head).eval()
 
 
 @torch.no_grad()
