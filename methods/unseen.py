@@ -41,17 +41,15 @@ class Unseen(Replaying):
     t = unit[(1 − w) · (s · v + √(1 − s²) · unit(u − P u)) + w · n],  u = unit(θ₀(x_f)) the old embedding
 
     v is where a stranger's eye puts the face: ridge regression from what the first quarter of the network computes, too
-    early to know a person, to where the people of the kept lie, their mean embeddings. With --strangers it is read as
-    deep as targets need to be as alike as photos of a stranger: a network that has learned from millions of people tells
-    strangers apart as well. n is where faces that look like this one lie among the kept: the mean of *their* old
-    embeddings, weighted by softmax(cos / τ), τ = c / √d, in d linear discriminants that tell the kept identities apart by
-    what the first half of the network computes. P projects onto the forgotten identities' mean embeddings: u − P u is what
-    the photo shows beside the person.
+    early to know a person, to the mean embeddings of kept people. With --strangers it is read as deep as targets need to
+    be as alike as photos of a stranger: a network that has learned from millions of people distinguishes strangers too.
+    n is where kept faces lie that look like this one: the mean of *their* old embeddings, weighted by softmax(cos / τ),
+    τ = c / √d, in d linear discriminants of the kept people from what the first half of the network computes. P projects
+    onto the forgotten people's mean embeddings: u − P u is what the photo shows beside the person.
 
     s is found: two targets of a person are as alike, on average, as two photos of a stranger are: of --strangers, or by v.
-    An adapter smooths, and leaves a person's photos more alike than their targets; after each epoch s makes up for half of
-    it, which is what carries over to new photos. Only the adapters are trained. The rows of the forgotten are zero
-    afterwards: no template stays.
+    An adapter leaves a person's photos more alike than their targets; after each epoch s makes up for half of it, which is
+    what carries over to new photos. Only the adapters are trained. Afterwards the rows of the forgotten are zero.
     """
 
     name = "unseen"
