@@ -79,9 +79,13 @@ def predictions_of(model: Recognizer, embeddings: Tensor, labels: Tensor) -> Pre
     count = max(1, LOGITS // len(model.head.weight))  # images × people would not fit for a hundred thousand of each
     for part, own in zip(embeddings.split(count), labels.split(count), strict=True):
         logits = model.head(part)
-        chunks.append(torch.stack([logits.argmax(dim=1), model.head.add_margin(logits, own).argmax(dim=1)]))
-    predicted, margin_predicted = torch.cat(chunks, dim=1)
-    return Predictions(labels.cpu(), predicted.cpu(), (predicted == labels).cpu(), (margin_predicted == labels).cpu())
+        predicted, its_own = logits.argmax(dim=1), logits.gather(1, own[:, None])
+        # A margin changes the own logit alone: it is enough to compare that with the largest of the others.
+        logits[torch.arange(len(own), device=own.device), own] = -torch.inf
+        two = torch.cat([its_own, logits.amax(dim=1, keepdim=True)], dim=1)
+        chunks.append(torch.stack([predicted, model.head.add_margin(two, torch.zeros_like(own)).argmax(dim=1)]))
+    predicted, beaten = torch.cat(chunks, dim=1)
+    return Predictions(labels.cpu(), predicted.cpu(), (predicted == labels).cpu(), (beaten == 0).cpu())
 
 
 def accuracies_before(pretrained: Predictions, task: ForgettingTask) -> dict[str, float | None]:
