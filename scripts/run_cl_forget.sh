@@ -2,7 +2,7 @@
 # Continual forgetting: pre-train (once), then forget a fifth of the classes in each of four tasks, with every method from
 # the same checkpoint, and print the papers' main table line by line. Then audit what is left of the first request's people.
 #
-#   bash scripts/run_cl_forget.sh                                   synthetic faces, all methods: 13 minutes on two CPU cores
+#   bash scripts/run_cl_forget.sh                                   synthetic faces, all methods: 10 to 13 minutes on two CPU cores
 #   METHODS="gs_lora scrub ewc" bash scripts/run_cl_forget.sh       some methods
 #   DATA=path/to/faces SEEDS="1337 1 2" bash scripts/run_cl_forget.sh    real faces, mean ± standard deviation
 #   METHODS=gs_lora EPOCHS=50 bash scripts/run_cl_forget.sh -- --few-shot 4    longer, on four images a class
