@@ -12,7 +12,7 @@ export SLURM_CONF="$dir/slurm/slurm.conf"
 data="--data synthetic_faces --identities 20 --train-per-identity 8 --test-per-identity 4"
 
 compare() { # OUTPUT options
-  "$python" scripts/compare.py --methods gs_lora gs_lora_pp unseen scrub lwf ewc --output-dir "$@" -- \
+  "$python" scripts/compare.py --methods all --output-dir "$@" -- \
     --checkpoint "$dir/pretrained/checkpoint.pth" $data --num-tasks 2 --forget-per-task 4 --epochs 12 --batch-size 16 \
     --data-ratio 1
 }
