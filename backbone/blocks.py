@@ -99,7 +99,8 @@ def as_tokens(backbone: nn.Module, output: Tensor) -> Tensor:
 def as_map(backbone: nn.Module, output: Tensor) -> Tensor:
     """A block's output as a map of features (B, dim, H, W), without prefix tokens."""
     tokens = as_tokens(backbone, output)
-    tokens = tokens[:, _prefix(backbone, tokens) :]
+    # The last block may be computed for the class token alone, which then is the whole map.
+    tokens = tokens[:, min(_prefix(backbone, tokens), tokens.shape[1] - 1) :]
     return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 

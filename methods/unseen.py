@@ -88,7 +88,7 @@ class Unseen(Replaying):
             about = model.architecture
             self.strangers = build_strangers(self.args, about.image_size, self.hardware.device, about.crop_pct)
             used = torch.cat([indices for task in tasks for indices in (task.forget_indices, task.remain_indices)])
-            check_strangers(self.strangers, train_set, used.unique())
+            check_strangers(self.strangers, self.seen_set(train_set), used.unique())
             if self.strangers.labels.bincount().max() < 2:
                 raise UsageError(f"--strangers {self.args.strangers}: nobody there has two photos")
 

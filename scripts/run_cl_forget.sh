@@ -18,7 +18,7 @@
 #   SEEDS       class orders, as "1337 1 2"; default SEED, which is 1337
 #   AUDIT       first (the default): a first look at the first request; all: every metric of all requests; off: none
 #   STRANGERS   folder <person>/<image> of people in no training set, for Unseen and the audit; synthetic faces make their own
-#   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"
+#   OPTIONS_<method>   options for that method alone, as OPTIONS_ewc="--lr 1e-3 --lambda 1"; paths in them are absolute
 
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
 split_words "$@"

@@ -98,3 +98,18 @@ def test_people_of_the_data_set_are_refused(trained, gallery, colours, others, c
     code, _, err = command("train_forget.py", *words, "--replay", colours)
     assert code == 2 and "holds train/ and test/" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_strangers_may_be_so_alike_that_the_last_block_is_read(trained, colours, others, command, tmp_path):
+    """That block is computed for the class token alone."""
+    for person in range(3):
+        (tmp_path / "alike" / f"p{person}").mkdir(parents=True)
+        for photo in ("a.png", "b.png"):
+            shutil.copy(sorted((others / f"c{10 + person}").iterdir())[0], tmp_path / "alike" / f"p{person}" / photo)
+    words = ("--checkpoint", trained, "--data", colours, "--forget-classes", "c2", *SHARED)
+    code, _, err = command("train_forget.py", *words, "--strangers", tmp_path / "alike", "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    code, _, err = command(
+        "train_forget.py", *words, "--strangers", others, "--replay", others, "--output-dir", tmp_path / "new"
+    )
+    assert code == 2 and "--strangers has 6 identities of the training set" in err
