@@ -62,12 +62,8 @@ def build_strangers(
         return people_folder(args, args.strangers, image_size, crop_pct)
     if args.data != SYNTHETIC:
         return None
-    more = {
-        "first": args.identities,
-        "seed": args.data_seed,
-        "device": device,
-        "cache_dir": args.cache_dir or cache_folder(),
-    }
+    more = {"first": args.identities, "seed": args.data_seed, "device": device}
+    more["cache_dir"] = args.cache_dir or cache_folder()
     return synthetic_faces.synthetic_faces(*STRANGERS_SIZE, image_size=image_size, **more)[0]
 
 

@@ -68,12 +68,12 @@ def with_classes(images: ImageSet, classes: Sequence[str]) -> ImageSet:
 
 
 def joined(first: ImageSet, second: ImageSet) -> ImageSet:
-    """The images of both; the classes of the second, who are other people, follow those of the first."""
+    """The decoded images of both, copied; the classes of the second, who are other people, follow those of the first."""
     device = first.images.device
     images = torch.cat([first.images, second.images.to(device)])
     labels = torch.cat([first.labels, len(first.classes) + second.labels.to(device)])
     names = {key: getattr(first, key) + getattr(second, key) for key in ("classes", "files", "digests")}
-    return replace(first, images=images, labels=labels, contents=first.contents | class_digests(second), **names)
+    return replace(first, images=images, labels=labels, decode=no_decoding, **names)
 
 
 def class_digests(*splits: ImageSet) -> dict[str, str]:

@@ -20,23 +20,21 @@ class Replaying(Method):
     """To the method, photos of the folder `--replay` are further ones to keep. Their people have no row in the head."""
 
     def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
-        self.known = len(train_set)
+        self.seen_set = train_set
         if self.args.replay:
             about = model.architecture
             self.replay = people_folder(self.args, self.args.replay, about.image_size, about.crop_pct)
             check_strangers(self.replay, train_set, option="--replay")
-
-    def seen_set(self, train_set: ImageSet) -> ImageSet:
-        return train_set if self.replay is None else joined(train_set, self.replay)
+            self.seen_set = joined(train_set, self.replay)
 
     def seen(self, task: ForgettingTask) -> ForgettingTask:
         if self.replay is None:
             return task
-        more = torch.arange(self.known, self.known + len(self.replay))
+        more = torch.arange(len(self.seen_set))[-len(self.replay) :]
         return replace(task, remain_indices=torch.cat([task.remain_indices, more]))
 
     def begin_task(self, model: Recognizer, task: ForgettingTask, train_set: ImageSet, epochs: int) -> None:
-        super().begin_task(model, self.seen(task), self.seen_set(train_set), epochs)
+        super().begin_task(model, self.seen(task), train_set if self.replay is None else self.seen_set, epochs)
 
     def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
         return super().passes(self.seen(task), epoch, epochs)

@@ -78,7 +78,7 @@ class Unseen(Replaying):
                 f"unseen reads early blocks, and {type(model.backbone).__name__} has none: take another --method"
             )
         super().check(model, tasks, train_set)
-        labels = self.seen_set(train_set).labels.cpu()
+        labels = self.seen_set.labels.cpu()
         for task in tasks:
             counts = labels[self.seen(task).remain_indices].unique(return_counts=True)[1]
             if len(counts) < 2 or counts.max() < 2:
@@ -88,7 +88,7 @@ class Unseen(Replaying):
             about = model.architecture
             self.strangers = build_strangers(self.args, about.image_size, self.hardware.device, about.crop_pct)
             used = torch.cat([indices for task in tasks for indices in (task.forget_indices, task.remain_indices)])
-            check_strangers(self.strangers, self.seen_set(train_set), used.unique())
+            check_strangers(self.strangers, self.seen_set, used.unique())
             if self.strangers.labels.bincount().max() < 2:
                 raise UsageError(f"--strangers {self.args.strangers}: nobody there has two photos")
 

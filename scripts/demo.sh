@@ -5,7 +5,7 @@
 #   bash scripts/demo.sh
 #   DATA=path/to/faces bash scripts/demo.sh     real faces; the variables of run_cl_forget.sh
 #
-# The pre-trained model is demo.pth, made by: python train_pretrain.py --epochs 30 --image-size 32 --output-dir DIR
+# The pre-trained model is demo.pth, made by: OMP_NUM_THREADS=1 python train_pretrain.py --epochs 30 --image-size 32 --output-dir DIR
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/command_line.sh" || exit 1
 split_words "$@"
 root=$PWD && cd "$_caller" || exit 1

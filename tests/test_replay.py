@@ -71,7 +71,7 @@ def test_all_of_them_count_in_an_epoch(trained, gallery, others):
         counts.append(plan.streams["remain"].tolist())
     known = 8 + 2 * 12
     assert counts[1] == counts[0] + [*range(known, known + 24)]
-    assert len(run.method.seen_set(run.data[0])) == known + 24
+    assert len(run.method.seen_set) == known + 24
 
 
 def test_a_later_request_ends_as_in_one_run(trained, gallery, others, command, tmp_path):

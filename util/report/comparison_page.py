@@ -36,13 +36,13 @@ def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
     rows = [_row(*one) for one in first]
     several = len({results["seed"] for _, results, *_ in first}) > 1
     compared = reference_label(request := first[0][2])
-    average = ", mean over the methods" if compared == STRANGERS else ""  # who are measured in each model anew
+    averaged = f"{STRANGERS}, mean over the methods"  # who are measured in each model anew
     shown = frame[["request", "after_task", "compared_with"]].eq([request["task"], request["after_task"], compared])
-    band = f"strangers{average}" if average else "models that never saw them"
+    yardstick, band = (averaged, averaged.lower()) if compared == STRANGERS else (compared, "models that never saw them")
     figure = scatter_of(frame[shown.all(axis=1)], title, band)
     save_figure(figure, folder / SCATTER)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
-    known = {name: [float(np.mean(group[key])) for key in METRICS] for name, group in _yardsticks(first, average).items()}
+    known = {name: [float(np.mean(group[key])) for key in METRICS] for name, group in _yardsticks(first, yardstick).items()}
     words = {"title": title, "rows": rows, "several": several, "known": known, "metrics": METRICS, "counted": COUNTED}
     write_text(folder / INDEX, environment.get_template(TEMPLATE.name).render(words, chart=_svg(figure)))
     return folder / INDEX
@@ -100,10 +100,9 @@ def _row(label: str, results: dict, request: dict, page: str) -> dict:
     return row | {"tally": tally(request), "verdict": request["verdict"]}
 
 
-def _yardsticks(first: Sequence[tuple[str, dict, dict, str]], average: str) -> dict[str, dict[str, list[float]]]:
-    """Of never-seen models (or strangers, named with `average`) and of the pre-trained one: the values of each metric, of
-    every request."""
-    found = {reference_label(first[0][2]) + average: {}, PRETRAINED: {}}
+def _yardsticks(first: Sequence[tuple[str, dict, dict, str]], name: str) -> dict[str, dict[str, list[float]]]:
+    """Of what is compared with, called `name`, and of the pre-trained model: the values of each metric, of every request."""
+    found = {name: {}, PRETRAINED: {}}
     for _, _, request, _ in first:
         for key in METRICS:
             entry = request["figures"].get(key) or {"references": [], "originals": []}
