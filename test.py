@@ -38,7 +38,7 @@ from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import CONFIG, claim, default_folder
 from util.training.deletion_record import load_record, settings_of
 from util.training.record_check import signatures, verify_record
-from util.training.rows import class_ids, whole_classifier
+from util.training.start import class_ids, whole_classifier
 
 SCRIPT = Path(__file__).name
 

@@ -35,8 +35,7 @@ from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
 from util.training.optim import Schedule, make_optimizer
 from util.training.resume import LastState, add_resume_options, identity_of, needed_bytes, should_resume
-from util.training.rows import ROWS, enrol, set_rows
-from util.training.start import build_model, choose_start, describe_model
+from util.training.start import ROWS, build_model, choose_start, describe_model, enrol
 
 SCRIPT = Path(__file__).name
 # By default a set is shown as often as makes this many images in all: four minutes of the tiny model on two CPU cores.
@@ -131,8 +130,7 @@ def main(argv: list[str] | None) -> None:
     if len(task.remain) < 2:
         raise UsageError(f"--without-classes leaves {len(task.remain)} classes; at least 2 are needed")
     choose_epochs(args, len(task.remain_indices))
-    model = build_model(args, source, len(train_set.classes))
-    set_rows(args, source, model, train_set.classes)
+    model = build_model(args, source, train_set.classes)
     hardware = hardware.resolve_compile(training_flops(model, args.epochs * len(task.remain_indices)))
     to_device(model, hardware)
     make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name

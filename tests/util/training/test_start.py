@@ -3,7 +3,7 @@
 import pytest
 
 from util.runtime.errors import UsageError
-from util.training.rows import class_ids
+from util.training.start import class_ids
 
 
 def test_places_are_taken_only_where_nothing_else_tells_and_that_is_said(tmp_path, capsys):
