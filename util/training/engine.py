@@ -63,7 +63,7 @@ class Trainer:
                 self.train_one_epoch(monitor, stop, save)
                 self.hardware.synchronize()
                 seconds += time.perf_counter() - start
-                images += monitor.epoch.images
+                images += monitor.images
                 after_epoch(self)
         return images / seconds if seconds else 0.0
 

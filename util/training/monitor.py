@@ -7,7 +7,6 @@ import contextlib
 import math
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,18 +37,6 @@ def log_scalars(writer: "SummaryWriter | None", tag: str, values: dict[str, floa
             writer.add_scalar(f"{tag}/{name}", value, step)
 
 
-@dataclass
-class EpochLog:
-    """Steps of one epoch: the names and values of each step's losses. `first_step` were done before an interruption."""
-
-    number: int
-    first_step: int
-    images: int = 0
-    losses: list[tuple[tuple[str, ...], Tensor]] = field(default_factory=list)
-    checked: int = 0  # of these steps, whose values are on the CPU
-    started: float = field(default_factory=time.perf_counter)
-
-
 class Monitor:
     """Progress of one task (or of pre-training). `tag` heads its scalars, `label` its bar; use as a context manager."""
 
@@ -67,38 +54,42 @@ class Monitor:
         self.bar.close()
 
     def begin_epoch(self, epoch: int, first_step: int = 0) -> None:
-        self.epoch = EpochLog(epoch, first_step)
+        """Of epoch `epoch`, from 0, `first_step` steps were done before an interruption."""
+        self.epoch, self.first_step, self.images, self.started = epoch, first_step, 0, time.perf_counter()
+        # Names and values of each step's losses: on the device; read back and checked.
+        self.unread: list[tuple[tuple[str, ...], Tensor]] = []
+        self.losses: list[tuple[tuple[str, ...], Tensor]] = []
 
     def step(self, losses: dict[str, Tensor], images: int) -> None:
         """Note one step's losses (scalars on the device) and its number of images. Raises RunError as `check` does."""
         values = torch.stack([loss.detach().float() for loss in losses.values()])
-        self.epoch.losses.append((tuple(losses), values))
-        self.epoch.images += images
+        self.unread.append((tuple(losses), values))
+        self.images += images
         now = time.perf_counter()
         due = not self.bar.disable and now - self.refreshed > REFRESH_SECONDS
         if due or values.is_cpu:
             self.check()
         if due:
-            self._show(dict(zip(losses, self.epoch.losses[-1][1].tolist(), strict=True)))
+            self._show(dict(zip(losses, self.losses[-1][1].tolist(), strict=True)))
             self.refreshed = now
 
     def check(self) -> None:
         """Raise RunError for the first step whose loss is not finite. Waits for the device once."""
-        epoch = self.epoch
-        steps = [names for names, _ in epoch.losses[epoch.checked :]]
-        if steps:
-            read = torch.cat([values for _, values in epoch.losses[epoch.checked :]]).cpu()
-            epoch.losses[epoch.checked :] = zip(steps, read.split([*map(len, steps)]), strict=True)
-        for names, values in epoch.losses[epoch.checked :]:
-            epoch.checked += 1
+        if not self.unread:
+            return
+        steps = [names for names, _ in self.unread]
+        read = torch.cat([values for _, values in self.unread]).cpu().split([*map(len, steps)])
+        self.unread = []
+        for names, values in zip(steps, read, strict=True):
+            self.losses.append((names, values))
             if values.isfinite().all():
                 continue
             bad = {name: value for name, value in zip(names, values.tolist(), strict=True) if not math.isfinite(value)}
             # The total is their sum: a part that is at fault says more.
             name = next((name for name in bad if name != "total"), "total")
             raise RunError(
-                f"{self.label}: the loss is not finite: part {name!r} became {bad[name]} in epoch {epoch.number + 1}, "
-                f"step {epoch.first_step + epoch.checked}; lower --lr, or check the data; what was saved before is kept"
+                f"{self.label}: the loss is not finite: part {name!r} became {bad[name]} in epoch {self.epoch + 1}, "
+                f"step {self.first_step + len(self.losses)}; lower --lr, or check the data; what was saved before is kept"
             )
 
     def end_epoch(self, lr: float, metrics: dict[str, float]) -> dict[str, float]:
@@ -106,18 +97,18 @@ class Monitor:
         self.check()
         means: dict[str, float] = {}
         # The passes of an epoch may have other parts of the loss each.
-        for names in dict.fromkeys(names for names, _ in self.epoch.losses):
-            values = torch.stack([values for other, values in self.epoch.losses if other == names])
+        for names in dict.fromkeys(names for names, _ in self.losses):
+            values = torch.stack([values for other, values in self.losses if other == names])
             means |= dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         scalars = {f"loss/{name}": value for name, value in means.items()} | metrics
         scalars |= {"lr": lr, "images_per_second": self._speed()}
-        log_scalars(self.writer, self.tag, scalars, self.epoch.number + 1)
+        log_scalars(self.writer, self.tag, scalars, self.epoch + 1)
         self.bar.update(1)
         self._show(means)
         return means
 
     def _speed(self) -> float:
-        return self.epoch.images / (time.perf_counter() - self.epoch.started)
+        return self.images / (time.perf_counter() - self.started)
 
     def _show(self, losses: dict[str, float]) -> None:
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())

@@ -116,7 +116,7 @@ method.begin_task(model, tasks[0], data, args.epochs)
 trainer = Trainer(model, method, tasks[0], data, Schedule.of(args))
 hardware.reset_peak_memory()
 with Monitor(None, "", "", 2) as monitor:
-    trainer.train(monitor, lambda trainer: None, lambda trainer: print(2 * monitor.epoch.images))
+    trainer.train(monitor, lambda trainer: None, lambda trainer: print(2 * monitor.images))
 predict(model, data.subset(torch.arange(0, shape[0], shape[0] // 50)), hardware)
 print(hardware.peak_memory_mb())
 """

@@ -222,7 +222,7 @@ def test_the_losses_of_an_epoch_are_read_in_one_go(bad):
         for step in range(1, 6):
             values = torch.tensor([1.0 * step, float("nan") if step == bad else 2.0, 3.0][: 3 if step > 2 else 1])
             names = ("total", "forget", "remain")[: len(values)]
-            monitor.epoch.losses.append((names, values.as_subclass(OnDevice)))
+            monitor.unread.append((names, values.as_subclass(OnDevice)))
         if bad is None:
             assert monitor.end_epoch(1e-3, {}) == {"total": 4.0, "forget": 2.0, "remain": 3.0}
         else:
