@@ -76,60 +76,50 @@ class ClusterRun(Run):
         return DelayedSubmission(ClusterRun(self.command, self.log))
 
 
-@dataclass
-class Cluster:
-    """Where runs go: SLURM, with `options` of sbatch."""
-
-    options: dict[str, str | bool]
-
-    @classmethod
-    def parse(cls, words: str) -> "Cluster":
-        """Of sbatch's words, as "--partition=gpu --time=240 --gpus=1". Raises UsageError."""
-        options = {}
-        for word in shlex.split(words):
-            key, _, value = word.removeprefix("--").partition("=")
-            if not word.startswith("--") or not key:
-                raise UsageError(f"--sbatch: {word!r} is not of the form --option=value")
-            options[key.replace("-", "_")] = value or True  # as submitit writes them
-        return cls(options)
-
-    def run(self, runs: Sequence[Run], folder: Path) -> Iterator[tuple[int, str]]:
-        """Submit all runs; yield the number and the failure ("": none) of each as it ends. `folder`: for submitit's files.
-
-        Ended early, it cancels what has not ended: those runs save, and can be continued.
-        Raises UsageError without a cluster, RunError where SLURM refuses a job.
-        """
-        import submitit
-
-        try:
-            executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=10**6)
-        except RuntimeError:
-            raise UsageError("--cluster slurm: there is no srun here; start on a machine of the cluster") from None
-        setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH"]
-        executor.update_parameters(timeout_min=MINUTES, slurm_setup=setup)
-        jobs: dict[int, submitit.Job] = {}
-        try:
-            for number, run in enumerate(runs):
-                named = {"job_name": run.log.parent.name, "requeue": True} | self.options
-                executor.update_parameters(slurm_additional_parameters=named)
-                jobs[number] = _submit(executor, ClusterRun(run.command, run.log))
-            while jobs:
-                time.sleep(POLL)
-                waiting = _in_queue()
-                for number, job in [*jobs.items()]:
-                    if job.paths.result_pickle.exists() or (waiting is not None and job.job_id not in waiting):
-                        del jobs[number]
-                        yield number, _failure(job)
-        finally:
-            for job in jobs.values():
-                job.cancel(check=False)
+def sbatch_options(words: str) -> dict[str, str | bool]:
+    """Of sbatch's words, as "--partition=gpu --time=240 --gpus=1". Raises UsageError."""
+    options = {}
+    for word in shlex.split(words):
+        key, _, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise UsageError(f"--sbatch: {word!r} is not of the form --option=value")
+        options[key.replace("-", "_")] = value or True  # as submitit writes them
+    return options
 
 
-def _submit(executor: "submitit.AutoExecutor", run: ClusterRun) -> "submitit.Job":
+def run_on_cluster(runs: Sequence[Run], folder: Path, options: dict[str, str | bool]) -> Iterator[tuple[int, str]]:
+    """Submit all runs; yield the number and the failure ("": none) of each as it ends. `folder`: for submitit's files.
+
+    Ended early, it cancels what has not ended: those runs save, and can be continued.
+    Raises UsageError without a cluster, RunError where SLURM refuses a job.
+    """
+    import submitit
+
     try:
-        return executor.submit(run)
-    except Exception as error:  # of submitit: what sbatch said is its last line
-        raise RunError(f"sbatch refused a job: {one_line(error, -1)}") from None
+        executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=10**6)
+    except RuntimeError:
+        raise UsageError("--cluster slurm: there is no srun here; start on a machine of the cluster") from None
+    setup = [f"export PYTHONPATH={shlex.quote(str(ROOT))}:$PYTHONPATH"]
+    executor.update_parameters(timeout_min=MINUTES, slurm_setup=setup)
+    jobs: dict[int, submitit.Job] = {}
+    try:
+        for number, run in enumerate(runs):
+            named = {"job_name": run.log.parent.name, "requeue": True} | options
+            executor.update_parameters(slurm_additional_parameters=named)
+            try:
+                jobs[number] = executor.submit(ClusterRun(run.command, run.log))
+            except Exception as error:  # of submitit: what sbatch said is its last line
+                raise RunError(f"sbatch refused a job: {one_line(error, -1)}") from None
+        while jobs:
+            time.sleep(POLL)
+            waiting = _in_queue()
+            for number, job in [*jobs.items()]:
+                if job.paths.result_pickle.exists() or (waiting is not None and job.job_id not in waiting):
+                    del jobs[number]
+                    yield number, _failure(job)
+    finally:
+        for job in jobs.values():
+            job.cancel(check=False)
 
 
 def _in_queue() -> set[str] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.cluster import ROOT, TEXT, Cluster, Run
+from scripts.cluster import ROOT, TEXT, Run, run_on_cluster, sbatch_options
 from util.cli.options import number
 from util.runtime.interrupt import deferred
 from util.storage.folders import OutputFolder
@@ -91,12 +91,8 @@ def start_server() -> None:
 
 def add_job_options(group: argparse.ArgumentParser) -> None:
     group.add_argument("--gpus", nargs="*", default=[], metavar="N", help="CUDA devices for the runs")
-    group.add_argument(
-        "--jobs-per-gpu",
-        type=number(int, 1),
-        metavar="N",
-        help="number of runs at a time on each device (default: 1; on a CPU, one on each core)",
-    )
+    help_text = "number of runs at a time on each device (default: 1; on a CPU, one on each core)"
+    group.add_argument("--jobs-per-gpu", type=number(int, 1), metavar="N", help=help_text)
     help_text = "slurm sends each run to the cluster as a job of its own, from a folder that its nodes see"
     group.add_argument("--cluster", choices=("local", "slurm"), default="local", help=help_text)
     help_text = (
@@ -105,29 +101,27 @@ def add_job_options(group: argparse.ArgumentParser) -> None:
     group.add_argument("--sbatch", default="", metavar="STRING", help=help_text)
 
 
-def job_slots(args: argparse.Namespace, count: int) -> list[str] | Cluster:
-    """Where `count` runs may run at once: GPUs by name, "" for the device that a run finds itself; or a cluster."""
+def job_slots(args: argparse.Namespace, count: int) -> list[str] | dict:
+    """Where `count` runs may run at once: GPUs by name, "" for the device that a run finds itself; or options of sbatch."""
     if args.cluster == "slurm":
-        return Cluster.parse(args.sbatch)
+        return sbatch_options(args.sbatch)
     cores = 1 if args.gpus or torch.cuda.is_available() else os.cpu_count() or 1
     # Three runs on two cores end sooner at once than two and then one. Without a second core there is nothing to gain.
     at_once = count if 1 < cores <= count < 2 * cores else min(cores, count)
     return (args.gpus or [""]) * (args.jobs_per_gpu or max(1, at_once))
 
 
-def run_jobs(jobs: list[Job], where: list[str] | Cluster) -> Iterator[Job]:
-    """Yield each job as it ends. A run is a process that sees one of the GPUs `where` ("": all of them).
+def run_jobs(jobs: list[Job], where: list[str] | dict) -> Iterator[Job]:
+    """Yield each job as it ends. A run is a process that sees one of the GPUs `where` ("": all of them), of `job_slots`.
 
     A device that is named N times takes N runs at once: steps of a few dozen images leave most of a large GPU idle. Runs
-    side by side share out the CPU's cores. On a cluster, where devices are found is the cluster's affair.
+    side by side share out the CPU's cores.
     """
     if not jobs:
         return
     runs = [job.run for job in jobs]
-    if isinstance(where, Cluster):
-        ends = where.run(runs, runs[0].log.parents[1] / ".slurm")
-    else:
-        ends = _on_this_machine(runs, where)
+    on_cluster = isinstance(where, dict)
+    ends = run_on_cluster(runs, runs[0].log.parents[1] / ".slurm", where) if on_cluster else _on_this_machine(runs, where)
     for index, failure in ends:
         jobs[index].failure = failure
         yield jobs[index]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import scripts.cluster
-from scripts.cluster import Cluster, ClusterRun
+from scripts.cluster import ClusterRun
 from scripts.jobs import Job, job_slots, run_jobs
 from util.runtime.errors import RunError, UsageError
 from util.storage.folders import PretrainFolder
@@ -94,7 +94,7 @@ def pythons_of(group: int) -> list[int]:
     return found
 
 
-def on_slurm(sbatch: str = "") -> Cluster:
+def on_slurm(sbatch: str = "") -> dict:
     return job_slots(Namespace(cluster="slurm", sbatch=sbatch), 3)
 
 
