@@ -38,7 +38,7 @@ from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
 from util.training.optim import Schedule, make_optimizer
-from util.training.resume import add_resume_options, identity_of, needed_bytes, should_resume
+from util.training.resume import add_resume_options, identity_of, should_resume
 
 SCRIPT = Path(__file__).name
 # Defaults of a request by name, which is to delete; the others are of the papers' protocol.
@@ -216,7 +216,7 @@ def forget(args: argparse.Namespace, run: ContinualRun, folder: RunFolder, given
     """The run, in its folder."""
     hardware, model, (train_set, _) = run.method.hardware, run.model, run.data
     identity = identity_of(args, train_set)
-    resume = should_resume(folder, args, identity, needed_bytes(model, len(run.tasks)))
+    resume = should_resume(folder, args, identity, model, len(run.tasks))
     to_device(model, hardware)
     sizes = [len(task.forget) for task in run.tasks[run.earlier :]]
     counts = f"{len(sizes)} × {sizes[0]}" if len({*sizes}) == 1 else " + ".join(map(str, sizes))

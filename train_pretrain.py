@@ -34,7 +34,7 @@ from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
 from util.training.optim import Schedule, make_optimizer
-from util.training.resume import LastState, add_resume_options, identity_of, needed_bytes, should_resume
+from util.training.resume import LastState, add_resume_options, identity_of, should_resume
 from util.training.start import ROWS, build_model, choose_start, describe_model, enrol
 
 SCRIPT = Path(__file__).name
@@ -153,7 +153,7 @@ def pretrain(
     """The run, in its folder."""
     train_set, test_set = data
     identity = identity_of(args, train_set)
-    resume = should_resume(folder, args, identity, needed_bytes(model, 1))
+    resume = should_resume(folder, args, identity, model)
     if resume and folder.finished:
         folder.discard()  # it may have been killed just before
         print(f"finished before: {folder.results}")

@@ -13,7 +13,7 @@ import torch
 from backbone.recognizer import to_device
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
+from util.evaluation.evaluate import Predictions, accuracies_after, accuracies_before, predict
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json, readable, sha256
 from util.runtime.hardware import Hardware
@@ -148,7 +148,8 @@ def _measured(files: _Files, data: tuple[ImageSet, ImageSet], hardware: Hardware
         yield from _images(record, data, erased)
         for when in ("before", "after"):
             if when in models:
-                yield from _accuracies(record, when, to_device(models[when].model, hardware), data[1], erased, hardware)
+                predictions = predict(to_device(models[when].model, hardware), data[1], hardware)
+                yield from _accuracies(record, when, predictions, erased)
             else:
                 yield f"accuracies {when}", None, f"{files.models[when]} is gone, or another file"
 
@@ -185,12 +186,10 @@ def _images(record: dict, data: tuple[ImageSet, ImageSet], erased: _MissingImage
     yield erased.check("test images", joint_hash(test_set) == recorded["test"], f"{len(test_set)} images", erased.ids)
 
 
-def _accuracies(
-    record: dict, when: str, model: torch.nn.Module, test_set: ImageSet, erased: _MissingImages, hardware: Hardware
-) -> Iterator[Check]:
+def _accuracies(record: dict, when: str, predictions: Predictions, erased: _MissingImages) -> Iterator[Check]:
     request, recorded, none = record["request"], record["accuracies"], torch.empty(0, dtype=torch.long)
     groups = [tuple(int(c) for c in request[key]) for key in ("forget", "remain", "forgotten_before", "missing")]
-    task, predictions = ForgettingTask(record["task"], *groups, none, none), predict(model, test_set, hardware)
+    task = ForgettingTask(record["task"], *groups, none, none)
     if when == "before":
         found = accuracies_before(predictions, task)
     else:

@@ -3,7 +3,6 @@
 import argparse
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,12 +29,6 @@ def add_resume_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--resume", action="store_true", help="continue the run; with --overwrite, replace a finished one")
 
 
-def needed_bytes(model: Recognizer, checkpoints: int) -> int:
-    """About what a run writes: `checkpoints` of the model, and the last state with the optimizer's, old and new."""
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return weights * (checkpoints + 2 * 3)
-
-
 def identity_of(args: argparse.Namespace, train_set: ImageSet) -> dict[str, str | None]:
     """What a run reads, by content: entries of config.json, wherever the files lie."""
     files = {key: getattr(args, key, None) for key in ("checkpoint", "resume_from", "weights")}
@@ -50,12 +43,14 @@ def difference_to(config: dict, args: argparse.Namespace, identity: dict[str, st
     return difference or (f"{option_name(other[0])} has other content now" if other else None)
 
 
-def should_resume(folder: OutputFolder, args: argparse.Namespace, identity: dict, needed: int) -> bool:
-    """Whether the run of `args` in the locked folder goes on with one that is there. Nothing is changed.
+def should_resume(
+    folder: OutputFolder, args: argparse.Namespace, identity: dict, model: Recognizer, checkpoints: int = 1
+) -> bool:
+    """Whether the run of `args`, known by `identity_of`, goes on with one in the locked folder. Nothing is changed.
 
-    With both --resume and --overwrite a run that was interrupted is continued, and any other replaced. `identity`: of
-    `identity_of`. `needed`: bytes that the run writes.
-    Raises UsageError where the folder's run is another one or would be replaced unasked, or the run reads what it replaces.
+    With both --resume and --overwrite a run that was interrupted is continued, and any other replaced.
+    Raises UsageError where the folder's run is another one or would be replaced unasked, where the run reads what it
+    replaces, or where there is no room for so many checkpoints of the model.
     """
     resume = args.resume and folder.config.exists()
     if resume:
@@ -68,19 +63,15 @@ def should_resume(folder: OutputFolder, args: argparse.Namespace, identity: dict
     if not resume and folder.has_run and not args.overwrite:
         message = "--resume continues it, another --output-dir keeps it, --overwrite replaces it"
         raise UsageError(f"{folder.path} holds a run: {message}")
-    _check_inputs(args, [*folder.own_files(replaced=True), *(() if resume else folder.own_files())])
-    folder.check_room(needed)
-    return distributed.all_processes(resume)
-
-
-def _check_inputs(args: argparse.Namespace, files: Sequence[Path]) -> None:
-    """Raise UsageError if the run reads one of the `files`, which it removes now or when it has finished."""
-    own = {file.resolve() for file in files}
+    replaced = {file.resolve() for file in [*folder.own_files(replaced=True), *([] if resume else folder.own_files())]}
     for key, value in vars(args).items():
         for path in value if isinstance(value, list) else [value]:
-            if isinstance(path, Path) and path.resolve() in own:
+            if isinstance(path, Path) and path.resolve() in replaced:
                 message = f"{option_name(key)} {path} lies in the run that would be replaced"
                 raise UsageError(f"{message}: choose another --output-dir")
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    folder.check_room(weights * (checkpoints + 2 * 3))  # the last state has the optimizer's too, and lies there twice
+    return distributed.all_processes(resume)
 
 
 class LastState:
