@@ -37,7 +37,7 @@ from util.storage.checkpoint import Checkpoint, align_classes, load_checkpoint
 from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes
 from util.training.continual import ContinualRun
-from util.training.optim import Schedule, make_optimizer
+from util.training.optim import make_optimizer
 from util.training.resume import add_resume_options, identity_of, should_resume
 
 SCRIPT = Path(__file__).name
@@ -170,7 +170,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     earlier = begun.forgotten
     data = align_classes(checkpoint, data, args.checkpoint, [c for request in earlier for c in request])
     check_held_out(args, checkpoint.info)
-    make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
+    make_optimizer(model, args, hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
     tasks = make_tasks(args, data[0], earlier)

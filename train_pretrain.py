@@ -33,7 +33,7 @@ from util.storage.checkpoint import Checkpoint, save_checkpoint, torch_save
 from util.storage.folders import PretrainFolder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, open_writer
-from util.training.optim import Schedule, make_optimizer
+from util.training.optim import make_optimizer
 from util.training.resume import LastState, add_resume_options, identity_of, should_resume
 from util.training.start import ROWS, build_model, choose_start, describe_model, enrol
 
@@ -133,7 +133,7 @@ def main(argv: list[str] | None) -> None:
     model = build_model(args, source, train_set.classes)
     hardware = hardware.resolve_compile(training_flops(model, args.epochs * len(task.remain_indices)))
     to_device(model, hardware)
-    make_optimizer(model, Schedule.of(args), hardware)  # raises if there is none of that name
+    make_optimizer(model, args, hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
     name = f"pretrain-{train_set.tag}-{source.model.removesuffix('.onnx')}-seed{args.seed}"
@@ -196,7 +196,7 @@ def train(
     args, images_per_second = method.args, 0.0
     method.begin_task(model, task, train_set, args.epochs)
     if args.epochs:
-        trainer = Trainer(model, method, task, train_set, Schedule.of(args))
+        trainer = Trainer(model, method, task)
         last = LastState(folder.last, args.save_every, resume)
         last.restore(trainer)
         progress = "pretrain", "pre-training", args.epochs, trainer.position.epoch

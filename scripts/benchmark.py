@@ -33,7 +33,6 @@ from util.evaluation.evaluate import predict
 from util.runtime.files import write_json
 from util.runtime.hardware import Hardware
 from util.training.engine import Trainer
-from util.training.optim import Schedule
 
 # What can be undone: fields of Hardware, all off on the plain path.
 FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
@@ -66,7 +65,7 @@ class Bench:
         method = METHODS.get(name, Pretrain)(args, hardware)
         model, task = self.untrained(hardware), self.task if name in METHODS else self.whole
         method.begin_task(model, task, self.faces, args.epochs)
-        return Trainer(model.to(hardware.device).train(), method, task, self.faces, Schedule.of(args))
+        return Trainer(model.to(hardware.device).train(), method, task)
 
     def batches(self, trainer: Trainer) -> Iterator[Batch]:
         (plan,) = trainer.method.passes(trainer.task, 0, 1)

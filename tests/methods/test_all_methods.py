@@ -11,7 +11,7 @@ from train_forget import build_parser, parse_arguments
 from util.runtime.errors import UsageError
 from util.training.engine import Trainer
 from util.training.monitor import Monitor
-from util.training.optim import Schedule, derived_seed
+from util.training.optim import derived_seed
 
 ALL = pytest.mark.parametrize("name", list(METHODS))
 TRAINED = [name for name in METHODS if name != "ssd"]  # which makes no pass
@@ -101,7 +101,7 @@ def trainer_of(name: str, method_arguments, make_recognizer, make_images, make_t
     method.begin_run(model, tasks, images)
     torch.manual_seed(derived_seed(7, number))
     method.begin_task(model, tasks[number - 1], images, method.args.epochs)
-    return Trainer(model, method, tasks[number - 1], images, Schedule.of(args))
+    return Trainer(model, method, tasks[number - 1])
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def make_trainer(method_arguments, make_recognizer, make_images, make_tasks, cpu
 
 
 def train(trainer: Trainer, after_epoch=lambda trainer: None) -> None:
-    with Monitor(None, "test", "test", trainer.schedule.epochs) as monitor:
+    with Monitor(None, "test", "test", trainer.epochs) as monitor:
         trainer.train(monitor, lambda trainer: None, after_epoch)
 
 

@@ -10,7 +10,6 @@ from tests.onnx_models import SIZE, small_onnx
 from util.runtime.files import save_tensors
 from util.training.engine import Trainer
 from util.training.monitor import Monitor
-from util.training.optim import Schedule
 
 RANK = dict.fromkeys(("gs_lora", "gs_lora_pp", "unseen"), ("--rank", "2"))
 SMALL_NEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
@@ -41,7 +40,7 @@ def test_a_method_runs_on_it(name, kind, method_arguments, make_images, make_tas
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     method.begin_run(model, tasks, images)
     method.begin_task(model, tasks[0], images, 1)
-    trainer = Trainer(model, method, tasks[0], images, Schedule.of(args))
+    trainer = Trainer(model, method, tasks[0])
     with Monitor(None, "test", "test", 1) as monitor:
         trainer.train(monitor, lambda trainer: None, lambda trainer: None)
     for kind_of_file, tensors in method.end_task(model).files.items():

@@ -20,7 +20,7 @@ from methods.relabel import modulo_labels
 from methods.retrain import Retrain
 from train_forget import parse_arguments
 from util.runtime.hardware import Hardware
-from util.training.optim import Schedule, make_optimizer, make_scheduler, steps_of_epochs
+from util.training.optim import make_optimizer, make_scheduler, steps_of_epochs
 
 BY_EPOCH = ["l2", "ewc", "mas", "lwf", "der", "der_pp", "fdr", "lirf", "gs_lora", "gs_lora_pp"]
 RATES = {"lwf": 1e-4, "l2": 1e-4, "ewc": 1e-4, "mas": 1e-4, "lirf": 1e-4, "der": 1e-3, "der_pp": 1e-3, "fdr": 1e-3}
@@ -268,7 +268,7 @@ def test_the_trained_parameters(begin, name):
 @pytest.mark.parametrize("name", ["scrub", "scrub_s"])
 def test_scrubs_adam_decays_every_parameter(begin, name):
     begun = begin(name, "--as-published")
-    groups = make_optimizer(begun.model, Schedule.of(begun.method.args), begun.method.hardware).param_groups
+    groups = make_optimizer(begun.model, begun.method.args, begun.method.hardware).param_groups
     assert {group["weight_decay"] for group in groups if group["params"]} == {5e-4}
     decayed = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
     assert len(decayed) == len([*begun.model.backbone.parameters()])  # timm before 1.0.27 takes frozen ones in as well
@@ -398,8 +398,8 @@ def test_the_last_batch_is_what_is_left(name):
 def rates_of(args, steps_per_epoch: int = 3) -> list[float]:
     """The learning rate of every update, as the engine asks for it."""
     parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer, schedule = torch.optim.SGD([parameter], lr=args.lr), Schedule.of(args)
-    scheduler = make_scheduler(optimizer, schedule, [steps_per_epoch] * args.epochs)
+    optimizer = torch.optim.SGD([parameter], lr=args.lr)
+    scheduler = make_scheduler(optimizer, args, [steps_per_epoch] * args.epochs)
     rates = []
     for epoch in range(args.epochs):
         scheduler.step(epoch)

@@ -27,7 +27,7 @@ from util.storage.folders import RunFolder
 from util.training.deletion_record import Recorder
 from util.training.engine import Trainer
 from util.training.monitor import Monitor, log_scalars, open_writer
-from util.training.optim import Schedule, derived_seed, epochs_for
+from util.training.optim import derived_seed, epochs_for
 from util.training.resume import LastState
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class ContinualRun:
         start = time.perf_counter()
         trainer = self._trainer(task)
         label = f"task {task.number}/{len(self.tasks)} {task.setting}"
-        progress = f"{self.method.title} {label}", trainer.schedule.epochs, trainer.position.epoch
+        progress = f"{self.method.title} {label}", trainer.epochs, trainer.position.epoch
         with Monitor(writer, f"task_{task.number}", *progress) as monitor:
             speed = trainer.train(monitor, self.last.save, lambda trainer: self._after_epoch(trainer, writer))
         output = self.method.end_task(self.model)
@@ -148,8 +148,7 @@ class ContinualRun:
         self.model.to(self.method.hardware.device)
         if self.results is None:
             self.results = self._new_results()
-        # A method may have images of its own beside the run's.
-        trainer = Trainer(self.model, self.method, task, self.method.train_set, Schedule.of(self.args, epochs))
+        trainer = Trainer(self.model, self.method, task)
         self.last.restore(trainer)
         return trainer
 

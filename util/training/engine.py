@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from backbone.blocks import block_names
 from backbone.recognizer import Recognizer
 from data.batches import Batch, batches
-from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from methods.base import Method
 from util.runtime.distributed import parallel
 from util.runtime.interrupt import Interrupted, Stop, stop_on_signals
 from util.training.monitor import Monitor
-from util.training.optim import Schedule, derived_seed, make_optimizer, make_scheduler, steps_of_epochs
+from util.training.optim import derived_seed, make_optimizer, make_scheduler, steps_of_epochs
 
 
 @dataclass
@@ -34,14 +33,12 @@ class Position:
 class Trainer:
     """One task's training. The method has begun the task; `train` runs what is left of it."""
 
-    def __init__(
-        self, model: Recognizer, method: Method, task: ForgettingTask, train_set: ImageSet, schedule: Schedule
-    ) -> None:
-        self.model, self.method, self.task, self.train_set, self.schedule = model, method, task, train_set, schedule
-        self.hardware = method.hardware
+    def __init__(self, model: Recognizer, method: Method, task: ForgettingTask) -> None:
+        self.model, self.method, self.task = model, method, task
+        self.args, self.hardware, self.epochs = method.args, method.hardware, method.epochs
         self.position = Position()
-        self.optimizer = make_optimizer(model, schedule, self.hardware)
-        self.scheduler = make_scheduler(self.optimizer, schedule, steps_of_epochs(method, task, schedule.epochs))
+        self.optimizer = make_optimizer(model, self.args, self.hardware)
+        self.scheduler = make_scheduler(self.optimizer, self.args, steps_of_epochs(method, task, self.epochs))
         for part in filter(None, (model.backbone, getattr(model, "deposit", None))):
             self.hardware.compile_modules([part, *map(part.get_submodule, block_names(part))])
         self.loss = parallel(Loss(model, method))
@@ -58,7 +55,7 @@ class Trainer:
         """
         seconds, images = 0.0, 0
         with stop_on_signals() as stop:
-            while self.position.epoch < self.schedule.epochs:
+            while self.position.epoch < self.epochs:
                 start = time.perf_counter()
                 self.train_one_epoch(monitor, stop, save)
                 self.hardware.synchronize()
@@ -80,7 +77,7 @@ class Trainer:
             if stop.received is not None:
                 monitor.check()
                 save(self)
-                where = f"epoch {epoch + 1} of {self.schedule.epochs}"
+                where = f"epoch {epoch + 1} of {self.epochs}"
                 message = f"{monitor.label}: stopped by {stop.received.name} in {where} and saved; continue with --resume"
                 raise Interrupted(message, stop.received)
         self.position.epoch, self.position.step = epoch + 1, 0
@@ -89,10 +86,10 @@ class Trainer:
     def batches_left(self) -> Iterator[Batch]:
         """The epoch's batches from the position on, pass after pass."""
         epoch, done = self.position.epoch, self.position.step
-        for number, plan in enumerate(self.method.passes(self.task, epoch, self.schedule.epochs)):
+        for number, plan in enumerate(self.method.passes(self.task, epoch, self.epochs)):
             # The order of batches depends on the position alone, so that a resumed run sees the same one.
-            generator = torch.Generator().manual_seed(derived_seed(self.schedule.seed, self.task.number, epoch, number))
-            yield from batches(self.train_set, plan, generator, self.hardware.device, start=min(done, plan.steps))
+            generator = torch.Generator().manual_seed(derived_seed(self.args.seed, self.task.number, epoch, number))
+            yield from batches(self.method.train_set, plan, generator, self.hardware.device, start=min(done, plan.steps))
             done = max(0, done - plan.steps)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -102,8 +99,8 @@ class Trainer:
         with self.hardware.autocast():
             losses = self.loss(batch)
         losses["total"].backward()
-        if self.schedule.clip_grad is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.schedule.clip_grad)
+        if self.args.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.args.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1

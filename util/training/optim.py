@@ -1,8 +1,7 @@
-"""Optimizer, schedule and length of a task's training."""
+"""Optimizer, learning rate and length of a task's training: the options of `util.cli.options.add_optimization`."""
 
 import argparse
 from bisect import bisect_left
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,27 +20,6 @@ if TYPE_CHECKING:  # it takes 2.7 s to import, which --help need not wait for
 FUSED_OPTIMIZERS = {"adam", "adamw", "sgd", "nesterov", "momentum"}
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How one task's parameters are optimized: the options of `util.cli.options.add_optimization`."""
-
-    epochs: int
-    lr: float
-    min_lr: float
-    weight_decay: float
-    warmup_epochs: int
-    opt: str
-    clip_grad: float | None
-    seed: int
-    sched: str = "cosine"
-    decay_on: str = "matrices"
-
-    @classmethod
-    def of(cls, args: argparse.Namespace, epochs: int | None = None) -> "Schedule":
-        values = {field.name: getattr(args, field.name) for field in fields(cls)}
-        return cls(**values | ({} if epochs is None else {"epochs": epochs}))
-
-
 def steps_of_epochs(method: Method, task: ForgettingTask, epochs: int) -> list[int]:
     """Updates in each of `epochs` epochs."""
     return [sum(plan.steps for plan in method.passes(task, epoch, epochs)) for epoch in range(epochs)]
@@ -55,34 +33,34 @@ def epochs_for(method: Method, task: ForgettingTask, epochs: int, min_updates: i
     return bisect_left(candidates, min_updates, lo=epochs, key=lambda n: sum(steps_of_epochs(method, task, n)))
 
 
-def make_optimizer(model: nn.Module, schedule: Schedule, hardware: Hardware) -> Optimizer:
-    """The optimizer named by `schedule.opt`, one fused kernel a step where it has that. Raises UsageError if unknown."""
+def make_optimizer(model: nn.Module, args: argparse.Namespace, hardware: Hardware) -> Optimizer:
+    """The optimizer named by `args.opt`, one fused kernel a step where it has that. Raises UsageError if unknown."""
     from timm.optim import create_optimizer_v2
 
-    options = {"fused": True} if hardware.fused_optimizer and schedule.opt in FUSED_OPTIMIZERS else {}
+    options = {"fused": True} if hardware.fused_optimizer and args.opt in FUSED_OPTIMIZERS else {}
     # Handed the module, timm leaves frozen parameters out, and spares biases and norms the weight decay by default.
-    options |= {"weight_decay": schedule.weight_decay, "filter_bias_and_bn": schedule.decay_on == "matrices"}
+    options |= {"weight_decay": args.weight_decay, "filter_bias_and_bn": args.decay_on == "matrices"}
     try:
-        return create_optimizer_v2(model, opt=schedule.opt, lr=schedule.lr, **options)
+        return create_optimizer_v2(model, opt=args.opt, lr=args.lr, **options)
     except ValueError as error:
-        raise UsageError(f"--opt {schedule.opt}: {error}") from None
+        raise UsageError(f"--opt {args.opt}: {error}") from None
 
 
-def make_scheduler(optimizer: Optimizer, schedule: Schedule, steps: list[int]) -> "Scheduler":
-    """The learning rate over a training of `steps` updates in each epoch.
+def make_scheduler(optimizer: Optimizer, args: argparse.Namespace, steps: list[int]) -> "Scheduler":
+    """The learning rate of `args` over a training of so many `steps` in each epoch.
 
     `cosine`: linear warm-up, then a cosine, by updates. `cosine-by-epoch`: timm's of the published code, a stair. `step`:
     constant, and a tenth of it in the last 30% of the epochs (the last three of SCRUB's ten published rounds).
     """
     from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 
-    lr_min, warmup_epochs = min(schedule.min_lr, schedule.lr), schedule.warmup_epochs
-    if schedule.sched == "step":
+    lr_min, warmup_epochs = min(args.min_lr, args.lr), args.warmup_epochs
+    if args.sched == "step":
         # timm's milestones count from 1.
-        return MultiStepLRScheduler(optimizer, [round(0.7 * schedule.epochs) + 1], decay_rate=0.1, warmup_t=warmup_epochs)
-    if schedule.sched == "cosine-by-epoch":
+        return MultiStepLRScheduler(optimizer, [round(0.7 * len(steps)) + 1], decay_rate=0.1, warmup_t=warmup_epochs)
+    if args.sched == "cosine-by-epoch":
         warmup = {"warmup_t": warmup_epochs, "warmup_lr_init": 1e-6}
-        return CosineLRScheduler(optimizer, t_initial=schedule.epochs, lr_min=lr_min, **warmup)
+        return CosineLRScheduler(optimizer, t_initial=len(steps), lr_min=lr_min, **warmup)
     warmup = sum(steps[:warmup_epochs])
     return CosineLRScheduler(
         optimizer,

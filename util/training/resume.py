@@ -94,7 +94,7 @@ class LastState:
 
         The first process alone, by its own clock: none waits for another here.
         """
-        due = time.monotonic() - self.saved >= self.save_every or trainer.position.epoch == trainer.schedule.epochs
+        due = time.monotonic() - self.saved >= self.save_every or trainer.position.epoch == trainer.epochs
         if due and not distributed.rank():
             self.save(trainer)
 

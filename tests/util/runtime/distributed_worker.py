@@ -25,7 +25,6 @@ from util.evaluation.evaluate import predict
 from util.runtime import distributed
 from util.runtime.hardware import Hardware
 from util.training.engine import Trainer
-from util.training.optim import Schedule
 
 STEPS = 4
 
@@ -45,7 +44,7 @@ def train(
     torch.manual_seed(5)
     method.begin_run(model, [task], images)
     method.begin_task(model, task, images, args.epochs)
-    trainer = Trainer(model, method, task, images, Schedule.of(args))
+    trainer = Trainer(model, method, task)
     model.train()
     method.begin_epoch(model, 0)
     losses = []

@@ -93,7 +93,6 @@ from data.image_set import ImageSet
 from methods import METHODS
 from tests.conftest import drawn_tasks
 from util.training.engine import Trainer
-from util.training.optim import Schedule
 from util.evaluation.evaluate import predict
 from util.runtime.hardware import choose_hardware
 from util.training.monitor import Monitor
@@ -113,7 +112,7 @@ model = to_device(build_recognizer(Architecture("face_vit_tiny", 6, 112, "cosfac
 method = METHODS["gs_lora"](args, hardware)
 method.begin_run(model, tasks, data)
 method.begin_task(model, tasks[0], data, args.epochs)
-trainer = Trainer(model, method, tasks[0], data, Schedule.of(args))
+trainer = Trainer(model, method, tasks[0])
 hardware.reset_peak_memory()
 with Monitor(None, "", "", 2) as monitor:
     trainer.train(monitor, lambda trainer: None, lambda trainer: print(2 * monitor.images))

@@ -15,19 +15,18 @@ from util.runtime.errors import RunError, UsageError
 from util.runtime.interrupt import Interrupted
 from util.training.engine import Trainer
 from util.training.monitor import Monitor
-from util.training.optim import Schedule, derived_seed, epochs_for, steps_of_epochs
+from util.training.optim import derived_seed, epochs_for, steps_of_epochs
+
+OPTIONS = {"lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.05, "warmup_epochs": 0, "opt": "adamw", "sched": "cosine"}
+OPTIONS |= {"decay_on": "matrices", "clip_grad": None, "seed": 7}
+OPTIONS |= {"batch_size": 16, "last_batch": "full", "mirror": "on", "epoch_over": "longest"}
 
 
-def schedule(**changes) -> Schedule:
-    values = {"epochs": 3, "lr": 1e-3, "min_lr": 1e-5, "weight_decay": 0.05, "warmup_epochs": 0, "opt": "adamw"}
-    return Schedule(**(values | {"clip_grad": None, "seed": 7} | changes))
-
-
-def trainer_for(model, images, hardware, method=Pretrain, **changes) -> Trainer:
-    chosen = method(SimpleNamespace(batch_size=16, last_batch="full", mirror="on", epoch_over="longest"), hardware)
-    task, planned = pretraining_task(images.labels, len(images.classes)), schedule(**changes)
-    chosen.begin_task(model, task, images, planned.epochs)
-    return Trainer(model, chosen, task, images, planned)
+def trainer_for(model, images, hardware, method=Pretrain, epochs=3, **changes) -> Trainer:
+    chosen = method(SimpleNamespace(**OPTIONS | changes), hardware)
+    task = pretraining_task(images.labels, len(images.classes))
+    chosen.begin_task(model, task, images, epochs)
+    return Trainer(model, chosen, task)
 
 
 def nothing(trainer: Trainer) -> None:
@@ -35,7 +34,7 @@ def nothing(trainer: Trainer) -> None:
 
 
 def train(trainer: Trainer, save=nothing, after_epoch=nothing) -> None:
-    with Monitor(None, "test", "test", trainer.schedule.epochs) as monitor:
+    with Monitor(None, "test", "test", trainer.epochs) as monitor:
         trainer.train(monitor, save, after_epoch)
 
 

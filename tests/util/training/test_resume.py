@@ -24,7 +24,7 @@ def saves(monkeypatch):
         monkeypatch.setattr(resume, "time", SimpleNamespace(monotonic=lambda: now[0]))
         monkeypatch.setattr(resume.distributed, "rank", lambda: rank)
         position = SimpleNamespace(epoch=0)
-        trainer = SimpleNamespace(position=position, schedule=SimpleNamespace(epochs=epochs), parameters=[torch.ones(1)])
+        trainer = SimpleNamespace(position=position, epochs=epochs, parameters=[torch.ones(1)])
         trainer.state_dict = lambda: position.epoch
         last = LastState(None, save_every, False)
         for number in range(1, epochs + 1):
