@@ -113,12 +113,11 @@ def class_groups(args: argparse.Namespace, checkpoint: Checkpoint, classes: tupl
 def load_model(args: argparse.Namespace) -> Checkpoint:
     """The checkpoint, with the adapters or the deposit that `args` name."""
     checkpoint = load_checkpoint(args.checkpoint, args.head, args.published_adapters)
+    backbone, image_size = checkpoint.model.backbone, checkpoint.model.architecture.image_size
     for path in args.adapters:
-        apply_adapters(checkpoint.model.backbone, load_tensors(path), path)
+        apply_adapters(backbone, load_tensors(path), path)
     if args.deposit is not None:
-        replace_lower_half(
-            checkpoint.model.backbone, checkpoint.model.architecture.image_size, load_tensors(args.deposit), args.deposit
-        )
+        replace_lower_half(backbone, image_size, load_tensors(args.deposit), args.deposit)
     return checkpoint
 
 

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,34 +122,22 @@ def build_parser(method: type[Method], as_published: str | None) -> options.Pars
     return parser
 
 
-def make_requests(args: argparse.Namespace, classes: Sequence[str], earlier: list[list[int]]) -> list[list[int]]:
-    """The class ids of every task, those of the `earlier` ones first."""
-    if args.forget_classes is not None:
-        return [*earlier, *named_requests([args.forget_classes, *args.then], classes, earlier)]
-    num_tasks = 4 if args.num_tasks is None else args.num_tasks
-    share = 10 if num_tasks == 1 else 5
-    per_task = max(1, round(len(classes) / share)) if args.forget_per_task is None else args.forget_per_task
-    requests = drawn_requests(len(classes), num_tasks, per_task, args.seed)
-    if earlier != [sorted(request) for request in requests[: len(earlier)]]:
-        message = f"{args.resume_from} has not forgotten what the first tasks of this run forget"
-        raise UsageError(f"{message}: check --seed, --num-tasks and --forget-per-task")
-    return requests
-
-
 def make_tasks(args: argparse.Namespace, train_set: ImageSet, earlier: list[list[int]]) -> list[ForgettingTask]:
-    requests = make_requests(args, train_set.classes, earlier)
-    if args.resume_from is not None and not 0 < len(earlier) < len(requests):
-        raise UsageError(f"{args.resume_from} has forgotten {len(earlier)} tasks of {len(requests)}: none to continue with")
-    return forgetting_tasks(
-        train_set.labels,
-        len(train_set.classes),
-        requests,
-        seed=args.seed,
-        data_ratio=args.data_ratio,
-        few_shot=args.few_shot,
-        num_missing=args.missing_classes,
-        earlier=len(earlier),
-    )
+    """A task for each request, those of the `earlier` ones, lists of class ids, first."""
+    classes, done = train_set.classes, len(earlier)
+    if args.forget_classes is not None:
+        requests = [*earlier, *named_requests([args.forget_classes, *args.then], classes, earlier)]
+    else:
+        num_tasks = args.num_tasks or 4
+        per_task = args.forget_per_task or max(1, round(len(classes) / (10 if num_tasks == 1 else 5)))
+        requests = drawn_requests(len(classes), num_tasks, per_task, args.seed)
+        if earlier != [sorted(request) for request in requests[:done]]:
+            message = f"{args.resume_from} has not forgotten what the first tasks of this run forget"
+            raise UsageError(f"{message}: check --seed, --num-tasks and --forget-per-task")
+    if args.resume_from is not None and not 0 < done < len(requests):
+        raise UsageError(f"{args.resume_from} has forgotten {done} tasks of {len(requests)}: none to continue with")
+    images = {"data_ratio": args.data_ratio, "few_shot": args.few_shot, "num_missing": args.missing_classes}
+    return forgetting_tasks(train_set.labels, len(classes), requests, seed=args.seed, earlier=done, **images)
 
 
 def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
@@ -169,28 +156,24 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     begun = Checkpoint(model) if args.resume_from is None else load_checkpoint(args.resume_from)
     earlier = begun.forgotten
     data = align_classes(checkpoint, data, args.checkpoint, [c for request in earlier for c in request])
-    check_held_out(args, checkpoint.info)
+    if args.val_fraction is not None and (checkpoint.info.get("val_fraction") or 0) < args.val_fraction:
+        print(f"warning: {args.checkpoint} may have been trained on images that --val-fraction holds out", file=sys.stderr)
     make_optimizer(model, args, hardware)  # raises if there is none of that name
     if args.published_layout:
         to_published(model)  # raises if the layout cannot hold it
     tasks = make_tasks(args, data[0], earlier)
+    left = tasks[len(earlier) :]
     refuse = named and not args.allow_copies
-    check_forgotten(data, tasks[len(earlier)], {*begun.info.get("forgotten_digests", ())}, refuse)
+    check_forgotten(data, left[0], {*begun.info.get("forgotten_digests", ())}, refuse)
     data = place_images(args, data, hardware.device, tasks)
     sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if by_pixels else data
-    check_copies(sets, tasks[len(earlier) :], refuse)
+    check_copies(sets, left, refuse)
     if named:
-        warn_of_few_photos(tasks[len(earlier) :], data[0].labels.cpu(), data[0].classes)
+        warn_of_few_photos(left, data[0].labels.cpu(), data[0].classes)
     method = METHODS[args.method](args, hardware)
-    method.check(model, tasks[len(earlier) :], data[0])
+    method.check(model, left, data[0])
     pairs = load_pairs(args.pairs or [], a.image_size, args.cache_dir, a.crop_pct)
     return ContinualRun(args, model, method, data, tasks, len(earlier), pairs)
-
-
-def check_held_out(args: argparse.Namespace, info: dict) -> None:
-    """Say so where the recognizer was trained on images that are held out now."""
-    if args.val_fraction is not None and (info.get("val_fraction") or 0) < args.val_fraction:
-        print(f"warning: {args.checkpoint} may have been trained on images that --val-fraction holds out", file=sys.stderr)
 
 
 def main(argv: list[str] | None) -> None:
