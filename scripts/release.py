@@ -34,7 +34,7 @@ from util.cli import options
 from util.cli.main import run_main
 from util.evaluation.verification import pair_benchmark
 from util.runtime.errors import RunError, UsageError, one_line
-from util.runtime.files import atomic_write, save_tensors, write_json
+from util.runtime.files import save_tensors, write_json
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, torch_load, torch_save
 
@@ -89,50 +89,47 @@ def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")  # the exporter's notes name the files of this machine
-    with atomic_write(path) as target:
-        target.write(model.SerializeToString())
+    path.write_bytes(model.SerializeToString())
 
 
-def write_files(folder: Path, checkpoint: Checkpoint, onnx: bool) -> None:
-    """The checkpoint, and its backbone in the form that it came in; `onnx`: as model.onnx too."""
+def write_files(folder: Path, checkpoint: Checkpoint, onnx: bool, images: Tensor) -> dict[str, Tensor]:
+    """The checkpoint, and its backbone in the form that it came in; `onnx`: as model.onnx too.
+
+    Returns the embeddings of unit length that each of the files gives of the `images`, by file name.
+    """
     model = checkpoint.model
-    a = model.architecture
+    a, normalized = model.architecture, model.normalize(images)
     save_checkpoint(folder / "checkpoint.pth", checkpoint)
+    found = {"checkpoint.pth": load_checkpoint(folder / "checkpoint.pth").model.eval().embed(images)}
     if a.graph is not None:
-        with atomic_write(folder / "model.onnx") as target:
-            target.write(write_onnx_weights(model.backbone, a.graph).SerializeToString())
+        (folder / "model.onnx").write_bytes(write_onnx_weights(model.backbone, a.graph).SerializeToString())
+        found["model.onnx"] = run_onnx(folder / "model.onnx", model.backbone.as_given(normalized))
     elif a.model in insightface.default_cfgs:
         torch_save(folder / "backbone.pth", model.backbone.state_dict())
+        backbone = build_backbone(a)
+        backbone.load_state_dict(torch_load(folder / "backbone.pth"))
+        found["backbone.pth"] = backbone.eval()(normalized)
     else:
         write_timm(folder / "timm", model)
-    if onnx and a.graph is None:
-        write_onnx(folder / "model.onnx", Embedder(model).eval(), a.image_size)
-
-
-def embed_with(folder: Path, model: Recognizer, images: Tensor) -> dict[str, Tensor]:
-    """The embeddings of unit length that each of the files in `folder` gives, by file name."""
-    normalized = model.normalize(images)
-    found = {"checkpoint.pth": load_checkpoint(folder / "checkpoint.pth").model.eval().embed(images)}
-    if (folder / "timm").exists():
         backbone = timm.create_model(f"local-dir:{folder / 'timm'}", pretrained=True).eval()
         if isinstance(model.head, Softmax):
             backbone.reset_classifier(0)
         found["timm"] = backbone(normalized)
-    if (folder / "backbone.pth").exists():
-        backbone = build_backbone(model.architecture)
-        backbone.load_state_dict(torch_load(folder / "backbone.pth"))
-        found["backbone.pth"] = backbone.eval()(normalized)
-    if (folder / "model.onnx").exists():
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        given = images if model.architecture.graph is None else model.backbone.as_given(normalized)
-        taken = session.get_inputs()[0]
-        given = given.half() if taken.type == "tensor(float16)" else given
-        at_once = taken.shape[0] if isinstance(taken.shape[0], int) else len(given)
-        outputs = [session.run(None, {taken.name: part.numpy()})[0] for part in given.split(at_once)]
-        found["model.onnx"] = torch.from_numpy(np.concatenate(outputs)).float()
+    if onnx and a.graph is None:
+        write_onnx(folder / "model.onnx", Embedder(model).eval(), a.image_size)
+        found["model.onnx"] = run_onnx(folder / "model.onnx", images)
     return {name: F.normalize(embeddings.flatten(1)) for name, embeddings in found.items()}
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    taken = session.get_inputs()[0]
+    images = images.half() if taken.type == "tensor(float16)" else images
+    at_once = taken.shape[0] if isinstance(taken.shape[0], int) else len(images)
+    outputs = [session.run(None, {taken.name: part.numpy()})[0] for part in images.split(at_once)]
+    return torch.from_numpy(np.concatenate(outputs)).float()
 
 
 @torch.no_grad()
@@ -156,15 +153,13 @@ def main(argv: list[str] | None) -> None:
     unchecked = args.output_dir / ".unchecked"
     unchecked.mkdir(parents=True)
     try:
-        write_files(unchecked, model, args.onnx)
         images = torch.randint(0, 256, (8, 3, a.image_size, a.image_size), dtype=torch.uint8)
         expected = Embedder(checkpoint.model.eval())(images)
-        for name, embeddings in embed_with(unchecked, recognizer, images).items():
+        for name, embeddings in write_files(unchecked, model, args.onnx, images).items():
             error = (embeddings - expected).abs().max().item()
             if not error <= TOLERANCE:
-                raise RunError(
-                    f"{name} would embed otherwise than {args.checkpoint}: off by {error:.1g}; nothing is released"
-                )
+                message = f"{name} would embed otherwise than {args.checkpoint}: off by {error:.1g}"
+                raise RunError(f"{message}; nothing is released")
             print(f"{name}: embeds as the checkpoint does, to {error:.1g}")
         for path in unchecked.iterdir():
             path.rename(args.output_dir / path.name)
