@@ -74,19 +74,19 @@ def pair_benchmark(model: Recognizer, pairs: Mapping[str, FacePairs], hardware: 
     threshold is the first of THRESHOLDS that is right most often on the other folds. TAR is that of all pairs together;
     None where there are too few impostor pairs for the rate. Raises RunError where embeddings are not finite.
     """
-    return {name: _benchmark(model, name, one, hardware) for name, one in pairs.items()}
 
-
-def _benchmark(model: Recognizer, name: str, pairs: FacePairs, hardware: Hardware) -> dict:
     def of(images: Tensor) -> Tensor:
         return model.embed(images).float() + model.embed(images.flip(-1)).float()
 
-    embeddings = map_images(model, of, pairs.images, hardware).cpu()
-    if not embeddings.isfinite().all():
-        raise RunError(f"embeddings of the images of {name} are not finite")
-    left, right = normalize(embeddings.double())[pairs.pairs].unbind(dim=1)
-    distances, same, folds = (left - right).square().sum(dim=1).numpy(), pairs.same.numpy(), pairs.folds.numpy()
-    hits = (distances[:, None] < THRESHOLDS) == same[:, None]
-    accuracies = [hits[folds == f, hits[folds != f].mean(axis=0).argmax()].mean() for f in np.unique(folds)]
-    spread = {"accuracy": 100 * float(np.mean(accuracies)), "accuracy_std": 100 * float(np.std(accuracies))}
-    return spread | _rates(-distances, same, BENCHMARK_RATES)
+    found = {}
+    for name, one in pairs.items():
+        embeddings = map_images(model, of, one.images, hardware).cpu()
+        if not embeddings.isfinite().all():
+            raise RunError(f"embeddings of the images of {name} are not finite")
+        left, right = normalize(embeddings.double())[one.pairs].unbind(dim=1)
+        distances, same, folds = (left - right).square().sum(dim=1).numpy(), one.same.numpy(), one.folds.numpy()
+        hits = (distances[:, None] < THRESHOLDS) == same[:, None]
+        accuracies = [hits[folds == f, hits[folds != f].mean(axis=0).argmax()].mean() for f in np.unique(folds)]
+        spread = {"accuracy": 100 * float(np.mean(accuracies)), "accuracy_std": 100 * float(np.std(accuracies))}
+        found[name] = spread | _rates(-distances, same, BENCHMARK_RATES)
+    return found
