@@ -134,8 +134,8 @@ def test_an_interrupted_run_resumes_to_the_same_end(run_folder, trained, colours
 
     keep = continual.ContinualRun._after_epoch
 
-    def cut(self, trainer, writer):
-        keep(self, trainer, writer)
+    def cut(self, trainer):
+        keep(self, trainer)
         if trainer.task.number == 2 and trainer.position.epoch == 7:
             raise KeyboardInterrupt
 

@@ -96,10 +96,10 @@ def test_an_interrupted_request_on_top_of_another_run_goes_on(named, trained, co
     words = request(trained, colours, output, "--forget-classes", "c0", "--then", "c1", "--resume-from", source)
     keep = continual.ContinualRun._forget
 
-    def cut(self, task, writer):
+    def cut(self, task):
         if task.number == 4:
             raise KeyboardInterrupt
-        keep(self, task, writer)
+        keep(self, task)
 
     monkeypatch.setattr(continual.ContinualRun, "_forget", cut)
     assert command(*words)[0] == 130

@@ -122,8 +122,8 @@ def test_an_interrupted_run_is_continued(here, command, extra_args, tmp_path, mo
 
     keep = continual.ContinualRun._after_epoch
 
-    def cut(self, trainer, writer):
-        keep(self, trainer, writer)
+    def cut(self, trainer):
+        keep(self, trainer)
         if trainer.task.number == 2:
             raise KeyboardInterrupt
 

@@ -2,10 +2,8 @@
 
 import argparse
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,9 +28,6 @@ from util.training.monitor import Monitor, log_scalars, open_writer
 from util.training.optim import derived_seed, epochs_for
 from util.training.resume import LastState
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
 
 @dataclass
 class ContinualRun:
@@ -46,8 +41,8 @@ class ContinualRun:
     method: Method
     data: tuple[ImageSet, ImageSet]
     tasks: list[ForgettingTask]
-    earlier: int = 0
-    pairs: Mapping[str, FacePairs] = field(default_factory=dict)
+    earlier: int
+    pairs: dict[str, FacePairs]
 
     def images_shown(self) -> int:
         """How many images the tasks that are left train on, counted as often as they are seen."""
@@ -72,18 +67,18 @@ class ContinualRun:
         self.pairs_before = pair_benchmark(self.model, self.pairs, self.method.hardware)
         self.method.begin_run(self.model, self.tasks[self.earlier :], self.train_set)
         done = 0
-        if self.last.resume and self.folder.results.exists():
-            self.results = load_results(self.folder.results)
-            done = self._enter(self.folder.checkpoint(self.results["tasks"][-1]["task"]))
+        if resume and folder.results.exists():
+            self.results = load_results(folder.results)
+            done = self._enter(folder.checkpoint(self.results["tasks"][-1]["task"]))
         elif self.args.resume_from is not None:
             done = self._enter(self.args.resume_from)
         if not resume:  # all that can be refused has been
             folder.set_aside()
         write_json(folder.config, config)
-        with open_writer(self.folder.path) as writer:
+        with open_writer(folder.path) as self.writer:
             for task in self.tasks[done:]:
-                self._forget(task, writer)
-            self._finish(writer)
+                self._forget(task)
+            self._finish()
         folder.discard()
         return self.results
 
@@ -104,7 +99,7 @@ class ContinualRun:
     def _forgotten(self, done: int) -> list[list[int]]:
         return [list(task.forget) for task in self.tasks[:done]]
 
-    def _forget(self, task: ForgettingTask, writer: "SummaryWriter") -> None:
+    def _forget(self, task: ForgettingTask) -> None:
         hardware = self.method.hardware
         self.recorder.begin(self.model)
         hardware.reset_peak_memory()
@@ -112,8 +107,8 @@ class ContinualRun:
         trainer = self._trainer(task)
         label = f"task {task.number}/{len(self.tasks)} {task.setting}"
         progress = f"{self.method.title} {label}", trainer.epochs, trainer.position.epoch
-        with Monitor(writer, f"task_{task.number}", *progress) as monitor:
-            speed = trainer.train(monitor, self.last.save, lambda trainer: self._after_epoch(trainer, writer))
+        with Monitor(self.writer, f"task_{task.number}", *progress) as monitor:
+            speed = trainer.train(monitor, self.last.save, self._after_epoch)
         output = self.method.end_task(self.model)
         trained = time.perf_counter()
 
@@ -128,7 +123,7 @@ class ContinualRun:
         }
         entry = task_entry(task, before, after, output.groups, costs) | ({"pairs": pairs} if self.pairs else {})
         self._keep(task, output, entry)
-        log_scalars(writer, "tasks", after, task.number)
+        log_scalars(self.writer, "tasks", after, task.number)
         more = "" if after["acc_old"] is None else f", Acc_o {percent(after['acc_old'])}"
         for name, found in pairs["after"].items():
             more += f", {name} {percent(pairs['before'][name]['accuracy'])} → {percent(found['accuracy'])}"
@@ -163,13 +158,13 @@ class ContinualRun:
         accuracies = self.predictions_before.accuracies(range(len(self.test_set.classes)))
         return new_results(self.method.name, self.args.seed, self.train_set, self.test_set, model, accuracies)
 
-    def _after_epoch(self, trainer: Trainer, writer: "SummaryWriter") -> None:
+    def _after_epoch(self, trainer: Trainer) -> None:
         self.last.after_epoch(trainer)
         epoch, task = trainer.position.epoch, trainer.task
         if self.args.eval_every and epoch % self.args.eval_every == 0:
             now = predict(self.model, self.test_set, self.method.hardware)
             accuracies = accuracies_after(now, task, accuracies_before(self.predictions_before, task))
-            log_scalars(writer, f"task_{task.number}/test", accuracies, epoch)
+            log_scalars(self.writer, f"task_{task.number}/test", accuracies, epoch)
 
     def _keep(self, task: ForgettingTask, output: TaskOutput, entry: dict) -> None:
         """Write a finished task. results.json comes last: a task it names has all of its files."""
@@ -193,13 +188,13 @@ class ContinualRun:
         write_text(self.folder.path / "table.md", Comparison([self.results]).markdown() + "\n")
         write_json(self.folder.results, self.results)
 
-    def _finish(self, writer: "SummaryWriter") -> None:
+    def _finish(self) -> None:
         # matplotlib takes a second to import: not before training has begun.
         from util.report.figures import run_figure, save_figure
 
         figure = run_figure(Comparison([self.results]))
-        if writer is not None:
-            writer.add_figure("run", figure, close=False)
+        if self.writer is not None:
+            self.writer.add_figure("run", figure, close=False)
         save_figure(figure, self.folder.path / "figure.png")
         self.results["finished"] = True
         write_json(self.folder.results, self.results)
