@@ -24,7 +24,6 @@ POLL = 5.0  # seconds between two looks at the queue
 MINUTES = 240  # of a job, without --time; a run that takes longer is requeued
 
 
-@dataclass
 class Run:
     """A command. What it says is appended to the file `log`."""
 
@@ -35,7 +34,7 @@ class Run:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         return self.log.open("a", **TEXT)
 
-    def failure(self, code: int, errors: str) -> str:
+    def reason(self, code: int, errors: str) -> str:
         """What went wrong in one line, from the exit code and what was said on stderr."""
         if not code:
             return ""
@@ -47,6 +46,8 @@ class Run:
 class ClusterRun(Run):
     """A process on a node. It ends without a result where SLURM ends it, and goes on when SLURM starts it again."""
 
+    command: list[str]
+    log: Path
     process: subprocess.Popen | None = field(default=None, repr=False)
 
     def __call__(self) -> str:
@@ -64,7 +65,7 @@ class ClusterRun(Run):
         code, self.process = self.process.returncode, None
         if code in (-signal.SIGTERM, 128 + signal.SIGTERM):  # preempted, requeued or cancelled
             sys.exit(code)
-        return self.failure(code, errors)
+        return self.reason(code, errors)
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
         """Called by submitit before the time is up: let the run save, and end; the job is requeued then."""

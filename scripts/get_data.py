@@ -106,13 +106,17 @@ def download(url: str, folder: Path) -> Path:
     return path
 
 
+def files_of(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
 @contextlib.contextmanager
 def open_archive(path: Path) -> Iterator[dict[str, Callable[[], bytes]]]:
     """The files in an archive or a folder, by name; calling one reads it. Raises UsageError for anything else."""
     with contextlib.ExitStack() as stack:
         try:
             if path.is_dir():
-                files = {file.relative_to(path).as_posix(): file.read_bytes for file in path.rglob("*") if file.is_file()}
+                files = {name: (path / name).read_bytes for name in files_of(path)}
             elif zipfile.is_zipfile(path):
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 files = {name: partial(archive.read, name) for name in archive.namelist()}
@@ -131,18 +135,13 @@ def digest(lines: list[str]) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest()[:16]
 
 
-def files_of(folder: Path) -> list[str]:
-    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-
-
 def write(name: str, recipe: dict, archive: Path, folder: Path) -> None:
     """Write what the recipe makes of the archive into `folder`. Raises UsageError, or RunError where it is damaged."""
     with open_archive(archive) as files:
         plan = plan_of(name, recipe, [*files])
         if len(plan) != recipe["files"] or digest([*plan.values()]) != recipe.get("planned", recipe["names"]):
-            raise UsageError(
-                f"{archive} is not the archive of {name}: {len(plan)} of its {recipe['files']} images are there"
-            )
+            found = f"{len(plan)} of its {recipe['files']} images are there"
+            raise UsageError(f"{archive} is not the archive of {name}: {found}")
         for member, path in plan.items():
             try:
                 data = files[member]()

@@ -26,8 +26,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
-class Job:
-    """One run of a script at the top; `label` names it among the others."""
+class Job(Run):
+    """One run of a script at the top; `label` names it among the others.
+
+    On this machine it is a process that is forked off one which has imported the libraries (`start_server`).
+    """
 
     label: str
     folder: OutputFolder
@@ -37,12 +40,12 @@ class Job:
     failure: str = ""
 
     @property
-    def run(self) -> Run:
-        return ForkedRun([sys.executable, str(ROOT / self.script), *self.arguments], self.folder.path / "log.txt")
+    def command(self) -> list[str]:
+        return [sys.executable, str(ROOT / self.script), *self.arguments]
 
-
-class ForkedRun(Run):
-    """A process of this machine, forked off one that has imported the libraries (`start_server`)."""
+    @property
+    def log(self) -> Path:
+        return self.folder.path / "log.txt"
 
     def start(self, variables: dict[str, str]) -> int:
         """Begin. Returns the process's sentinel."""
@@ -54,12 +57,12 @@ class ForkedRun(Run):
         return self.process.sentinel
 
     def end(self) -> str:
-        """Wait for its end; what went wrong, or ""."""
+        """Wait for the process's end; what went wrong, or ""."""
         self.process.join()
         with self.errors, self.open_log() as log:
             said = self.errors.read()
             log.write(said)
-        return self.failure(self.process.exitcode, said)
+        return self.reason(self.process.exitcode, said)
 
 
 def _run_script(words: list[str], streams: dict[int, Path | str], variables: dict[str, str]) -> None:
@@ -119,18 +122,19 @@ def run_jobs(jobs: list[Job], where: list[str] | dict) -> Iterator[Job]:
     """
     if not jobs:
         return
-    runs = [job.run for job in jobs]
-    on_cluster = isinstance(where, dict)
-    ends = run_on_cluster(runs, runs[0].log.parents[1] / ".slurm", where) if on_cluster else _on_this_machine(runs, where)
+    if isinstance(where, dict):
+        ends = run_on_cluster(jobs, jobs[0].log.parents[1] / ".slurm", where)
+    else:
+        ends = _on_this_machine(jobs, where)
     for index, failure in ends:
         jobs[index].failure = failure
         yield jobs[index]
 
 
-def _on_this_machine(runs: list[ForkedRun], gpus: list[str]) -> Iterator[tuple[int, str]]:
+def _on_this_machine(jobs: list[Job], gpus: list[str]) -> Iterator[tuple[int, str]]:
     """Not through submitit, whose local executor has no queue. Whoever ends it early waits until the runs have saved."""
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(gpus)))} | os.environ
-    free, waiting, running = [*gpus], [*range(len(runs))], {}
+    free, waiting, running = [*gpus], [*range(len(jobs))], {}
     start_server()
     ready = SERVER.Process(target=int)
     ready.start()  # may be interrupted, as a run's start may not
@@ -140,13 +144,13 @@ def _on_this_machine(runs: list[ForkedRun], gpus: list[str]) -> Iterator[tuple[i
             while free and waiting:
                 number, gpu = waiting.pop(0), free.pop(0)
                 with deferred(*STOPS):  # what has begun is known before anything stops
-                    running[runs[number].start(threads | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))] = number, gpu
+                    running[jobs[number].start(threads | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))] = number, gpu
             for sentinel in connection.wait(running):
                 number, gpu = running.pop(sentinel)
                 free.append(gpu)
-                yield number, runs[number].end()
+                yield number, jobs[number].end()
     finally:
         for number, _ in running.values():
-            runs[number].process.terminate()  # it saves, and ends
+            jobs[number].process.terminate()  # it saves, and ends
         for number, _ in running.values():
-            runs[number].end()
+            jobs[number].end()

@@ -103,7 +103,7 @@ def here(monkeypatch) -> list[str]:
     def run_jobs(jobs, where):
         for job in jobs:
             made.append(job.label)
-            with job.run.open_log() as log, contextlib.redirect_stdout(log):
+            with job.open_log() as log, contextlib.redirect_stdout(log):
                 importlib.import_module(job.script.removesuffix(".py")).main(job.arguments)
             yield job
 

@@ -64,7 +64,7 @@ def test_what_a_run_says_is_logged_whatever_it_is(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys; sys.stdout.buffer.write(b'out\\xff'); sys.stderr.buffer.write(b'err\\xfe'); sys.exit(1)")
     job = Job("odd", PretrainFolder(tmp_path / "odd"), str(script), [])
-    with job.run.open_log() as log:
+    with job.open_log() as log:
         log.write("\udcfd ")
     assert [done.failure for done in run_jobs([job], [""])] == ["err\\xfe"]
     assert (tmp_path / "odd" / "log.txt").read_bytes() == b"\\udcfd out\xfferr\\xfe"
