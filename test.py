@@ -43,7 +43,7 @@ from util.training.start import class_ids, whole_classifier
 SCRIPT = Path(__file__).name
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.verify_record is not None:
@@ -202,7 +202,7 @@ def measure_pairs(args: argparse.Namespace, checkpoint: Checkpoint, hardware: Ha
     print(f"\nall numbers: {output}")
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     if args.verify_record is not None:
         return confirm(args)

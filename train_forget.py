@@ -44,8 +44,7 @@ SCRIPT = Path(__file__).name
 BY_NAME = {"method": "unseen", "data_ratio": 1.0, "epochs": 5, "min_updates": 300, "batch_size": 16}
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     config = saved_arguments(argv, SCRIPT)
     chooser = options.Parser(add_help=False)
     add_method_choice(chooser)
@@ -176,14 +175,14 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     return ContinualRun(args, model, method, data, tasks, len(earlier), pairs)
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     hardware = options.start_hardware(args)
     run = assemble(args, hardware)
     run.method.hardware = hardware.resolve_compile(training_flops(run.model, run.images_shown()))
     folder = RunFolder(args.output_dir or Path("exps") / default_name(args, run))
     with folder.locked():
-        forget(args, run, folder, options.given_options(sys.argv if argv is None else argv))
+        forget(args, run, folder, options.given_options(argv))
 
 
 def default_name(args: argparse.Namespace, run: ContinualRun) -> str:

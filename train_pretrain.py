@@ -11,7 +11,6 @@ Leaves checkpoint.pth, config.json, checkpoints/last.pth and TensorBoard events 
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -48,8 +47,7 @@ RECIPE_OF_WEIGHTS = {"published_adapters": None, "rows": "random", "class_map": 
 RECIPE_OF_WEIGHTS |= {"mean": None, "std": None, "bgr": False, "crop_pct": 1.0}
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else argv
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     parser.use_defaults(saved_arguments(argv, SCRIPT))
     return parser.parse_args(argv)
@@ -114,7 +112,7 @@ def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
     options.check_warmup(args)
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     hardware = options.start_hardware(args)
     source = choose_start(args)

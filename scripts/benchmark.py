@@ -118,7 +118,7 @@ def ablation(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
 MODES = {"steps": steps, "ablation": ablation}
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__)
     parser.add_argument("mode", nargs="?", choices=MODES, default="steps", help="what to measure")
     parser.add_argument("--model", default="face_vit_p8s8_d6", metavar="NAME", help="timm model, or one of the papers'")

@@ -74,8 +74,7 @@ def print_rows(jobs: Iterable[Job], width: int) -> None:
         begun = True
 
 
-def main(argv: list[str] | None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> None:
     end = argv.index("--") if "--" in argv else len(argv)
     parser = options.Parser(__doc__, "%(prog)s [options] -- OPTIONS OF train_forget.py")
     parser.add_argument("--methods", nargs="+", default=["all"], metavar="NAME", help=f"all, or of {', '.join(METHODS)}")

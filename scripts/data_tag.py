@@ -19,11 +19,10 @@ from util.cli.main import run_main
 from util.runtime.errors import UsageError
 
 
-def main(argv: list[str] | None) -> None:
-    words = sys.argv[1:] if argv is None else argv
-    if len(words) != 1 or words[0].startswith("-"):
+def main(argv: list[str]) -> None:
+    if len(argv) != 1 or argv[0].startswith("-"):
         raise UsageError("one data folder is needed: data_tag.py DATA")
-    listed = list_records(Path(words[0])) if is_record_file(words[0]) else list_images(words[0])
+    listed = list_records(Path(argv[0])) if is_record_file(argv[0]) else list_images(argv[0])
     labels, digests = torch.tensor(listed.labels), file_digests(listed, cache_folder())
     images = ImageSet(one_line(listed.root.name), torch.empty(0), labels, listed.classes, listed.files, digests)
     print(replace(images, contents=class_digests(images)).tag)

@@ -183,7 +183,7 @@ def report(recipe: dict, output: Path, paths: list[str]) -> None:
         print(f"checksum {found}, ours {recipe['contents']}: the same photos in other files ({recipe['differs']})")
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     recipes = read_json(RECIPES)
     parser = options.Parser(__doc__, "%(prog)s NAME [ARCHIVE] [options]")
     parser.add_argument("name", choices=recipes, metavar="NAME", help=f"data set: {', '.join(recipes)}")

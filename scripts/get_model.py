@@ -129,7 +129,7 @@ def read(files: dict[str, Callable[[], bytes]], archive: Path) -> tuple[bytes, b
     return found[MANIFEST](), found[WEIGHTS]()
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__, "%(prog)s [ARCHIVE] [options]")
     parser.add_argument("archive", nargs="?", type=Path, metavar="ARCHIVE", help="the package, or its unpacked folder")
     parser.add_argument("--output", type=Path, default=Path("data/dlib_face.onnx"), metavar="FILE", help="file to write")

@@ -133,7 +133,7 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="model after a task, of this project")
     parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder")

@@ -14,14 +14,14 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPE
 CANNOT_WRITE |= {errno.EEXIST, errno.ENOENT}  # a file where a folder is to be; a folder that is gone
 
 
-def run_main(main: Callable[[list[str] | None], None]) -> None:
-    """Run a script's main and end with one line instead of a traceback for what a user can cause.
+def run_main(main: Callable[[list[str]], None]) -> None:
+    """Run a script's main on its arguments, and end with one line instead of a traceback for what a user can cause.
 
     Exit code 2 for wrong usage, 1 for a failed run, 130 when interrupted.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
-        main(None)
+        main(sys.argv[1:])
         distributed.stop()
     except (UsageError, RunError) as error:
         _fail(str(error), error.exit_code)

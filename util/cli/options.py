@@ -5,7 +5,6 @@ import inspect
 import math
 import os
 import re
-import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +32,10 @@ class Parser(argparse.ArgumentParser):
         # No abbreviations: a parser that looks for a single option (--config, --method) would miss its own.
         super().__init__(usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+    def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
         """Raises UsageError for an option that would do nothing as well (`util/cli/ignored.py`)."""
-        found = super().parse_args(args, namespace)
-        given = given_options(sys.argv[1:] if args is None else args)
+        found = super().parse_args(args)
+        given = given_options(args)
         changed = [action for action in self.actions() if getattr(found, action.dest, None) != action.default]
         refuse_ignored(found, {name for action in changed for name in action.option_strings if name in given})
         return found
