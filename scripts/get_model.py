@@ -11,7 +11,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -121,14 +120,6 @@ def fetch(folder: Path) -> Path:
     return next(folder.glob("*.tgz"))
 
 
-def read(files: dict[str, Callable[[], bytes]], archive: Path) -> tuple[bytes, bytes]:
-    """Manifest and weights. Raises UsageError where they are not there."""
-    found = {name.rsplit("/", 1)[-1]: member for name, member in files.items()}
-    if not {MANIFEST, WEIGHTS} <= found.keys():
-        raise UsageError(f"{archive} is not {PACKAGE}: it has no {WEIGHTS}")
-    return found[MANIFEST](), found[WEIGHTS]()
-
-
 def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__, "%(prog)s [ARCHIVE] [options]")
     parser.add_argument("archive", nargs="?", type=Path, metavar="ARCHIVE", help="the package, or its unpacked folder")
@@ -137,7 +128,10 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         archive = args.archive or fetch(Path(folder))
         with open_archive(archive) as files:
-            manifest, weights = read(files, archive)
+            found = {name.rsplit("/", 1)[-1]: read for name, read in files.items()}
+            if not {MANIFEST, WEIGHTS} <= found.keys():
+                raise UsageError(f"{archive} is not {PACKAGE}: it has no {WEIGHTS}")
+            manifest, weights = found[MANIFEST](), found[WEIGHTS]()
     if hashlib.sha256(manifest + weights).hexdigest() != SHA256:
         raise UsageError(f"{archive} is not {PACKAGE}: its {WEIGHTS} is another")
     with atomic_write(args.output) as file:

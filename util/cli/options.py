@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,9 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, manual: str = "", usage: str = "%(prog)s [options]", **kwargs: Any) -> None:
         kwargs["description"], _, kwargs["epilog"] = manual.partition("\n\n")
+        wide = partial(HelpFormatter, max_help_position=32, width=110)
         # No abbreviations: a parser that looks for a single option (--config, --method) would miss its own.
-        super().__init__(usage=usage, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(usage=usage, allow_abbrev=False, formatter_class=wide, **kwargs)
 
     def parse_args(self, args: Sequence[str]) -> argparse.Namespace:
         """Raises UsageError for an option that would do nothing as well (`util/cli/ignored.py`)."""
@@ -60,9 +62,6 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str, **kwargs: Any) -> None:
-        super().__init__(prog, max_help_position=32, width=110)
-
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         names = {"int": "N", "float": "F", "Path": "PATH", "str": "NAME"}
         kind = getattr(action.type, "__name__", "")
