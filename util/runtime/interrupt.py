@@ -17,29 +17,23 @@ class Interrupted(RunError):
         self.exit_code = 128 + number
 
 
-class Stop:
-    """`received` is the signal that asked the run to stop, or None."""
-
-    received: signal.Signals | None = None
-
-
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Inside, the first SIGINT or SIGTERM is noted; a second SIGINT interrupts at once, as it would outside.
+def stop_on_signals() -> Iterator[list[signal.Signals]]:
+    """Inside, SIGINT and SIGTERM are noted in the list; a SIGINT after the first interrupts at once, as it would outside.
 
     In the main thread alone. Several processes would each stop at a step of their own: they end at once instead, and
     continue from the last save.
     """
-    stop = Stop()
+    received: list[signal.Signals] = []
 
     def note(number: int, _: object) -> None:
-        if stop.received is not None and number == signal.SIGINT:
+        if received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.received = signal.Signals(number)
+        received.append(signal.Signals(number))
 
     alone = threading.current_thread() is threading.main_thread() and distributed.world_size() == 1
     with _handled_by(note, signal.SIGINT, signal.SIGTERM) if alone else contextlib.nullcontext():
-        yield stop
+        yield received
 
 
 def end_on_sigterm() -> contextlib.AbstractContextManager:

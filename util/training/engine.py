@@ -6,6 +6,7 @@ Nothing in here reads a number back from the device between two epochs.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from signal import Signals
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from data.batches import Batch, batches
 from data.tasks import ForgettingTask
 from methods.base import Method
 from util.runtime.distributed import parallel
-from util.runtime.interrupt import Interrupted, Stop, stop_on_signals
+from util.runtime.interrupt import Interrupted, stop_on_signals
 from util.training.monitor import Monitor
 from util.training.optim import derived_seed, make_optimizer, make_scheduler, steps_of_epochs
 
@@ -54,17 +55,17 @@ class Trainer:
         if a part of the loss is not finite, naming the part and the step.
         """
         seconds, images = 0.0, 0
-        with stop_on_signals() as stop:
+        with stop_on_signals() as received:
             while self.position.epoch < self.epochs:
                 start = time.perf_counter()
-                self.train_one_epoch(monitor, stop, save)
+                self.train_one_epoch(monitor, received, save)
                 self.hardware.synchronize()
                 seconds += time.perf_counter() - start
                 images += monitor.images
                 after_epoch(self)
         return images / seconds if seconds else 0.0
 
-    def train_one_epoch(self, monitor: Monitor, stop: Stop, save: Callable[["Trainer"], None]) -> None:
+    def train_one_epoch(self, monitor: Monitor, received: list[Signals], save: Callable[["Trainer"], None]) -> None:
         epoch = self.position.epoch
         self.model.train()
         if not self.method.counts_statistics:
@@ -74,12 +75,12 @@ class Trainer:
         monitor.begin_epoch(epoch, self.position.step)
         for batch in self.batches_left():
             monitor.step(self.step(batch), len(batch))
-            if stop.received is not None:
+            if received:
                 monitor.check()
                 save(self)
                 where = f"epoch {epoch + 1} of {self.epochs}"
-                message = f"{monitor.label}: stopped by {stop.received.name} in {where} and saved; continue with --resume"
-                raise Interrupted(message, stop.received)
+                message = f"{monitor.label}: stopped by {received[-1].name} in {where} and saved; continue with --resume"
+                raise Interrupted(message, received[-1])
         self.position.epoch, self.position.step = epoch + 1, 0
         monitor.end_epoch(self.optimizer.param_groups[0]["lr"], self.method.end_epoch(self.model, epoch))
 
