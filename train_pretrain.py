@@ -72,9 +72,7 @@ def build_parser() -> options.Parser:
     group.add_argument("--weights", type=Path, metavar="FILE", help="local file of backbone weights to start from")
     group.add_argument("--pretrained", action="store_true", help="start from timm's published weights (needs a network)")
     options.add_published(group, head=False)
-    help_text = (
-        f"rows that the head starts with: {', '.join(ROWS)}, or a file (default: random; with given weights: enrolment)"
-    )
+    help_text = f"initial rows of the head: {', '.join(ROWS)}, or a file (default: random; with given weights: enrolment)"
     group.add_argument("--rows", metavar="NAME", help=help_text)
     help_text = "file whose line i names row i of the classifier or of --rows (default: ImageNet's numbers, or numbers)"
     group.add_argument("--class-map", type=Path, metavar="FILE", help=help_text)

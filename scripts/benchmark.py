@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root
 
@@ -37,11 +36,7 @@ from util.training.engine import Trainer
 # What can be undone: fields of Hardware, all off on the plain path.
 FIELDS = ("bf16", "compile", "cuda_graphs", "cls_only_last_block", "fast_dropout", "fused_optimizer")
 IDENTITIES = 8  # half of them are forgotten
-
-
-class Work(NamedTuple):
-    run: Callable[[], object]
-    images: int
+Work = tuple[Callable[[], object], int]  # what is timed, and how many images it takes
 
 
 class Bench:
@@ -75,22 +70,22 @@ class Bench:
     def work(self, name: str, hardware: Hardware) -> Work:
         """A training step of a method, or the evaluation of all faces."""
         if name == "evaluation":
-            return Work(partial(predict, self.untrained(hardware), self.faces, hardware), len(self.faces))
+            return partial(predict, self.untrained(hardware), self.faces, hardware), len(self.faces)
         trainer = self.begin(name, hardware)
         stream = self.batches(trainer)
-        return Work(lambda: trainer.step(next(stream)), len(next(stream)))
+        return lambda: trainer.step(next(stream)), len(next(stream))
 
 
 def measure(args: argparse.Namespace, *works: Work) -> list[float]:
     """Median seconds of one run of each, taken in turn."""
     from torch.utils.benchmark import Measurement, Timer  # warns of a missing GPU where `can_compile` has not silenced it
 
-    for work in works * (5 if args.device == "cuda" else 1):  # CUDA graphs are replayed from the third run on
-        work.run()
+    for run, _ in works * (5 if args.device == "cuda" else 1):  # CUDA graphs are replayed from the third run on
+        run()
     found = [[] for _ in works]
     for _ in range(3):
-        for work, measured in zip(works, found, strict=True):
-            timer = Timer("run()", globals={"run": work.run}, num_threads=torch.get_num_threads())
+        for (run, _), measured in zip(works, found, strict=True):
+            timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
             measured.append(timer.blocked_autorange(min_run_time=args.min_run_time))
     return [Measurement.merge(measured)[0].median for measured in found]
 
@@ -100,7 +95,7 @@ def steps(args: argparse.Namespace, hardware: Hardware) -> list[dict]:
     bench, rows = Bench(args.model, args.batch_size, count, hardware.device), []
     for name in ("gs_lora", "der_pp", "ewc", "pretrain", "evaluation"):
         works = [bench.work(name, path) for path in (hardware, replace(hardware, **dict.fromkeys(FIELDS, False)))]
-        fast, plain = (work.images / seconds for work, seconds in zip(works, measure(args, *works), strict=True))
+        fast, plain = (images / seconds for (_, images), seconds in zip(works, measure(args, *works), strict=True))
         rows.append({"work": name, "fast : plain": fast / plain, "images/s fast": fast, "images/s plain": plain})
     return rows
 

@@ -98,9 +98,7 @@ def add_job_options(group: argparse.ArgumentParser) -> None:
     group.add_argument("--jobs-per-gpu", type=number(int, 1), metavar="N", help=help_text)
     help_text = "slurm sends each run to the cluster as a job of its own, from a folder that its nodes see"
     group.add_argument("--cluster", choices=("local", "slurm"), default="local", help=help_text)
-    help_text = (
-        'options of sbatch for each job: --sbatch="--partition=gpu --gpus=1 --time=240"; after its time a job is requeued'
-    )
+    help_text = 'sbatch options of each job: --sbatch="--partition=gpu --gpus=1 --time=240"; requeued after its time'
     group.add_argument("--sbatch", default="", metavar="STRING", help=help_text)
 
 

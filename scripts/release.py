@@ -69,9 +69,8 @@ def write_timm(folder: Path, model: Recognizer) -> None:
         state |= {f"{own['classifier']}.{name}": rows for name, rows in model.head.state_dict().items()}
     pixels = {key: a.pixels.get(key, own.get(key)) for key in ("mean", "std", "crop_pct", "interpolation")}
     cfg = pixels | {"input_size": [3, a.image_size, a.image_size], "num_classes": options["num_classes"]}
-    cfg |= {
-        key: own[key] for key in ("fixed_input_size", "classifier", "first_conv", "pool_size") if own.get(key) is not None
-    }
+    of_network = ("fixed_input_size", "classifier", "first_conv", "pool_size")
+    cfg |= {key: own[key] for key in of_network if own.get(key) is not None}
     about = {"architecture": a.model, "num_classes": options.pop("num_classes"), "num_features": backbone.num_features}
     write_json(folder / "config.json", about | {"pretrained_cfg": cfg, "model_args": options})
     save_tensors(folder / "model.safetensors", state)

@@ -134,12 +134,8 @@ def add_hardware(parser: Parser) -> None:
     group = parser.add_argument_group("hardware")
     group.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda or cuda:N; auto takes a GPU if any")
     _add_choice(group, "precision", ("bf16", "fp32"), "precision of matrix products; auto takes bf16 where it is faster")
-    _add_choice(
-        group,
-        "cls-only-last-block",
-        ("on", "off"),
-        "compute the last block for the class token alone; auto does where that token is the embedding",
-    )
+    help_text = "compute the last block for the class token alone; auto does where that token is the embedding"
+    _add_choice(group, "cls-only-last-block", ("on", "off"), help_text)
     _add_choice(group, "images", ("device", "host"), "memory of the decoded images; auto takes the device's if they fit")
 
 

@@ -61,16 +61,10 @@ def make_scheduler(optimizer: Optimizer, args: argparse.Namespace, steps: list[i
     if args.sched == "cosine-by-epoch":
         warmup = {"warmup_t": warmup_epochs, "warmup_lr_init": 1e-6}
         return CosineLRScheduler(optimizer, t_initial=len(steps), lr_min=lr_min, **warmup)
-    warmup = sum(steps[:warmup_epochs])
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(2, sum(steps) - warmup),  # of 1, timm warns
-        lr_min=lr_min,
-        warmup_t=warmup,
-        warmup_lr_init=0.0,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    first = sum(steps[:warmup_epochs])
+    warmup = {"warmup_t": first, "warmup_lr_init": 0.0, "warmup_prefix": True}
+    updates = max(2, sum(steps) - first)  # of 1, timm warns
+    return CosineLRScheduler(optimizer, t_initial=updates, lr_min=lr_min, t_in_epochs=False, **warmup)
 
 
 def derived_seed(*parts: int) -> int:
