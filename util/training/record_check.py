@@ -12,7 +12,7 @@ import torch
 
 from backbone.recognizer import to_device
 from data.image_set import ImageSet
-from data.tasks import ForgettingTask
+from data.tasks import ForgettingTask, name_list
 from util.evaluation.evaluate import Predictions, accuracies_after, accuracies_before, predict
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json, readable, sha256
@@ -22,7 +22,6 @@ from util.storage.folders import RunFolder
 from util.storage.hashes import image_hashes, joint_hash, weights_sha256
 
 Check = tuple[str, bool | None, str]  # what, whether it is so (None: cannot be told), details
-NAMES_SHOWN = 5
 NAMESPACE = "file"  # of signatures, as ssh-keygen's manual names it for files
 
 
@@ -162,9 +161,8 @@ class _MissingImages:
         self.ids = {c for c, name in enumerate(classes) if name not in here}
 
     def __str__(self) -> str:
-        names = [self.classes[c] for c in sorted(self.ids)]
-        more = ", …" if len(names) > NAMES_SHOWN else ""
-        return f"images of {len(names)} class{'es' * (len(names) > 1)} are gone: {', '.join(names[:NAMES_SHOWN])}{more}"
+        names = name_list(sorted(self.ids), self.classes, most=5)
+        return f"images of {len(self.ids)} class{'es' * (len(self.ids) > 1)} are gone: {names}"
 
     def check(self, what: str, so: bool, found: str, classes: Collection[int]) -> Check:
         """What the images of these classes show."""
