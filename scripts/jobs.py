@@ -56,13 +56,13 @@ class Job(Run):
         self.process.start()
         return self.process.sentinel
 
-    def end(self) -> str:
-        """Wait for the process's end; what went wrong, or ""."""
+    def end(self) -> None:
+        """Wait for the process's end, and note what went wrong."""
         self.process.join()
         with self.errors, self.open_log() as log:
             said = self.errors.read()
             log.write(said)
-        return self.reason(self.process.exitcode, said)
+        self.failure = self.reason(self.process.exitcode, said)
 
 
 def _run_script(words: list[str], streams: dict[int, Path | str], variables: dict[str, str]) -> None:
@@ -120,19 +120,18 @@ def run_jobs(jobs: list[Job], where: list[str] | dict) -> Iterator[Job]:
     """
     if not jobs:
         return
-    if isinstance(where, dict):
-        ends = run_on_cluster(jobs, jobs[0].log.parents[1] / ".slurm", where)
-    else:
-        ends = _on_this_machine(jobs, where)
-    for index, failure in ends:
+    if isinstance(where, list):
+        yield from _on_this_machine(jobs, where)
+        return
+    for index, failure in run_on_cluster(jobs, jobs[0].log.parents[1] / ".slurm", where):
         jobs[index].failure = failure
         yield jobs[index]
 
 
-def _on_this_machine(jobs: list[Job], gpus: list[str]) -> Iterator[tuple[int, str]]:
+def _on_this_machine(jobs: list[Job], gpus: list[str]) -> Iterator[Job]:
     """Not through submitit, whose local executor has no queue. Whoever ends it early waits until the runs have saved."""
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(gpus)))} | os.environ
-    free, waiting, running = [*gpus], [*range(len(jobs))], {}
+    free, waiting, running = [*gpus], [*jobs], {}
     start_server()
     ready = SERVER.Process(target=int)
     ready.start()  # may be interrupted, as a run's start may not
@@ -140,15 +139,16 @@ def _on_this_machine(jobs: list[Job], gpus: list[str]) -> Iterator[tuple[int, st
     try:
         while waiting or running:
             while free and waiting:
-                number, gpu = waiting.pop(0), free.pop(0)
+                job, gpu = waiting.pop(0), free.pop(0)
                 with deferred(*STOPS):  # what has begun is known before anything stops
-                    running[jobs[number].start(threads | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))] = number, gpu
+                    running[job.start(threads | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))] = job, gpu
             for sentinel in connection.wait(running):
-                number, gpu = running.pop(sentinel)
+                job, gpu = running.pop(sentinel)
                 free.append(gpu)
-                yield number, jobs[number].end()
+                job.end()
+                yield job
     finally:
-        for number, _ in running.values():
-            jobs[number].process.terminate()  # it saves, and ends
-        for number, _ in running.values():
-            jobs[number].end()
+        for job, _ in running.values():
+            job.process.terminate()  # it saves, and ends
+        for job, _ in running.values():
+            job.end()
