@@ -88,7 +88,8 @@ class Trainer:
         """The epoch's batches from the position on, pass after pass."""
         epoch, done = self.position.epoch, self.position.step
         for number, plan in enumerate(self.method.passes(self.task, epoch, self.epochs)):
-            # The order of batches depends on the position alone, so that a resumed run sees the same one.
+            # The order of batches depends on the position alone, so that a resumed run sees the same one. They are of the
+            # method's images, which may be more than the run's.
             generator = torch.Generator().manual_seed(derived_seed(self.args.seed, self.task.number, epoch, number))
             yield from batches(self.method.train_set, plan, generator, self.hardware.device, start=min(done, plan.steps))
             done = max(0, done - plan.steps)
