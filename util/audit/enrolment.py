@@ -54,12 +54,10 @@ class Enrolment(AuditMetric):
                     strangers, _ = search(audited.stranger_embeddings, gallery)
                     threshold = np.quantile(strangers.numpy(), 1 - FPIR)
                     identified += (right & (similarity.numpy() > threshold)) / DRAWS
-            statistics[f"enrolment_{images}"] = mean_statistic(hits, task.test_groups, task.num_groups)
+            statistics[f"enrolment_{images}"] = mean_statistic(hits, task.test_groups)
         seen = shown > 0
-        statistics["photos_enrolment_1"] = mean_statistic(
-            again[seen] / shown[seen], task.train_groups[seen], task.num_groups
-        )
-        measured = mean_statistic(identified, task.test_groups, task.num_groups)
+        statistics["photos_enrolment_1"] = mean_statistic(again[seen] / shown[seen], task.train_groups[seen])
+        measured = mean_statistic(identified, task.test_groups)
         statistics["tpir_1pct"] = measured if task.stranger_set is not None else "needs --strangers"
         curve = {"images": [*kept], "kept": [round(value, 2) for value in kept.values()]}
         return Measurement(statistics, {"enrolment": curve})

@@ -38,7 +38,7 @@ class Probe(AuditMetric):
         statistics, curve = {}, {"layers": [], "all": [], "forgotten": []}
         for key, probe, faces in layers:
             among_all, among_forgotten = probe_hits(probe, faces, task)
-            statistics[key] = mean_statistic(among_all, task.test_groups, task.num_groups)
+            statistics[key] = mean_statistic(among_all, task.test_groups)
             curve["layers"].append(key.removeprefix("probe_").replace("_", " "))
             curve["all"].append(round(100 * among_all.mean(), 2))
             curve["forgotten"].append(round(100 * among_forgotten.mean(), 2))

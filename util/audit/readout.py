@@ -28,5 +28,5 @@ class Readout(AuditMetric):
             for row, sign, own in zip(hits, (1, -1), (False, True), strict=True):
                 logits = sign * audited.logits(faces, *audited.rows(task, draw, own))
                 row += (logits.argmax(dim=1) == task.forget_labels).numpy() / DRAWS
-        largest, smallest = (mean_statistic(row, task.test_groups, task.num_groups) for row in hits)
+        largest, smallest = (mean_statistic(row, task.test_groups) for row in hits)
         return Measurement({"acc_forget": largest, "sign_flip": smallest})

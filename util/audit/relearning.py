@@ -54,10 +54,10 @@ class Relearning(AuditMetric):
             # Of one photo each; of five, what is left of few people is little.
             new = ~np.isin(task.forget_train, run[2]) & (key == "relearn_1")
             hits, trained = relearn(audited, task, *run, task.forget_train[new])
-            statistics[key] = mean_statistic(_mean_over_log_steps(hits), task.test_groups, task.num_groups)
+            statistics[key] = mean_statistic(_mean_over_log_steps(hits), task.test_groups)
             if new.any():
                 mean = _mean_over_log_steps(trained)
-                statistics[f"{TRAINED}{key}"] = mean_statistic(mean, task.train_groups[new], task.num_groups)
+                statistics[f"{TRAINED}{key}"] = mean_statistic(mean, task.train_groups[new])
             curves[key] = {"steps": list(STEPS), "accuracy": [round(100 * float(row.mean()), 2) for row in hits]}
         return Measurement(statistics, curves)
 

@@ -21,8 +21,8 @@ STILL_KNOWN, OVER_FORGOTTEN = "still known", "over-forgotten"
 WITHIN, INCONCLUSIVE = "within the margin", "inconclusive"
 
 
-def mean_statistic(hits: np.ndarray, groups: np.ndarray, identities: int) -> Statistic:
-    """The share of hits: hits (N,) in [0, 1], who (N,) the identity of each, or (N, m) those whose weights multiply."""
+def mean_statistic(hits: np.ndarray, groups: np.ndarray) -> Statistic:
+    """The share of hits: hits (N,) in [0, 1], groups (N,) the identity of each, or (N, m) those whose weights multiply."""
     # Images of the same identities are summed once, not in each of a thousand replicates.
     groups, where, counts = np.unique(groups.reshape(len(hits), -1), axis=0, return_inverse=True, return_counts=True)
     sums = np.bincount(where.ravel(), hits, len(groups))
@@ -45,8 +45,8 @@ def auc_statistic(
 ) -> Statistic:
     """Area under the ROC curve, ties counting half: P(positive > negative).
 
-    positive (P,), negative (N,) are scores; `…_who` (P, m), (N, m) the identities that each belongs to, whose weights
-    multiply; None: of nobody, weight 1.
+    positive (P,), negative (N,) are scores; `…_groups` (P, m), (N, m) the identities of each, whose weights multiply; None:
+    of nobody, weight 1.
     """
     scores, rank = np.unique(np.concatenate([positive, negative]), return_inverse=True)
     positive_rank, negative_rank = np.split(rank, [len(positive)])

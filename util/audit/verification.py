@@ -55,12 +55,12 @@ class Verification(AuditMetric):
                 continue
             threshold = np.quantile(known, 1 - rate)
             if key != "collapse_1pct":
-                statistics[key] = mean_statistic(own > threshold, test_groups, task.num_groups)
+                statistics[key] = mean_statistic(own > threshold, test_groups)
                 continue
             strangers = labels[:, None] != task.forget_labels
             # At the threshold counts, up to rounding: where all faces are one point, all pairs are.
             above = ((unit @ forgotten.T >= threshold - 1e-6) & strangers).sum(dim=0) / strangers.sum(dim=0)
-            statistics[key] = mean_statistic(above.numpy(), task.test_groups, task.num_groups)
+            statistics[key] = mean_statistic(above.numpy(), task.test_groups)
         # The curve's false pairs are those of the thresholds, so that it goes through the rates above.
         false = known if len(known) else other
         far, tar, _ = roc_curve(np.repeat([1, 0], [len(own), len(false)]), np.concatenate([own, false]))

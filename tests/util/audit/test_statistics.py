@@ -27,13 +27,13 @@ def chance():
 
 def test_a_mean_counts_each_image_as_often_as_its_identity_is_drawn(chance):
     hits = chance.random(len(WHO))
-    statistic = mean_statistic(hits, WHO, 3)
+    statistic = mean_statistic(hits, WHO)
     assert at(statistic) == pytest.approx([share(hits, WHO, people) for people in DRAWN])
     assert value_of(statistic, 3) == pytest.approx(100 * hits.mean())
 
 
 def test_a_mean_of_nobody_is_no_number():
-    statistic = mean_statistic(np.array([1.0, 1.0]), np.array([0, 2]), 3)
+    statistic = mean_statistic(np.array([1.0, 1.0]), np.array([0, 2]))
     assert np.isnan(at(statistic, [(1, 1, 1)])).all()
 
 
@@ -69,7 +69,7 @@ def test_a_pair_of_two_identities_counts_as_often_as_both_are_drawn(chance):
 
 def test_a_pair_of_photos_counts_as_often_as_both_are_drawn(chance):
     hits, pairs = chance.random(4), np.array([(0, 1), (0, 2), (1, 2), (1, 1)])
-    statistic = mean_statistic(hits, pairs, 3)
+    statistic = mean_statistic(hits, pairs)
     for people in DRAWN[:-1]:
         times = np.bincount(people, minlength=3)
         each = [times[a] * times[b] for a, b in pairs]
@@ -84,7 +84,7 @@ def test_scores_that_all_tie_tell_nothing():
 @pytest.mark.parametrize("metric", ["mean", "auc"])
 def test_an_interval_is_that_of_samples_of_identities(metric, chance):
     scores, negative = chance.random(len(WHO)), chance.random(20)
-    statistic = mean_statistic(scores, WHO, 3) if metric == "mean" else auc_statistic(scores, negative, WHO[:, None])
+    statistic = mean_statistic(scores, WHO) if metric == "mean" else auc_statistic(scores, negative, WHO[:, None])
     found = []
     for counts in np.random.default_rng(5).multinomial(3, [1 / 3] * 3, 1000):
         sample = np.concatenate([scores[person == WHO] for person in np.repeat(np.arange(3), counts)])
@@ -96,7 +96,7 @@ def test_an_interval_is_that_of_samples_of_identities(metric, chance):
 
 
 def test_samples_without_the_figure_are_left_out_of_the_interval():
-    statistic = mean_statistic(np.array([1.0, 0.0]), np.array([0, 1]), 3)  # nobody's image where the third is drawn thrice
+    statistic = mean_statistic(np.array([1.0, 0.0]), np.array([0, 1]))  # nobody's image where the third is drawn thrice
     low, high = bootstrap_interval(statistic, 3, seed=0)
     assert (low, high) == (0, 100)
 
