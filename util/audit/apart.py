@@ -23,7 +23,7 @@ class Apart(AuditMetric):
     }
 
     def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
-        rows, statistics = F.normalize(audited.rows(task)[0][list(task.remain)]), {}
+        rows, statistics = F.normalize(audited.head(task).weight[list(task.remain)]), {}
         sets = (audited.train_embeddings, task.train_set), (audited.test_embeddings, task.test_set)
         for key, (embeddings, images) in zip(self.titles, sets, strict=True):
             own, strangers = (torch.isin(images.labels, torch.tensor(group)) for group in (task.forget, task.strangers))

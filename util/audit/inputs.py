@@ -1,5 +1,6 @@
 """What the metrics look at: a task (whose forgetting is audited, on which images) and a model (its embeddings and rows)."""
 
+import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.blocks import block_names, block_outputs, summary
+from backbone.heads import Head
 from backbone.recognizer import Recognizer, to_device
 from data.image_set import ImageSet
 from util.evaluation.evaluate import embed_images, map_images
@@ -145,39 +147,27 @@ class AuditedModel:
     def _embed(self, images: ImageSet) -> Tensor:
         return embed_images(to_device(self.model, self.hardware), images, self.hardware).cpu()
 
-    @cached_property
-    def absent(self) -> Tensor:
-        """Classes that the model has no row for, bool (C,)."""
-        return self.model.head.absent.cpu()
-
     def templates(self, task: AuditTask, images: int, draw: int) -> Tensor:
         """The gallery: the normalized mean of some training images of each identity, (C, dim) of unit length."""
         unit = F.normalize(self.train_embeddings)
         return F.normalize(torch.stack([unit[positions].mean(dim=0) for positions in task.enrolled(images, draw)]))
 
-    def rows(self, task: AuditTask, draw: int = 0, own: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The head's rows (C, dim) and bias (C,), if it has one, of the kept. Everybody else's are made anew, of templates
-        of 5 images, as long as the others on average: all models are read alike, whatever was done to a row.
+    def head(self, task: AuditTask, draw: int = 0, own: bool = False) -> Head:
+        """A copy of the head with the kept people's rows. Everybody else's are made anew, of templates of 5 images, as long
+        as the others on average: all models are read alike, whatever was done to a row.
 
         own: made anew are only those that the model does not have.
         """
-        head = self.model.head
-        anew = torch.ones_like(self.absent).index_fill(0, torch.tensor(task.remain), False)
-        anew = self.absent if own else anew | self.absent
-        weight, bias = head.weight.detach().float().cpu(), getattr(head, "bias", None)
+        head = copy.deepcopy(self.model.head).float().cpu().requires_grad_(False)
+        anew = head.absent
+        if not own:
+            anew |= torch.ones_like(anew).index_fill(0, torch.tensor(task.remain), False)
         if anew.any():
-            length = weight[~anew].norm(dim=1).mean()
-            weight = torch.where(anew[:, None], length * self.templates(task, ENROLLED, draw), weight)
-        if bias is not None:
-            bias = bias.detach().float().cpu()
-            bias = torch.where(anew, bias[~anew].mean(), bias)
-        return weight, bias
-
-    def logits(self, embeddings: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """Label-free logits (N, C) of embeddings (N, dim) over these rows."""
-        if bias is None:
-            return self.model.head.scale * F.linear(F.normalize(embeddings), F.normalize(rows))
-        return F.linear(embeddings, rows, bias)
+            length = head.weight[~anew].norm(dim=1).mean()
+            head.weight[anew] = length * self.templates(task, ENROLLED, draw)[anew]
+            if hasattr(head, "bias"):
+                head.bias[anew] = head.bias[~anew].mean()
+        return head
 
     def tokens(self, images: ImageSet, positions: Tensor) -> list[Tensor]:
         """The class token (the mean over places, where there is none) after PROBED blocks or all: (N, dim) each."""

@@ -22,7 +22,7 @@ class MembershipOfImages(AuditMetric):
 
     def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
         train, test = F.normalize(audited.train_embeddings), F.normalize(audited.test_embeddings)
-        rows = F.normalize(audited.rows(task)[0][list(task.remain)])
+        rows = F.normalize(audited.head(task).weight[list(task.remain)])
         labels = task.test_set.labels.cpu()
         scores: dict[str, list] = {"own": [], "row": []}
         for c in task.forget:

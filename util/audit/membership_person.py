@@ -45,8 +45,8 @@ class MembershipOfPerson(AuditMetric):
         return Measurement({key: auc_statistic(scores[is_forgotten], scores[~is_forgotten], task.test_groups[:, None])})
 
     def _features(self, audited: AuditedModel, task: AuditTask, embeddings: Tensor) -> Tensor:
-        rows, kept = audited.rows(task), list(task.remain)
-        cosines = F.normalize(embeddings) @ F.normalize(rows[0][kept]).T
-        log_p = audited.logits(embeddings, *rows)[:, kept].log_softmax(dim=1)
+        head, kept = audited.head(task), list(task.remain)
+        cosines = F.normalize(embeddings) @ F.normalize(head.weight[kept]).T
+        log_p = head(embeddings)[:, kept].log_softmax(dim=1)
         entropy = -(log_p.exp() * log_p).sum(dim=1, keepdim=True)
         return torch.cat([cosines.sort(dim=1).values, embeddings.norm(dim=1, keepdim=True), entropy], dim=1)

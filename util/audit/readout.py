@@ -26,7 +26,7 @@ class Readout(AuditMetric):
         hits, faces = np.zeros((2, len(task.forget_test))), audited.test_embeddings[task.forget_test]
         for draw in range(DRAWS):
             for row, sign, own in zip(hits, (1, -1), (False, True), strict=True):
-                logits = sign * audited.logits(faces, *audited.rows(task, draw, own))
+                logits = sign * audited.head(task, draw, own)(faces)
                 row += (logits.argmax(dim=1) == task.forget_labels).numpy() / DRAWS
         largest, smallest = (mean_statistic(row, task.test_groups) for row in hits)
         return Measurement({"acc_forget": largest, "sign_flip": smallest})

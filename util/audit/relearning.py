@@ -7,6 +7,7 @@ import torch
 from scipy.integrate import trapezoid
 from torch import Tensor
 
+from backbone.heads import Head
 from backbone.recognizer import to_device
 from util.audit.base import AuditMetric, Measurement
 from util.audit.inputs import ENROLLED, TRAINED, AuditedModel, AuditTask
@@ -36,24 +37,20 @@ class Relearning(AuditMetric):
 
     def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
         forget, runs = torch.tensor(task.forget), {}
-        own, bias = audited.rows(task)  # bias: the kept ones' mean for everybody else
-        length = own[list(task.remain)].norm(dim=1).mean()
         for images in (1, ENROLLED):
-            chosen = task.enrolled(images, 0)
-            shown = torch.from_numpy(np.concatenate([chosen[c] for c in task.forget]))
-            rows = own.index_copy(0, forget, length * audited.templates(task, images, 0)[forget])
-            runs[f"relearn_{images}"] = rows, bias, shown
-        known = audited if audited.original else task.before
-        put_back = [
-            None if part is None else part.index_copy(0, forget, theirs[forget])
-            for part, theirs in zip((own, bias), known.rows(task, own=True), strict=True)
-        ]
-        runs["relearn_kept_only"] = *put_back, torch.empty(0, dtype=torch.long)
+            chosen, head = task.enrolled(images, 0), audited.head(task)
+            length = head.weight[list(task.remain)].norm(dim=1).mean()
+            head.weight[forget] = length * audited.templates(task, images, 0)[forget]
+            runs[f"relearn_{images}"] = head, torch.from_numpy(np.concatenate([chosen[c] for c in task.forget]))
+        head, known = audited.head(task), audited if audited.original else task.before
+        for rows, theirs in zip(head.parameters(), known.head(task, own=True).parameters(), strict=True):
+            rows[forget] = theirs[forget]
+        runs["relearn_kept_only"] = head, torch.empty(0, dtype=torch.long)
         statistics, curves = {}, {}
-        for key, run in runs.items():
+        for key, (head, shown) in runs.items():
             # Of one photo each; of five, what is left of few people is little.
-            new = ~np.isin(task.forget_train, run[2]) & (key == "relearn_1")
-            hits, trained = relearn(audited, task, *run, task.forget_train[new])
+            new = ~np.isin(task.forget_train, shown) & (key == "relearn_1")
+            hits, trained = relearn(audited, task, head, shown, task.forget_train[new])
             statistics[key] = mean_statistic(_mean_over_log_steps(hits), task.test_groups)
             if new.any():
                 mean = _mean_over_log_steps(trained)
@@ -62,19 +59,15 @@ class Relearning(AuditMetric):
         return Measurement(statistics, curves)
 
 
-def relearn(
-    audited: AuditedModel, task: AuditTask, rows: Tensor, bias: Tensor | None, shown: Tensor, new: Tensor
-) -> tuple[np.ndarray, np.ndarray]:
-    """Train a copy of the model, with these rows (C, dim) and bias (C,), on `shown` training images and as many kept ones.
+def relearn(audited: AuditedModel, task: AuditTask, head: Head, shown: Tensor, new: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Train a copy of the model, with the rows of `head`, on `shown` training images and as many kept ones.
 
     Returns which of the forgotten test images, and of the training images `new`, are recognized after each of STEPS steps:
     float (steps, N) in {0, 1}.
     """
     hardware = task.hardware
     model = to_device(copy.deepcopy(audited.model), hardware).eval().requires_grad_(True)  # without dropout: repeatable
-    model.head.weight.data.copy_(rows)
-    if bias is not None:
-        model.head.bias.data.copy_(bias)
+    model.head.load_state_dict(head.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     generator = torch.Generator().manual_seed(task.seed)
     labels = task.train_set.labels.cpu()

@@ -28,7 +28,7 @@ def utility(audited: AuditedModel, task: AuditTask) -> dict[str, float | None]:
 def recognition(audited: AuditedModel, task: AuditTask) -> dict[str, float | None]:
     """Accuracy among all rows (templates where it has none) and verification AUC of kept faces, in percent."""
     labels, embeddings = task.test_set.labels.cpu()[task.remain_test], audited.test_embeddings[task.remain_test]
-    right = audited.logits(embeddings, *audited.rows(task, own=True)).argmax(dim=1) == labels
+    right = audited.head(task, own=True)(embeddings).argmax(dim=1) == labels
     pairs = verify(embeddings, labels, PAIRS, task.seed)
     auc = None if pairs is None else pairs["auc"]
     return {"acc_remain": 100 * right.float().mean().item(), "verification_auc_remain": auc}

@@ -76,9 +76,7 @@ def test_rows_of_all_but_the_kept_are_templates_as_long_as_the_others(own):
     length = np.mean([np.linalg.norm(expected[c]) for c in range(8) if c not in anew])
     for draw in (0, 4):
         expected[anew] = length * gallery(audited, task, 5, draw)[anew]
-        rows, bias = audited.rows(task, draw, own)
-        np.testing.assert_allclose(array(rows), expected, rtol=1e-5)
-        assert bias is None
+        np.testing.assert_allclose(array(audited.head(task, draw, own).weight), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("head", ["cosface", "arcface", "sface", "softmax"])
@@ -86,17 +84,17 @@ def test_logits_over_a_models_own_rows_are_its_own(head):
     audited, task = make_up(head=head)
     with torch.no_grad():
         expected = audited.model.head(audited.test_embeddings)
-    torch.testing.assert_close(audited.logits(audited.test_embeddings, *audited.rows(task, own=True)), expected)
+    torch.testing.assert_close(audited.head(task, own=True)(audited.test_embeddings), expected)
 
 
 def test_a_row_made_anew_has_the_other_rows_mean_bias():
     audited, task = make_up(forget=(1, 6), head="softmax")
     bias = array(audited.model.head.bias)
     bias[[1, 6]] = np.mean([bias[c] for c in (0, 2, 3, 4, 5, 7)])
-    rows = audited.rows(task)
-    np.testing.assert_allclose(array(rows[1]), bias, rtol=1e-6)
-    expected = array(audited.test_embeddings) @ array(rows[0]).T + bias
-    np.testing.assert_allclose(audited.logits(audited.test_embeddings, *rows), expected, rtol=1e-4, atol=1e-4)
+    head = audited.head(task)
+    np.testing.assert_allclose(array(head.bias), bias, rtol=1e-6)
+    expected = array(audited.test_embeddings) @ array(head.weight).T + bias
+    np.testing.assert_allclose(head(audited.test_embeddings), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_embeddings_are_the_models():

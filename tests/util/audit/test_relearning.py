@@ -66,8 +66,8 @@ def test_a_figure_is_the_mean_of_its_curve(few_steps):
 
 def test_people_are_weighed_by_their_images(few_steps):
     audited, task = colours()
-    rows, _ = audited.rows(task)
-    average = _mean_over_log_steps(relearn(audited, task, rows, None, *[torch.empty(0, dtype=torch.long)] * 2)[0])
+    nobody = torch.empty(0, dtype=torch.long)
+    average = _mean_over_log_steps(relearn(audited, task, audited.head(task), nobody, nobody)[0])
     found = Relearning().measure(audited, task).statistics["relearn_kept_only"]
     draws = [(0, 0), (1, 1), (0, 1)]
     assert at(found, draws, 2) == pytest.approx([share(average, task.test_groups, people) for people in draws])
@@ -76,10 +76,10 @@ def test_people_are_weighed_by_their_images(few_steps):
 def test_training_photos_that_are_not_trained_on_count_too(few_steps):
     audited, task = colours()
     shown = torch.tensor([task.train_by_class[c][0] for c in task.forget])
-    rows = audited.rows(task)
-    _, trained = relearn(audited, task, *rows, shown, task.forget_train)
+    head = audited.head(task)
+    _, trained = relearn(audited, task, head, shown, task.forget_train)
     assert trained.shape == (3, 16)
-    answers = audited.logits(audited.train_embeddings[task.forget_train], *rows).argmax(dim=1)
+    answers = head(audited.train_embeddings[task.forget_train]).argmax(dim=1)
     assert (trained[0] == (answers == audited.train_set.labels[task.forget_train]).numpy()).all(), "before any step"
     assert 0 < value_of(Relearning().measure(audited, task).statistics["photos_relearn_1"], 2) <= 100
 

@@ -122,7 +122,7 @@ def test_everybody_has_as_many_photos_and_nobody_twice(models):
         [round_task.train_embeddings[place.train_set.labels > 13], round_task.test_embeddings[place.test_set.labels > 13]]
     )
     assert len(torch.unique(photos, dim=0)) == 30 * 4
-    assert round_task.absent.tolist() == 14 * [False] + 30 * [True]
+    assert round_task.model.head.absent.tolist() == 14 * [False] + 30 * [True]
 
 
 def test_apart_is_the_auc_against_strangers_photos(models):
