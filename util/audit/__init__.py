@@ -1,5 +1,7 @@
 """Does the model still know the person? One file a metric, and this registry, in the order of the tables."""
 
+from collections import ChainMap
+
 from util.audit.apart import Apart
 from util.audit.base import AuditMetric
 from util.audit.cka import CKA
@@ -18,3 +20,9 @@ AUDIT_METRICS: dict[str, AuditMetric] = {
 # Of these, the ones that look at embeddings and rows alone. Strangers are whom MembershipOfPerson tells the forgotten from.
 STRANGER_METRICS: dict[str, AuditMetric] = {name: AUDIT_METRICS[name] for name in ("readout", "enrolment", "verification")}
 STRANGER_METRICS |= {"membership_images": AUDIT_METRICS["membership_images"], "membership_person": Apart()}
+
+
+def title_of(key: str) -> str:
+    """A metric's key in words: the field's terms."""
+    titles = ChainMap(*(metric.titles for metric in (*AUDIT_METRICS.values(), *STRANGER_METRICS.values())))
+    return titles.get(key) or f"linear probe after {key.removeprefix('probe_').replace('_', ' ')}"

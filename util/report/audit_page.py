@@ -15,9 +15,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from util.audit import title_of
 from util.audit.base import FAMILIES
 from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, WITHIN
-from util.audit.titles import title_of
 from util.audit.verdict import BORROWED_SCALE, MIN_FAMILIES, counts, significantly_off
 from util.report.audit_tables import OFF, never_seen_utility, strangers_note, summary, utility_titles
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from util.audit import title_of
 from util.audit.statistics import INCONCLUSIVE, MARGIN, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
-from util.audit.titles import title_of
 from util.audit.utility import PAIRS_OF
 from util.audit.verdict import AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH, VERDICTS, calibration, significantly_off
 from util.report.tables import PRETRAINED, percent
