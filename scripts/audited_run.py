@@ -9,7 +9,6 @@ from math import isfinite
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from backbone.recognizer import Recognizer, to_device
 from data import build_datasets, build_strangers
@@ -20,10 +19,9 @@ from data.tasks import named_classes
 from methods import METHODS
 from scripts.jobs import Job
 from scripts.references import DATA_OPTIONS, pretraining_recipe, reference_job
-from util.audit import STRANGER_METRICS
 from util.audit.audit import Audit, audit, check_originals, check_references
 from util.audit.inputs import AuditTask
-from util.audit.strangers import audit_against_strangers, choose_strangers
+from util.audit.strangers import choose_strangers
 from util.audit.utility import PAIRS_OF
 from util.cli import options
 from util.evaluation.verification import pair_benchmark
@@ -194,18 +192,22 @@ class AuditedRun:
         elif not strangers:
             files = [args.references, args.originals]
         never, known = ({path: self.load(path) for path in group} for group in files)
-        models, people = (self.before.model, self.load(request.after).model), (self.data, request.forget, self.stranger_set)
-        with tqdm(bar_format="{desc}, {elapsed}", leave=False, disable=None) as bar:  # None: only on a terminal
-            settings = {"hardware": self.hardware, "remain": self._remain(request), "seed": args.seed}
-            settings["progress"] = lambda what: bar.set_description_str(f"{self.label}, request {request.task}: {what}")
-            if strangers:
-                settings["metrics"] = [name for name in STRANGER_METRICS if name in args.metrics]
-                found = audit_against_strangers(*models, *people, **settings)
-            else:
-                settings |= {"metrics": args.metrics, "cache": (args.cache_dir or cache_folder()) / "audits"}
-                settings["originals"] = [checkpoint.model for checkpoint in known.values()]
-                found = audit(*models, [checkpoint.model for checkpoint in never.values()], *people, **settings)
-        useful, references = found.utility, [checkpoint.model for checkpoint in never.values()]
+        references = [checkpoint.model for checkpoint in never.values()]
+        models = self.before.model, self.load(request.after).model
+        found = audit(
+            *models,
+            None if strangers else references,
+            self.data,
+            request.forget,
+            self.stranger_set,
+            hardware=self.hardware,
+            originals=[checkpoint.model for checkpoint in known.values()],
+            remain=self._remain(request),
+            metrics=args.metrics,
+            seed=args.seed,
+            cache=(args.cache_dir or cache_folder()) / "audits",
+        )
+        useful = found.utility
         for entry, model in zip([useful["before"], useful, *useful["references"]], [*models, *references], strict=True):
             entry |= benchmark_once(model, tuple(self.pairs.items()), self.hardware)
         known = {args.before: self.before, **known}

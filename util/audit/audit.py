@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
 from util.audit import AUDIT_METRICS, AuditMetric
 from util.audit.inputs import AuditedModel, AuditTask
-from util.audit.statistics import Statistic, bootstrap_interval, compare, value_of
+from util.audit.statistics import Statistic, bootstrap_interval, compare, rounded, value_of
+from util.audit.strangers import choose_strangers, metrics_against_strangers
 from util.audit.utility import recognition, utility
 from util.audit.verdict import judge
 from util.runtime.errors import UsageError
@@ -25,7 +27,6 @@ from util.storage.hashes import check_strangers, data_sha256, weights_sha256
 MIN_REFERENCES = 3
 # What was measured by other code is measured again. As it was when this process began, which may run for hours.
 CODE = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-DIGITS = 4
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Audit:
 def audit(
     before: Recognizer,
     after: Recognizer,
-    references: Sequence[Recognizer],
+    references: Sequence[Recognizer] | None,
     data: tuple[ImageSet, ImageSet],
     forget: Sequence[int],
     stranger_set: ImageSet | None = None,
@@ -72,12 +73,12 @@ def audit(
     metrics: Sequence[str] = tuple(AUDIT_METRICS),
     seed: int = 0,
     cache: Path | None = None,
-    progress: Callable[[str], None] = lambda line: None,
 ) -> Audit:
     """Does `after` still know the identities `forget` of `data`, a training and a test set? The models move to the device.
 
     before: the pre-trained model; `originals`, others trained like it with other seeds.
-    references: three models or more that were trained like it on the images of everybody but `forget`.
+    references: three models or more that were trained like it on the images of everybody but `forget`. None: the forgotten
+    are compared with strangers, as `util/audit/strangers.py` says.
     stranger_set: people in no training set, for TPIR and the marker.
     remain: class ids that the model is to know; by default all but `forget`.
     cache: a folder that keeps what was measured of references and originals, which many audits share.
@@ -85,23 +86,30 @@ def audit(
     Raises UsageError if a reference has seen the forgotten, strangers are in the training set, or references or images lack.
     """
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
-    check_references(references, forget, data[0].classes)
+    if references is None:
+        remain = [c for c in remain if not after.head.absent[c]]  # who has no row is not kept
+    else:
+        check_references(references, forget, data[0].classes)
     check_originals([before, *originals], forget, data[0].classes)
     AuditTask(*data, tuple(sorted(forget)), tuple(sorted(remain)), stranger_set, None, (), hardware).check()
     if stranger_set is not None:
         check_strangers(stranger_set, data[0])
     data, present = with_images(*data)
-    sets = *data, stranger_set
-    audited = AuditedModel(with_rows(after, present), *sets, hardware)
+    rest = *data, stranger_set, hardware
+    audited = AuditedModel(with_rows(after, present), *rest)
     known, never = (
-        tuple(cached_model(model, weights_sha256(model), present, *sets, hardware, original) for model in models)
-        for models, original in (((before, *originals), True), (references, False))
+        tuple(cached_model(model, weights_sha256(model), present, *rest, original) for model in models)
+        for models, original in (((before, *originals), True), (references or (), False))
     )
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
     task = AuditTask(*data, *people, stranger_set, known[0], never, hardware, seed)
-    entries, curves = _compare_models(audited, task, known, metrics, MeasurementCache(cache, task), progress)
     theirs = [recognition(reference, task) for reference in never]  # whose templates are their own
     useful = utility(audited, task) | {"before": utility(known[0], task), "references": theirs}
+    if references is None:
+        strangers = choose_strangers(task)
+        entries = metrics_against_strangers(strangers, audited, task, metrics)
+        return Audit(task, audited, entries, rounded(useful), {}, strangers.about)
+    entries, curves = _compare_models(audited, task, known, metrics, MeasurementCache(cache, task))
     return Audit(task, audited, entries, rounded(useful), curves)
 
 
@@ -111,19 +119,15 @@ def _compare_models(
     known: Sequence[AuditedModel],
     metrics: Sequence[str],
     measurements: "MeasurementCache",
-    progress: Callable[[str], None],
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     """The entries and curves of an audit."""
-    others = {}
-    for number, other in enumerate([*task.references, *known], start=1):
-        progress(f"reference {number} of {len(task.references) + len(known)}")
-        others[other] = {name: measurements.measured(other, AUDIT_METRICS[name]) for name in metrics}
-    progress("the unlearned model")
     entries, curves = {}, {}
-    for name in metrics:
-        of_references, of_known = ([others[model][name] for model in models] for models in (task.references, known))
-        found = AUDIT_METRICS[name].measure(audited, task)
-        entries |= _judge(AUDIT_METRICS[name], found.statistics, task, of_references, of_known)
+    for metric in tqdm([AUDIT_METRICS[name] for name in metrics], "metrics", leave=False, disable=None):
+        of_references, of_known = (
+            [measurements.measured(model, metric) for model in models] for models in (task.references, known)
+        )
+        found = metric.measure(audited, task)
+        entries |= _judge(metric, found.statistics, task, of_references, of_known)
         for key, curve in found.curves.items():
             drawn = [measured["curves"][key] for measured in of_references]
             curves[key] = {"after": curve, "before": of_known[0]["curves"][key], "references": drawn}
@@ -208,29 +212,16 @@ def _judge(
         others = {"references": references, "originals": originals}
         others = {group: [measured["values"][key] for measured in found] for group, found in others.items()}
         if reasons := [text for text in (statistic, *others["references"], *others["originals"]) if isinstance(text, str)]:
-            entries[key] = unmeasured_entry(metric) | {"reason": reasons[0]}
+            entries[key] = metric.unmeasured() | {"reason": reasons[0]}
             continue
         value, resolution = value_of(statistic, task.num_groups), task.resolution(key)
-        entry = unmeasured_entry(metric) | {"value": value} | others
+        entry = metric.unmeasured() | {"value": value} | others
         if metric.judged:
             scale = [measured["values"][metric.scale_from.get(key, key)] for measured in originals]
             interval = bootstrap_interval(statistic, task.num_groups, task.seed)
             entry |= {"interval": interval, "known": sum(scale) / len(scale), "resolution": resolution}
-            entry |= vars(compare(value, others["references"], scale, resolution, key in metric.lower_if_known))
+            entry |= compare(value, others["references"], scale, resolution, key in metric.lower_if_known)
         else:
             entry["reason"] = "a picture of where, no verdict"
         entries[key] = rounded(entry)
     return entries
-
-
-def unmeasured_entry(metric: AuditMetric) -> dict:
-    nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))
-    return {"family": metric.family} | nothing | {"references": [], "originals": []}
-
-
-def rounded(value):
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(part) for part in value]
-    return round(float(value), DIGITS) if isinstance(value, float) else value

@@ -37,6 +37,11 @@ class AuditMetric(ABC):
     def judged(self) -> bool:
         return bool(self.family)
 
+    def unmeasured(self) -> dict:
+        """What audit.json says of one of its keys where there is nothing to say."""
+        nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))
+        return {"family": self.family} | nothing | {"references": [], "originals": []}
+
     @abstractmethod
     def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
         """All keys of the metric, in percent: more is more of the person, but for those in `lower_if_known`."""

@@ -5,7 +5,6 @@ it is the metric itself, with weights drawn anew its bootstrap.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
 
 import numpy as np
@@ -15,6 +14,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 REPLICATES, CONFIDENCE = 1000, 0.95
 STRANGER_CONFIDENCE = 0.995  # for groups of strangers, which differ more than references, in some ten metrics at once
+DIGITS = 4  # of what audit.json holds
 MARGIN, POWER = 0.2, 3.0  # the equivalence margin of |ρ|; power from which on a metric can tell
 
 STILL_KNOWN, OVER_FORGOTTEN = "still known", "over-forgotten"
@@ -73,22 +73,6 @@ def bootstrap_interval(statistic: Statistic, identities: int, seed: int) -> tupl
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One metric of an unlearned model beside those of the references R (never seen) and the originals O.
-
-    delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s.
-    significant: |z| is beyond the 97.5% quantile of Student's t at K − 1 degrees.
-    """
-
-    delta: float
-    z: float
-    rho: float | None
-    power: float
-    significant: bool
-    verdict: str
-
-
 def compare(
     value: float,
     references: Sequence[float],
@@ -96,24 +80,25 @@ def compare(
     resolution: float,
     lower_if_known: bool = False,
     independent: float | None = None,
-) -> Comparison:
-    """Judge a metric. `resolution`: the least s, what one image is worth: K values may agree by chance. `independent`: where
-    the references are groups of strangers, how many groups there are without anybody in two: K in z.
+) -> dict:
+    """Judge a metric m of an unlearned model beside those of the references R (never seen) and the originals O.
 
-    A metric has no power where the originals show less of the person than the references; with `lower_if_known`, where they
-    show more. Such a metric says of a model only that too much was forgotten: little of it is no sign of knowing.
+    Returns delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s,
+    significant (|z| is beyond the 97.5% quantile of Student's t at K − 1 degrees) and the verdict.
+
+    resolution: the least s, what one image is worth: K values may agree by chance.
+    lower_if_known: originals show less of the metric than references, or it has no power. It says of a model only that too
+    much was forgotten: little of it is no sign of knowing.
+    independent: where the references are groups of strangers, how many there are without anybody in two: K in z.
     """
     mean = float(np.mean(references))
     spread = max(float(np.std(references, ddof=1)), resolution)
     delta, gap = value - mean, float(np.mean(originals)) - mean
-    z, power = (
-        delta / (spread * (1 + 1 / (independent or len(references))) ** 0.5),
-        max(0.0, -gap if lower_if_known else gap) / spread,
-    )
+    z = delta / (spread * (1 + 1 / (independent or len(references))) ** 0.5)
+    power = max(0.0, -gap if lower_if_known else gap) / spread
     rho = delta / gap if abs(gap) > 1e-6 else None
-    significant = bool(
-        abs(z) > student_t.ppf((1 + (STRANGER_CONFIDENCE if independent else CONFIDENCE)) / 2, len(references) - 1)
-    )
+    confidence = STRANGER_CONFIDENCE if independent else CONFIDENCE
+    significant = bool(abs(z) > student_t.ppf((1 + confidence) / 2, len(references) - 1))
     if power < POWER:
         verdict = INCONCLUSIVE
     elif abs(rho) <= MARGIN:
@@ -122,4 +107,13 @@ def compare(
         verdict = INCONCLUSIVE  # the references' own spread could explain it
     else:
         verdict = OVER_FORGOTTEN if rho < 0 else INCONCLUSIVE if lower_if_known else STILL_KNOWN
-    return Comparison(delta, z, rho, power, significant, verdict)
+    return {"delta": delta, "z": z, "rho": rho, "power": power, "significant": significant, "verdict": verdict}
+
+
+def rounded(value):
+    """All floats in a JSON value to DIGITS."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(part) for part in value]
+    return round(float(value), DIGITS) if isinstance(value, float) else value

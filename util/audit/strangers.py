@@ -5,22 +5,19 @@ Forgotten people and strangers stand in one task, each with as many photos, all 
 of the identities' weights, one measurement tells it of the forgotten people and of any group of as many strangers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from tqdm import trange
 
-from backbone.recognizer import Recognizer, with_rows
+from backbone.recognizer import with_rows
 from data.image_set import ImageSet
 from util.audit import STRANGER_METRICS, AuditMetric
-from util.audit.audit import Audit, cached_model, check_originals, rounded, unmeasured_entry, with_images
 from util.audit.inputs import ENROLLED, AuditedModel, AuditTask
-from util.audit.statistics import CONFIDENCE, compare
-from util.audit.utility import utility
+from util.audit.statistics import CONFIDENCE, compare, rounded
 from util.runtime.errors import UsageError
-from util.runtime.hardware import Hardware
-from util.storage.hashes import check_strangers, weights_sha256
 
 GROUPS = 200  # of strangers, drawn with replacement
 ROUNDS = 5  # in which everybody's photos are drawn anew; metrics are their mean
@@ -62,51 +59,17 @@ def choose_strangers(task: AuditTask) -> Strangers:
     return Strangers(tuple(used.tolist()), enrolled, tested, len(counts) - len(people))
 
 
-def audit_against_strangers(
-    before: Recognizer,
-    after: Recognizer,
-    data: tuple[ImageSet, ImageSet],
-    forget: Sequence[int],
-    stranger_set: ImageSet | None,
-    *,
-    hardware: Hardware,
-    remain: Sequence[int],
-    metrics: Sequence[str] = tuple(STRANGER_METRICS),
-    seed: int = 0,
-    progress: Callable[[str], None] = lambda line: None,
-) -> Audit:
-    """Are the identities `forget` to `after` what the strangers `stranger_set` are? Arguments as `util.audit.audit.audit`.
-
-    In the entries "references" are what GROUPS groups of strangers show in the same model, "originals" what the forgotten
-    show in `before`, "known" the groups' mean and what `before` shows more of the forgotten than of strangers.
-    """
-    check_originals([before], forget, data[0].classes)
-    check_strangers(stranger_set, data[0])
-    data, present = with_images(*data)
-    remain = [c for c in remain if not after.head.absent[c]]  # who has no row is not kept
-    people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
-    known = cached_model(before, weights_sha256(before), present, *data, stranger_set, hardware, True)
-    audited = AuditedModel(with_rows(after, present), *data, stranger_set, hardware)
-    task = AuditTask(*data, *people, stranger_set, known, (), hardware, seed)
-    strangers = choose_strangers(task)
-    entries = metrics_against_strangers(strangers, audited, task, metrics, progress)
-    useful = utility(audited, task) | {"before": utility(known, task), "references": []}
-    return Audit(task, audited, entries, rounded(useful), {}, strangers.about)
-
-
 def metrics_against_strangers(
-    strangers: Strangers,
-    audited: AuditedModel,
-    task: AuditTask,
-    metrics: Sequence[str] = tuple(STRANGER_METRICS),
-    progress: Callable[[str], None] = lambda line: None,
+    strangers: Strangers, audited: AuditedModel, task: AuditTask, metrics: Sequence[str] = tuple(STRANGER_METRICS)
 ) -> dict[str, dict]:
-    """The entries of an audit."""
+    """The entries of an audit.
+
+    There "references" are what GROUPS groups of strangers show in the same model, "originals" what the forgotten show in
+    the pre-trained model, "known" the groups' mean and what the pre-trained model shows more of them than of strangers.
+    """
     weights = _weights(len(task.forget), len(strangers.people), task.generator())
-    measured, entries = [STRANGER_METRICS[name] for name in metrics], {}
-    progress("the pre-trained model")
+    measured, entries = [metric for name, metric in STRANGER_METRICS.items() if name in metrics], {}
     before_scores = _measure(task.before, task, strangers, measured, weights[:2])
-    progress("the unlearned model")
     after_scores = _measure(audited, task, strangers, measured, weights)
     for metric in measured:
         for key in (key for key in metric.titles if key in after_scores):
@@ -128,7 +91,7 @@ def _weights(count: int, others: int, generator: np.random.Generator) -> np.ndar
 def _entry(key: str, metric: AuditMetric, before_scores: dict, after_scores: dict, task: AuditTask, others: int) -> dict:
     """One of an audit's `metrics`; `before_scores` by the pre-trained model, `after_scores` by the unlearned one."""
     if reason := next((found[key] for found in (before_scores, after_scores) if isinstance(found[key], str)), None):
-        return unmeasured_entry(metric) | {"reason": reason}
+        return metric.unmeasured() | {"reason": reason}
     value, groups, again = after_scores[key][0], after_scores[key][2 : 2 + GROUPS], after_scores[key][2 + GROUPS :]
     before_score, average = before_scores[metric.scale_from.get(key, key)]
     resolution, independent = task.resolution(key), others / len(task.forget)
@@ -137,7 +100,7 @@ def _entry(key: str, metric: AuditMetric, before_scores: dict, after_scores: dic
     tail = 50 * (1 - CONFIDENCE)
     entry["interval"] = np.nanpercentile(again, [tail, 100 - tail]).tolist() if len(task.forget) > 1 else None
     found = compare(value, groups, [known], resolution, key in metric.lower_if_known, independent)
-    return unmeasured_entry(metric) | entry | {"resolution": resolution, "independent": independent} | vars(found)
+    return metric.unmeasured() | entry | {"resolution": resolution, "independent": independent} | found
 
 
 def _measure(
@@ -145,7 +108,7 @@ def _measure(
 ) -> dict[str, np.ndarray | str]:
     """By key, the metric for each row of weights (B, forgotten and strangers), or in a few words why there is none."""
     found: dict[str, list] = {}
-    for number in range(ROUNDS):
+    for number in trange(ROUNDS, desc="rounds", leave=False, disable=None):
         round_task = _with_strangers(audited, task, strangers, number)
         for metric in metrics:
             for key, statistic in metric.measure(*round_task).statistics.items():

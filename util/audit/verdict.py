@@ -83,6 +83,6 @@ def _verdicts_on(request: dict, group: str) -> Counter:
         for key, entry in judged.items():
             never = [value for i, value in enumerate(entry["references"]) if (group, place) != ("references", i)]
             rest = entry["resolution"], key in LOWER_IF_KNOWN, entry.get("independent")
-            metrics[key] = {"family": entry["family"]} | vars(compare(entry[group][place], never, [entry["known"]], *rest))
+            metrics[key] = {"family": entry["family"]} | compare(entry[group][place], never, [entry["known"]], *rest)
         found[judge(metrics, request.get("strangers"))["verdict"]] += 1
     return found

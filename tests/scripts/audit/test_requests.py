@@ -213,7 +213,7 @@ def test_the_pre_trained_model_itself_is_never_as_if_never_seen(files, early, tm
 
 def test_a_figure_of_which_those_who_know_show_less_cannot_tell():
     """Else a model that shows nothing of it would still know."""
-    assert compare(0.0, [100.0, 100.0, 100.0], [85.0, 40.0], resolution=5.0).verdict == "inconclusive"
+    assert compare(0.0, [100.0, 100.0, 100.0], [85.0, 40.0], resolution=5.0)["verdict"] == "inconclusive"
 
 
 def test_a_run_that_goes_on_after_anothers_first_task_is_audited(run, here, command, tmp_path):

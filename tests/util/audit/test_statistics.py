@@ -104,17 +104,17 @@ def test_samples_without_the_figure_are_left_out_of_the_interval():
 def test_a_comparison_is_its_formulas():
     found = compare(40.0, [10.0, 12.0, 17.0], [90.0, 98.0], resolution=1.0)
     spread = (((10 - 13) ** 2 + (12 - 13) ** 2 + (17 - 13) ** 2) / 2) ** 0.5
-    assert found.delta == pytest.approx(27)
-    assert found.z == pytest.approx(27 / (spread * (4 / 3) ** 0.5))
-    assert found.rho == pytest.approx(27 / 81)
-    assert found.power == pytest.approx(81 / spread)
-    assert (found.significant, found.verdict) == (True, STILL_KNOWN)
+    assert found["delta"] == pytest.approx(27)
+    assert found["z"] == pytest.approx(27 / (spread * (4 / 3) ** 0.5))
+    assert found["rho"] == pytest.approx(27 / 81)
+    assert found["power"] == pytest.approx(81 / spread)
+    assert (found["significant"], found["verdict"]) == (True, STILL_KNOWN)
 
 
 def test_within_the_margin_a_figure_may_be_significantly_off():
     for value, off in ((12, False), (21.9, False), (22, True), (2, True)):  # z decides at 12 ± 9.937
         found = compare(value, NEAR, [92], resolution=1.0)
-        assert (found.significant, found.verdict) == (off, WITHIN)
+        assert (found["significant"], found["verdict"]) == (off, WITHIN)
 
 
 NEAR = [10, 12, 14]  # mean 12, spread 2; at 2 degrees of freedom Student's t is 4.3027, so z decides at 12 ± 9.937
@@ -154,7 +154,7 @@ FIVE = [8, 10, 12, 14, 16]  # mean 12, spread √10; at 4 degrees 2.7764: 12 ± 
     ],
 )
 def test_a_verdict_on_either_side_of_each_boundary(value, references, originals, verdict):
-    assert compare(value, references, originals, resolution=1.0).verdict == verdict
+    assert compare(value, references, originals, resolution=1.0)["verdict"] == verdict
 
 
 @pytest.mark.parametrize(
@@ -165,20 +165,20 @@ def test_a_verdict_on_either_side_of_each_boundary(value, references, originals,
     ],
 )
 def test_little_of_what_goes_wrong_is_no_sign_of_knowing(value, original, verdict):
-    assert compare(value, [60, 62, 64], [original], 0.1, lower_if_known=True).verdict == verdict
+    assert compare(value, [60, 62, 64], [original], 0.1, lower_if_known=True)["verdict"] == verdict
 
 
 def test_without_a_gap_nothing_can_be_told():
     found = compare(100, NEAR, [12], resolution=1.0)
-    assert (found.rho, found.power, found.verdict) == (None, 0, INCONCLUSIVE)
+    assert (found["rho"], found["power"], found["verdict"]) == (None, 0, INCONCLUSIVE)
 
 
 def test_references_that_agree_are_no_surer_than_one_image():
     # A spread of 5 instead of 0: z decides at 4.3027 · 5 · √(4/3) = 24.84.
     for value, verdict in ((24.8, INCONCLUSIVE), (24.9, STILL_KNOWN)):
         found = compare(value, [0, 0, 0], [100], resolution=5)
-        assert found.power == pytest.approx(20)
-        assert found.verdict == verdict
-    assert compare(14.9, [0, 0, 0], [14.9], resolution=5).verdict == INCONCLUSIVE
-    assert compare(0, [0, 0, 0], [15], resolution=5).verdict == WITHIN
-    assert compare(0, [8, 10, 12], [90], resolution=1.9).z == compare(0, [8, 10, 12], [90], resolution=0).z
+        assert found["power"] == pytest.approx(20)
+        assert found["verdict"] == verdict
+    assert compare(14.9, [0, 0, 0], [14.9], resolution=5)["verdict"] == INCONCLUSIVE
+    assert compare(0, [0, 0, 0], [15], resolution=5)["verdict"] == WITHIN
+    assert compare(0, [8, 10, 12], [90], resolution=1.9)["z"] == compare(0, [8, 10, 12], [90], resolution=0)["z"]
