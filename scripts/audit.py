@@ -10,7 +10,7 @@ Missing references are trained first; where none can be, or with --compare-with 
 import argparse
 import os
 import sys
-from itertools import chain, groupby
+from itertools import chain, groupby, product
 from pathlib import Path
 
 # A script's own folder, not the repository's root, is where Python looks first.
@@ -18,22 +18,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import SYNTHETIC
 from methods import METHODS
-from scripts.audit_files import claim_output, write_audit
 from scripts.audited_run import YARDSTICKS, AuditedRun
 from scripts.jobs import add_job_options
 from scripts.references import train_references
 from util.audit import AUDIT_METRICS, STRANGER_METRICS
 from util.audit.audit import MIN_REFERENCES
+from util.audit.pictures import pictures
 from util.cli import options
+from util.cli.config import code_and_packages, describe_command
 from util.cli.main import run_main
-from util.report.audit_tables import comparison_markdown, overview, verdicts
+from util.report.audit_page import audit_page
+from util.report.audit_tables import audit_markdown, comparison_markdown, overview, verdicts
 from util.report.comparison_page import INDEX, ROWS, SCATTER, write_comparison
 from util.report.results import load_results
 from util.runtime.errors import UsageError
-from util.runtime.files import read_json, readable, sha256, write_text
-from util.storage.folders import RunFolder
+from util.runtime.files import read_json, readable, sha256, write_json, write_text
+from util.storage.folders import CONFIG, RunFolder, claim, utc_now
 from util.training.deletion_record import settings_of
+from util.training.monitor import log_scalars, open_writer
 
+SCRIPT = Path(__file__).name
+SCHEMA = 2  # of audit.json
+FULL_AUDIT_REFERENCES = 5  # an audit with fewer is a first look
 TABLE_BEGINS = "## Seed "
 QUICK = {"num_references": 3, "num_originals": 1, "metrics": ["readout", "enrolment", "verification", "membership_images"]}
 
@@ -50,30 +56,21 @@ def build_parser() -> options.Parser:
     options.add_pairs(parser, "to measure before and after forgetting, and on the references")
     parser.add_argument("--strangers", type=Path, metavar="DIR", help="folder <person>/<image> of people in no training set")
     group = parser.add_argument_group("what is audited")
-    group.add_argument(
-        "--requests",
-        type=request_number,
-        nargs="+",
-        metavar="N",
-        help="requests to audit, each after its task (default: 1); all audits each again after the last task",
-    )
-    help_text = f"metrics: {', '.join(AUDIT_METRICS)} (default: all)"
-    group.add_argument(
-        "--metrics", nargs="+", choices=AUDIT_METRICS, default=list(AUDIT_METRICS), metavar="NAME", help=help_text
-    )
+    help_text = "requests to audit, each after its task (default: 1); all audits each again after the last task"
+    group.add_argument("--requests", type=request_number, nargs="+", metavar="N", help=help_text)
+    names, help_text = list(AUDIT_METRICS), f"metrics: {', '.join(AUDIT_METRICS)} (default: all)"
+    group.add_argument("--metrics", nargs="+", choices=names, default=names, metavar="NAME", help=help_text)
     group.add_argument("--quick", action="store_true", help="first look: four quick metrics, 3 references, no pictures")
     group.add_argument("--seed", type=options.number(int, 0), default=0, help="seed of galleries, pairs and bootstrap")
     group = parser.add_argument_group("references")
-    count = options.number(int, 1)
-    least = options.number(int, MIN_REFERENCES)
+    count, least = options.number(int, 1), options.number(int, MIN_REFERENCES)
     group.add_argument("--num-references", type=least, default=5, help="number of never-seen models; 3 are a first look")
     group.add_argument("--num-originals", type=count, default=3, help="number of models trained with everybody")
     group.add_argument("--references", type=Path, nargs="+", metavar="FILE", help="given never-seen models: none is trained")
-    group.add_argument(
-        "--originals", type=Path, nargs="+", default=[], metavar="FILE", help="given models trained with everybody"
-    )
-    yardsticks = "never-seen models, strangers, or both (default: references; strangers where no reference can be trained)"
-    group.add_argument("--compare-with", choices=YARDSTICKS, help=yardsticks)
+    help_text = "given models trained with everybody"
+    group.add_argument("--originals", type=Path, nargs="+", default=[], metavar="FILE", help=help_text)
+    help_text = "never-seen models, strangers, or both (default: references; strangers where no reference can be trained)"
+    group.add_argument("--compare-with", choices=YARDSTICKS, help=help_text)
     group.add_argument("--recipe", type=Path, metavar="FILE", help="config.json of the pre-training, if it is unknown")
     add_job_options(group)
     options.add_hardware(parser)
@@ -148,18 +145,12 @@ def main(argv: list[str] | None) -> None:
                 raise UsageError(f"{path} is there and not of this script: move it")
     runs = [load_audited_run(folder, argv) for folder in folders] or [AuditedRun(args)]
     for run in runs:
-        claim_output(run)
-    train_references([job for run in runs for job in run.all_reference_jobs()], args)
+        claim(run.output, SCRIPT)
+        write_json(run.output / CONFIG, describe_command(run.args, SCRIPT))
+    train_references([job for run in runs for request in run.requests for job in chain(*run.reference_jobs(request))], args)
     width = max(len(run.label) for run in runs)
     audits = {seed: print_audits([*group], width) for seed, group in groupby(runs, lambda run: run.seed)}
-    index = None
-    if table:
-        parts = [f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(group)}" for seed, group in audits.items()]
-        write_text(table, "\n\n".join(parts) + "\n")
-        pages = [os.path.relpath(run.output / "audit.html", table.parent) for run in runs]
-        rows = [(*audit, page) for audit, page in zip(chain(*audits.values()), pages, strict=True)]
-        title = f"{len(runs)} runs on {runs[0].data[0].name}, request {runs[0].requests[0].task}"
-        index = write_comparison(rows, table.parent, title)
+    index = write_comparison_of(runs, audits, table) if table else None
     if index is None:
         index = (runs[0].output if len(runs) == 1 else runs[0].folder.path.parent / "*" / "audit") / "audit.html"
     print(f"\nthe page to look at: {index}")
@@ -178,6 +169,69 @@ def print_audits(runs: list[AuditedRun], width: int) -> list[tuple[str, dict | N
         print(*overview(audits, width), sep="\n")
     print("", *verdicts(audits), sep="\n")
     return audits
+
+
+def write_audit(run: AuditedRun) -> dict:
+    """Audit every request and leave the files. Returns the content of audit.json."""
+    requests, drawn, references, originals = [], [], {}, {}
+    for request, strangers in product(run.requests, run.yardsticks):
+        found, never, known = run.audit(request, strangers)
+        references |= {entry["sha256"]: entry for entry in never}
+        originals |= {entry["sha256"]: entry for entry in known}
+        about = {"task": request.task, "after_task": request.after_task}
+        about |= {"after_file": str(request.after.resolve()), "after_sha256": sha256(request.after)}
+        if run.folder and (record := run.folder.task_file("deletions", request.after_task)).exists():
+            about |= {"record_file": str(record.resolve()), "record_sha256": sha256(record)}
+        about["references"] = [entry["sha256"] for entry in never]
+        requests.append(about | found.as_dict())
+        drawn.append(None if run.args.quick or strangers else pictures(found))
+    content = {
+        "schema": SCHEMA,
+        "date": utc_now(),
+        **code_and_packages(),
+        "first_look": _first_look_reasons(run.args.metrics, [len(r["references"]) for r in requests if not r["strangers"]]),
+        "data": run.data[0].name,
+        "method": run.label if run.folder else None,
+        "recipe": run.recipe,
+        "restoring": [kind for kind in ("adapters", "deposits") if run.folder and any(run.folder.path.glob(f"{kind}/*"))],
+        "references": [*references.values()],
+        "originals": [*originals.values()],
+        "requests": requests,
+        "arguments": options.plain_arguments(run.args) | dict.fromkeys(("runs", "references", "originals")),
+    }
+    write_json(run.output / "audit.json", content)
+    write_text(run.output / "audit.md", audit_markdown(content) + "\n")
+    write_text(run.output / "audit.html", audit_page(content, drawn, f"{run.label} on {run.data[0].name}"))
+    if run.folder:
+        _log(run.folder.path, requests)
+    return content
+
+
+def _first_look_reasons(metrics: list[str], references: list[int]) -> list[str]:
+    """What makes the audit a first look, with so many references of each request beside any."""
+    without = [name for name in (AUDIT_METRICS if references else STRANGER_METRICS) if name not in metrics]
+    least = min(references, default=FULL_AUDIT_REFERENCES)
+    few = [f"{least} models that never saw them instead of {FULL_AUDIT_REFERENCES}"] * (least < FULL_AUDIT_REFERENCES)
+    return few + ([f"without {', '.join(without)}"] if without else [])
+
+
+def _log(folder: Path, requests: list[dict]) -> None:
+    with open_writer(folder) as writer:
+        for request, what in product(requests, ("value", "rho")):
+            values = {key: entry[what] for key, entry in request["figures"].items()}
+            where = "audit_beside_strangers" if request["strangers"] else "audit"
+            log_scalars(writer, f"{where}/request_{request['task']}/{what}", values, request["after_task"])
+
+
+def write_comparison_of(runs: list[AuditedRun], audits: dict[int, list[tuple]], table: Path) -> Path | None:
+    """Leave what says of several runs how they compare; the page to look at, if there is one."""
+    parts = [f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(group)}" for seed, group in audits.items()]
+    write_text(table, "\n\n".join(parts) + "\n")
+    pages = [os.path.relpath(run.output / "audit.html", table.parent) for run in runs]
+    rows = [(*audit, page) for audit, page in zip(chain(*audits.values()), pages, strict=True)]
+    return write_comparison(
+        rows, table.parent, f"{len(runs)} runs on {runs[0].data[0].name}, request {runs[0].requests[0].task}"
+    )
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def load_data(
     data = align_classes(replace(checkpoint, classes=checkpoint.classes or classes), data, args.before, forgotten)
     if stranger_set is not None:
         check_strangers(stranger_set, data[0])
-    return data, stranger_set, load_pairs(args.pairs or [], a.image_size, args.cache_dir, a.crop_pct)
+    return data, stranger_set, load_pairs(args.pairs, a.image_size, args.cache_dir, a.crop_pct)
 
 
 load_once = lru_cache(maxsize=16)(load_checkpoint)  # runs share the pre-trained model and the references
@@ -88,6 +88,7 @@ class AuditedRun:
         self.args, self.folder, self.hardware = args, folder, options.start_hardware(args)
         self.results = load_results(folder.results) if folder else None
         self.label = METHODS[self.results["method"]].title if folder else args.after.stem
+        self.seed = self.results["seed"] if folder else None  # says who is forgotten
         if folder and not self.results["tasks"]:
             raise UsageError(f"{folder.path} has finished no task")
         after = self._load(folder.checkpoint(self.results["tasks"][-1]["task"]) if folder else args.after)
@@ -97,10 +98,12 @@ class AuditedRun:
         self.output = args.output_dir or own
         forgotten = tuple(sorted({*chain(*after.forgotten)}))
         where = tuple((key, getattr(args, key)) for key in (*DATA_OPTIONS, *FURTHER_OPTIONS))
-        where += (("pairs", args.pairs and tuple(args.pairs)),)
+        where += (("pairs", tuple(args.pairs or ())),)
         self.data, self.stranger_set, self.pairs = load_data(where, after.classes, forgotten, self.hardware.device)
         self.classes = self.data[0].classes
-        self.requests = self.requests or [self._request_of_files()]
+        if not folder:
+            forget = [*dict.fromkeys(named_classes(args.forget_classes, self.classes))]
+            self.requests = [AuditedRequest(args.after, 1, 1, forget, sorted(forget))]
         self.recipe, self.yardsticks = None, YARDSTICKS[args.compare_with or "references"]
         if args.recipe is not None or (args.references is None and False in self.yardsticks):
             try:
@@ -110,18 +113,22 @@ class AuditedRun:
                     raise
                 print(f"compared with strangers: {error}", file=sys.stderr)
                 self.yardsticks = YARDSTICKS["strangers"]
-        for request in self.requests:  # what is wrong is found before references are trained
-            self.load(request.after)
-            people = tuple(sorted(request.forget)), tuple(self._remain(request))
-            task = AuditTask(*self.data, *people, self.stranger_set, None, (), self.hardware)
-            task.check()
-            if True in self.yardsticks:
-                choose_strangers(task)
-            known = [self.before.model, *(self.load(path).model for path in args.originals)]
-            check_originals(known, request.forget, self.classes)
-            if args.references is not None:
-                never = [self.load(path).model for path in dict.fromkeys(args.references)]
-                check_references(never, request.forget, self.classes)
+        for request in self.requests:
+            self._check(request)
+
+    def _check(self, request: AuditedRequest) -> None:
+        """Find what is wrong before references are trained."""
+        self.load(request.after)
+        people = tuple(sorted(request.forget)), tuple(self._remain(request))
+        task = AuditTask(*self.data, *people, self.stranger_set, None, (), self.hardware)
+        task.check()
+        if True in self.yardsticks:
+            choose_strangers(task)
+        known = [self.before.model, *(self.load(path).model for path in self.args.originals)]
+        check_originals(known, request.forget, self.classes)
+        if self.args.references is not None:
+            never = [self.load(path).model for path in dict.fromkeys(self.args.references)]
+            check_references(never, request.forget, self.classes)
 
     def _requests_of_run(self, forgotten: list[list[int]]) -> list[AuditedRequest]:
         """Of the run's own tasks; `forgotten` are the class ids of these and of those before them."""
@@ -132,29 +139,14 @@ class AuditedRun:
             moments += [(number, own[-1]) for number in own[:-1]]
         elif strange := [number for number in wanted if number not in own]:
             raise UsageError(f"--requests {strange[0]}: {self.folder.path} has finished {', '.join(map(str, own))}")
-        return [
-            AuditedRequest(
-                self.folder.checkpoint(after), task, after, forgotten[task - 1], sorted(chain(*forgotten[:after]))
-            )
-            for task, after in moments
-        ]
-
-    def _request_of_files(self) -> AuditedRequest:
-        forget = [*dict.fromkeys(named_classes(self.args.forget_classes, self.classes))]
-        return AuditedRequest(self.args.after, 1, 1, forget, sorted(forget))
+        gone = {after: sorted(chain(*forgotten[:after])) for _, after in moments}
+        file = self.folder.checkpoint
+        return [AuditedRequest(file(after), task, after, forgotten[task - 1], gone[after]) for task, after in moments]
 
     def _remain(self, request: AuditedRequest) -> list[int]:
         """Whom all models know. One set of given references may serve many requests: it lacks the people of all of them."""
         never = [self.load(path).model.head.absent.nonzero()[:, 0].tolist() for path in self.args.references or ()]
         return [c for c in range(len(self.classes)) if c not in {*request.forgotten}.union(*never)]
-
-    @property
-    def seed(self) -> int | None:
-        """Of the run, which says who is forgotten."""
-        return self.results and self.results["seed"]
-
-    def all_reference_jobs(self) -> list[Job]:
-        return [job for request in self.requests for group in self.reference_jobs(request) for job in group]
 
     def reference_jobs(self, request: AuditedRequest) -> tuple[list[Job], list[Job]]:
         """The references and the further originals to train."""
@@ -192,21 +184,12 @@ class AuditedRun:
         elif not strangers:
             files = [args.references, args.originals]
         never, known = ({path: self.load(path) for path in group} for group in files)
-        references = [checkpoint.model for checkpoint in never.values()]
+        references, originals = ([checkpoint.model for checkpoint in group.values()] for group in (never, known))
         models = self.before.model, self.load(request.after).model
-        found = audit(
-            *models,
-            None if strangers else references,
-            self.data,
-            request.forget,
-            self.stranger_set,
-            hardware=self.hardware,
-            originals=[checkpoint.model for checkpoint in known.values()],
-            remain=self._remain(request),
-            metrics=args.metrics,
-            seed=args.seed,
-            cache=(args.cache_dir or cache_folder()) / "audits",
-        )
+        people = self.data, request.forget, self.stranger_set
+        settings = {"remain": self._remain(request), "metrics": args.metrics, "seed": args.seed, "hardware": self.hardware}
+        settings |= {"originals": originals, "cache": (args.cache_dir or cache_folder()) / "audits"}
+        found = audit(*models, None if strangers else references, *people, **settings)
         useful = found.utility
         for entry, model in zip([useful["before"], useful, *useful["references"]], [*models, *references], strict=True):
             entry |= benchmark_once(model, tuple(self.pairs.items()), self.hardware)
