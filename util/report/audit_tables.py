@@ -1,7 +1,8 @@
 """What audits found, as tables: one request of several methods side by side, and every figure of one run."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -27,20 +28,25 @@ UTILITY = {
 }
 
 
-def _moments(audits: Sequence[tuple[str, dict | None, dict]]) -> dict[tuple, list[tuple[str, dict | None, dict]]]:
-    """By (task, after task, people) the audits of it: (label, content of results.json or None, one of the requests)."""
+# Label, content of results.json or None, content of audit.json or one of its requests.
+Audited = tuple[str, dict | None, dict]
+
+
+def _moments(audits: Sequence[Audited]) -> list[list[Audited]]:
+    """The requests, each with its model, in groups of the same task, after the same task, of the same people."""
     found: dict[tuple, list] = {}
     for label, results, content in audits:
         for request in content["requests"]:
             moment = request["task"], request["after_task"], bool(request.get("strangers")), *request["forget"]
             found.setdefault(moment, []).append((label, results, request))
-    return found
+    return [*found.values()]
 
 
-def _h_mean(results: dict | None, request: dict) -> float | None:
+def h_mean(results: dict | None, request: dict) -> float | None:
     """Of the request's own task; None afterwards, where H is about a later task's people."""
-    tasks = {task["task"]: task for task in results["tasks"]} if results else {}
-    return tasks[request["task"]]["after"]["h_mean"] if tasks and request["task"] == request["after_task"] else None
+    if results is None or request["task"] != request["after_task"]:
+        return None
+    return next(task["after"]["h_mean"] for task in results["tasks"] if task["task"] == request["task"])
 
 
 def tally(request: dict) -> str:
@@ -48,31 +54,6 @@ def tally(request: dict) -> str:
     counts = request["tally"]
     off = f" ({counts['significantly_off']}{OFF})" if counts["significantly_off"] else ""
     return f"{counts['within']} of {counts['with_power']}{off}"
-
-
-def _overview_frame(models: Sequence[tuple[str, dict | None, dict]]) -> pd.DataFrame:
-    """A row per audited model, below those of the references and the pre-trained one; `models` as `_moments` gives them.
-
-    Strangers are measured in each model: they are in brackets there.
-    """
-    request = models[0][2]
-    known = {key: f"{entry['originals'][0]:.1f}" for key, entry in _measured(request).items()}
-    labels, rows = [PRETRAINED, *(label for label, *_ in models)], [_row(None, known, "", "")]
-    if not request.get("strangers"):
-        labels = [NEVER_SEEN, *labels]
-        rows.insert(0, _row(None, {key: _never(entry) for key, entry in _measured(request).items()}, "", ""))
-    for _, results, request in models:
-        values = {key: _value(request, key) for key in _measured(request)}
-        rows.append(_row(_h_mean(results, request), values, tally(request), request["verdict"]))
-    return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), COUNTED, "verdict"])
-
-
-def _row(h_mean: float | None, values: dict[str, str], *judged: str) -> list[str]:
-    return [percent(h_mean), *(values.get(key, "–") for key in OVERVIEW), *judged]
-
-
-def _measured(request: dict) -> dict[str, dict]:
-    return {key: entry for key, entry in request["figures"].items() if entry["value"] is not None}
 
 
 def _value(request: dict, key: str, sign: str = "") -> str:
@@ -85,13 +66,30 @@ def _never(entry: dict) -> str:
     return f"{np.mean(entry['references']):.1f}"
 
 
-def overview(audits: Sequence[tuple[str, dict | None, dict]], width: int = 0) -> list[str]:
-    """Lines: for each request the number of people and the table; labels padded to `width`.
+def _overview_frame(models: Sequence[Audited]) -> pd.DataFrame:
+    """A row per audited model, below those of the references and the pre-trained one."""
 
-    audits: (label, content of results.json or None, content of audit.json) of each model.
-    """
+    def cells(request: dict, text: Callable[[str], str]) -> list[str]:
+        measured = {key for key, entry in request["figures"].items() if entry["value"] is not None}
+        return [text(key) if key in measured else "–" for key in OVERVIEW]
+
+    request = models[0][2]
+    first = request["figures"]
+    labels, rows = [PRETRAINED], [["–", *cells(request, lambda key: f"{first[key]['originals'][0]:.1f}"), "", ""]]
+    if not request.get("strangers"):
+        labels.insert(0, NEVER_SEEN)
+        rows.insert(0, ["–", *cells(request, lambda key: _never(first[key])), "", ""])
+    for label, results, request in models:
+        labels.append(label)
+        values = cells(request, partial(_value, request))
+        rows.append([percent(h_mean(results, request)), *values, tally(request), request["verdict"]])
+    return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), COUNTED, "verdict"])
+
+
+def overview(audits: Sequence[Audited], width: int = 0) -> list[str]:
+    """Lines: for each request the number of people and the table; labels padded to `width`."""
     lines = []
-    for models in _moments(audits).values():
+    for models in _moments(audits):
         request, table = models[0][2], _overview_frame(models)
         lines += [""] if lines else []
         lines += [f"{_title(request)}: {_people(request)} still known? {_faces(request)}, %", ""]
@@ -129,10 +127,10 @@ def _people(request: dict) -> str:
     return f"is {names[0]}" if len(names) == 1 else f"are its {len(names)} people"
 
 
-def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
+def comparison_markdown(audits: Sequence[Audited]) -> str:
     """For each request a row per model and a column per figure (but the probe's blocks), each value with its verdict."""
     parts = []
-    for models in _moments(audits).values():
+    for models in _moments(audits):
         request = models[0][2]
         first = request["figures"]
         keys = [key for key, entry in first.items() if entry["verdict"] and not key.startswith(INSIDE)]
@@ -148,14 +146,14 @@ def comparison_markdown(audits: Sequence[tuple[str, dict | None, dict]]) -> str:
             entries = [(key, other["figures"][key]) for key in keys]
             signs = (f" {SIGNS[entry['verdict']]}{OFF * significantly_off(key, entry)}" for key, entry in entries)
             values = (_value(other, key, sign) for key, sign in zip(keys, signs, strict=True))
-            rows.append([percent(_h_mean(results, other)), *values, tally(other)])
+            rows.append([percent(h_mean(results, other)), *values, tally(other)])
         table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys), COUNTED]).rename_axis("Method")
         parts.append(f"**{_title(request)}**: {about}. {LEGEND}")
         parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 2)))
     return "\n\n".join([*parts, *(f"- {line}" for line in verdicts(audits))])
 
 
-def verdicts(audits: Sequence[tuple[str, dict | None, dict]]) -> list[str]:
+def verdicts(audits: Sequence[Audited]) -> list[str]:
     """Lines: of several requests how often each verdict fell on each method; and what it would say of models of which the
     truth is known."""
     requests = [(label, request) for label, _, content in audits for request in content["requests"]]

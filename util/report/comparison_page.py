@@ -11,8 +11,8 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from util.report.audit_tables import COUNTED, PRETRAINED, STRANGERS, reference_label, tally
-from util.report.figures import forgetting_scatter, save_figure
+from util.report.audit_tables import COUNTED, PRETRAINED, STRANGERS, h_mean, reference_label, tally
+from util.report.figures import BAND, forgetting_scatter, save_figure
 from util.runtime.files import write_text
 
 INDEX, SCATTER, ROWS = "index.html", "scatter.png", "audit.csv"
@@ -31,24 +31,31 @@ def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
     frame = audit_rows(audits)
     write_text(folder / ROWS, frame.to_csv(index=False))
     first = [(label, results, content["requests"][0], page) for label, results, content, page in audits]
-    if any(request["figures"].get(X, {}).get("value") is None for _, _, request, _ in first):
+    requests = [request for _, _, request, _ in first]
+    if any(request["figures"].get(X, {}).get("value") is None for request in requests):
         return None
-    rows = [_row(*one) for one in first]
-    several = len({results["seed"] for _, results, *_ in first}) > 1
-    compared = reference_label(request := first[0][2])
-    averaged = f"{STRANGERS}, mean over the methods"  # who are measured in each model anew
-    shown = frame[["request", "after_task", "compared_with"]].eq([request["task"], request["after_task"], compared])
-    yardstick, band = (averaged, averaged.lower()) if compared == STRANGERS else (compared, "models that never saw them")
-    figure = scatter_of(frame[shown.all(axis=1)], title, band)
+    moment = requests[0]["task"], requests[0]["after_task"], reference_label(requests[0])
+    shown = frame[frame[["request", "after_task", "compared_with"]].eq(moment).all(axis=1)]
+    name, band = moment[2], BAND
+    if name == STRANGERS:  # who are measured in each model anew
+        name, band = f"{STRANGERS}, mean over the methods", f"{STRANGERS}, mean over the methods".lower()
+    figure = scatter_of(shown, title, band)
     save_figure(figure, folder / SCATTER)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
-    known = {name: [float(np.mean(group[key])) for key in METRICS] for name, group in _yardsticks(first, yardstick).items()}
-    words = {"title": title, "rows": rows, "several": several, "known": known, "metrics": METRICS, "counted": COUNTED}
-    write_text(folder / INDEX, environment.get_template(TEMPLATE.name).render(words, chart=_svg(figure)))
+    page = environment.get_template(TEMPLATE.name).render(
+        title=title,
+        chart=_svg(figure),
+        rows=[_row(*one) for one in first],
+        several=len({results["seed"] for _, results, *_ in first}) > 1,
+        known={name: _means(requests, "references"), PRETRAINED: _means(requests, "originals", 1)},
+        metrics=METRICS,
+        counted=COUNTED,
+    )
+    write_text(folder / INDEX, page)
     return folder / INDEX
 
 
-def scatter_of(rows: pd.DataFrame, title: str, band: str = "models that never saw them") -> Figure:
+def scatter_of(rows: pd.DataFrame, title: str, band: str = BAND) -> Figure:
     """The scatter of one request, from rows as `audit_rows` gives them: the means of each method, the band mean ± sd."""
     found = rows.pivot_table(index="method", columns="metric", values="value", sort=False).dropna(subset=[X])
     models = pd.DataFrame({"lost": found["acc_remain_lost"], "known": found[X]})
@@ -77,12 +84,11 @@ def audit_rows(audits: Audited) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _costs(results: dict, request: dict) -> dict[str, float]:
-    """By the run's own account: H of the request's own task (None after a later one), and the points of accuracy that kept
-    people have lost by then."""
+def _costs(results: dict, request: dict) -> dict[str, float | None]:
+    """By the run's own account: H, and the points of accuracy that kept people have lost by then."""
     task = next(task for task in results["tasks"] if task["task"] == request["after_task"])
     lost = task["before"]["acc_remain"] - task["after"]["acc_remain"]
-    return {"h_mean": task["after"]["h_mean"] if task["task"] == request["task"] else None, "acc_remain_lost": lost}
+    return {"h_mean": h_mean(results, request), "acc_remain_lost": lost}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -94,21 +100,14 @@ def _deviation(values: Sequence[float]) -> float | None:
 
 
 def _row(label: str, results: dict, request: dict, page: str) -> dict:
-    values, costs = [request["figures"].get(key, {}).get("value") for key in METRICS], _costs(results, request)
-    row = {"label": label, "seed": results["seed"], "values": values, "known": values[0], "page": page}
-    row |= {"h": costs["h_mean"], "lost": costs["acc_remain_lost"]}
-    return row | {"tally": tally(request), "verdict": request["verdict"]}
+    row = {"label": label, "seed": results["seed"], "page": page, "tally": tally(request), "verdict": request["verdict"]}
+    return row | _costs(results, request) | {"values": [request["figures"].get(key, {}).get("value") for key in METRICS]}
 
 
-def _yardsticks(first: Sequence[tuple[str, dict, dict, str]], name: str) -> dict[str, dict[str, list[float]]]:
-    """Of what is compared with, called `name`, and of the pre-trained model: the values of each metric, of every request."""
-    found = {name: {}, PRETRAINED: {}}
-    for _, _, request, _ in first:
-        for key in METRICS:
-            entry = request["figures"].get(key) or {"references": [], "originals": []}
-            for group, values in zip(found.values(), (entry["references"], entry["originals"][:1]), strict=True):
-                group.setdefault(key, []).extend(values or [np.nan])
-    return found
+def _means(requests: Sequence[dict], group: str, most: int | None = None) -> list[float]:
+    """Of each metric, over what the `references` or `originals` (the first, with `most`) of all requests show."""
+    found = ([request["figures"].get(key, {}).get(group) or [np.nan] for request in requests] for key in METRICS)
+    return [float(np.mean([value for values in own for value in values[:most]])) for own in found]
 
 
 def _svg(figure: Figure) -> Markup:

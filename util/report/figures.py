@@ -15,6 +15,7 @@ from util.evaluation.metrics import MARGINS, METRICS
 from util.report.tables import PRETRAINED, Comparison
 from util.runtime.files import atomic_write
 
+BAND = "models that never saw them"
 OWN = ("GS-LoRA", "GS-LoRA++", "Unseen")  # stand out
 
 
@@ -83,7 +84,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
 
 
 def forgetting_scatter(
-    models: pd.DataFrame, never_seen: Sequence[float], before: float, title: str, band: str = "models that never saw them"
+    models: pd.DataFrame, never_seen: Sequence[float], before: float, title: str, band: str = BAND
 ) -> Figure:
     """What forgetting cost the kept people against what is left of the forgotten.
 
