@@ -28,7 +28,7 @@ from util.runtime.files import readable, write_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
-NEVER, BEFORE = "*never saw them*", "*before*"
+KNOWN = {"*never saw them*": "never_seen", "*before*": "trained_with_them"}  # rows that all audits have, their columns
 METRICS = {"enrolment_1": "re-id 1", "enrolment_5": "re-id 5", "verification_auc": "AUC", "membership_images": "member"}
 
 
@@ -98,8 +98,7 @@ def all_metrics(name: str) -> str:
         costs["Acc_o"] = table["acc_old"].max(axis=1)
     costs["H, margin"] = margin["h_mean"].mean(axis=1)
     known = audit.loc[audit.index[0][0]].loc[keys]
-    blank = [""] * costs.shape[1]
-    rows = [[NEVER, *blank, *map(number, known["never_seen"])], [BEFORE, *blank, *map(number, known["trained_with_them"])]]
+    rows = [[label, *[""] * costs.shape[1], *map(number, known[column])] for label, column in KNOWN.items()]
     for label, own in costs.drop(PRETRAINED).sort_values("H", ascending=False).iterrows():
         entries = audit.loc[label].loc[keys]
         mark = " †" * (label in fewer)
@@ -111,9 +110,10 @@ def overview(least: str, *names: str) -> str:
     """H, points of Acc_r lost and re-identification from one photo after the first request of several sets, of the methods
     with H of `least` on the last set."""
     sets = [audited(name) for name in names]
-    known = [audit.xs("enrolment_1", level="metric").iloc[0] for audit in sets]
-    rows = [[NEVER, *chain.from_iterable(["", "", number(entry["never_seen"])] for entry in known)]]
-    rows += [[BEFORE, *chain.from_iterable(["", "", number(entry["trained_with_them"])] for entry in known)]]
+    rows = []
+    for label, column in KNOWN.items():
+        values = [number(audit.xs("enrolment_1", level="metric")[column].iloc[0]) for audit in sets]
+        rows.append([label, *chain.from_iterable(["", "", value] for value in values)])
     h_mean = sets[-1].xs("h_mean", level="metric")["value"].sort_values(ascending=False)
     shown = h_mean.index[h_mean >= float(least)]
     rows += [[method, *chain.from_iterable(_overview(audit, method) for audit in sets)] for method in shown]
@@ -132,17 +132,14 @@ def by_request(name: str) -> str:
     """Of each request after its task, and of earlier ones after the last: re-identification from one photo, and how many
     metrics with power are within the margin."""
     found = read(f"{name}_audit.csv").dropna(subset="verdict")
-    counted = found[
-        [counts(key, {"verdict": verdict}) for key, verdict in zip(found["metric"], found["verdict"], strict=True)]
-    ]
-    when, columns = ["method", "after_task", "request"], {NEVER: "never_seen", BEFORE: "trained_with_them"}
-    within = counted["verdict"].eq(WITHIN).groupby([counted[key] for key in when]).sum()
-    powerful = counted["power"].ge(POWER).groupby([counted[key] for key in when]).sum()
-    shown = found[found["metric"] == "enrolment_1"].set_index(when)
+    found = found.set_index(["method", "after_task", "request"])
+    counted = found[[counts(row.metric, {"verdict": row.verdict}) for row in found.itertuples()]]
+    within = counted["verdict"].eq(WITHIN).groupby(counted.index.names).sum()
+    powerful = counted["power"].ge(POWER).groupby(counted.index.names).sum()
+    shown = found[found["metric"] == "enrolment_1"]
     moments = sorted({moment[1:] for moment in shown.index}, key=lambda moment: (moment[0] != moment[1], moment[1]))
-    rows = []
-    for label, column in columns.items():
-        rows.append([label, *(number(shown.loc[(shown.index[0][0], *moment), column]) for moment in moments)])
+    known = shown.loc[shown.index[0][0]]
+    rows = [[label, *(number(known.loc[moment, column]) for moment in moments)] for label, column in KNOWN.items()]
     for method in shown.index.unique("method"):
         own = [(method, *moment) for moment in moments]
         cells = [f"{number(*shown.loc[key, ['value', 'verdict']])}, {within[key]} of {powerful[key]}" for key in own]
@@ -158,7 +155,7 @@ def one_by_one(*names: str) -> str:
         found = read(f"{name}_audit.csv")
         known, rows = found[found["metric"] == "enrolment_1"], found.groupby(["metric", "method"], sort=False)
         values = rows["value"].mean()
-        shown = {NEVER: known["never_seen"].mean(), BEFORE: known["trained_with_them"].mean(), **values["enrolment_1"]}
+        shown = {label: known[column].mean() for label, column in KNOWN.items()} | dict(values["enrolment_1"])
         said = rows["verdict"].agg(lambda verdicts: ", ".join(f"{n} {v}" for v, n in verdicts.value_counts().items()))
         heads += [f"{name.split('_')[0]}: re-id 1", "Acc_r lost", "verdict"]
         columns += [pd.Series(shown).map(number), values["acc_remain_lost"].map(number), said["request"]]
@@ -169,14 +166,14 @@ def one_by_one(*names: str) -> str:
 KINDS = {"papers": beside_the_papers, "all": all_metrics, "overview": overview, "requests": by_request, "people": one_by_one}
 
 
+def _table(block: re.Match) -> str:
+    kind, *names = block[2].split()
+    return block[1] + KINDS[kind](*names) + block[3]
+
+
 def written(text: str) -> str:
     """A page with its tables made anew."""
-
-    def block(match: re.Match) -> str:
-        kind, *names = match[2].split()
-        return match[1] + KINDS[kind](*names) + match[3]
-
-    return BLOCK.sub(block, text)
+    return BLOCK.sub(_table, text)
 
 
 def main(argv: list[str] | None) -> None:
@@ -185,11 +182,12 @@ def main(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         page, now = path.read_text(), written(path.read_text())
-        if page != now and args.check:
+        if page == now:
+            continue
+        if args.check:
             raise RunError(f"{path.relative_to(ROOT)}: a table is not what docs/results says: run scripts/docs_tables.py")
-        if page != now:
-            write_text(path, now)
-            print(f"{path.relative_to(ROOT)} is new")
+        write_text(path, now)
+        print(f"{path.relative_to(ROOT)} is new")
 
 
 if __name__ == "__main__":
