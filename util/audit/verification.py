@@ -43,12 +43,11 @@ class Verification(AuditMetric):
         forgotten, remaining = unit[task.forget_test], unit[task.remain_test]
         known = _scores(remaining, draw_pairs(labels[task.remain_test], PAIRS, task.seed)[1])
         trained = F.normalize(audited.train_embeddings[task.forget_train]), task.train_set.labels.cpu()[task.forget_train]
-        own, test_groups, other, other_groups = self._pairs(*trained, task.train_groups, remaining, task)
-        statistics = {trained_auc: auc_statistic(own, other, test_groups, other_groups)}
-        own, test_groups, other, other_groups = self._pairs(forgotten, task.forget_labels, task.test_groups, remaining, task)
+        statistics = {trained_auc: auc_statistic(*_pairs(*trained, task.train_groups, remaining, task))}
+        pairs = own, other, test_groups, _ = _pairs(forgotten, task.forget_labels, task.test_groups, remaining, task)
         if not len(own):
             return Measurement(statistics | dict.fromkeys((auc, *keys), "needs two test images of a forgotten person"))
-        statistics[auc] = auc_statistic(own, other, test_groups, other_groups)
+        statistics[auc] = auc_statistic(*pairs)
         for key, rate, needed in zip(keys, RATES, (1, LEAST / RATES[1], 1), strict=True):
             if len(known) < needed:
                 statistics[key] = f"needs {needed:.0f} impostor pairs of kept faces, there are {len(known)}"
@@ -69,17 +68,16 @@ class Verification(AuditMetric):
         curve = {"far": grid.round(6).tolist(), "tar": heights.round(4).tolist()}
         return Measurement(statistics, {"roc": curve})
 
-    def _pairs(
-        self, unit: Tensor, labels: Tensor, test_groups: np.ndarray, remaining: Tensor, task: AuditTask
-    ) -> tuple[np.ndarray, ...]:
-        """Cosines of genuine pairs of forgotten faces `unit` (N, dim), whose pairs they are, and both of impostor pairs."""
-        genuine, impostor = (pairs.numpy() for pairs in draw_pairs(labels, PAIRS, task.seed))
-        if len(task.forget) - len(task.strangers) > 1:
-            return _scores(unit, genuine), test_groups[genuine[:, :1]], _scores(unit, impostor), test_groups[impostor]
-        others = task.generator().permutation(len(remaining))[: max(1, PAIRS // len(unit))]
-        other = (unit @ remaining[others].T).flatten().numpy()
-        # Of two photos of the person both may be drawn anew.
-        return _scores(unit, genuine), test_groups[genuine], other, np.repeat(test_groups, len(others))[:, None]
+
+def _pairs(unit: Tensor, labels: Tensor, groups: np.ndarray, remaining: Tensor, task: AuditTask) -> tuple[np.ndarray, ...]:
+    """Cosines of genuine and of impostor pairs of forgotten faces `unit` (N, dim), and whose pairs both are."""
+    genuine, impostor = (pairs.numpy() for pairs in draw_pairs(labels, PAIRS, task.seed))
+    if len(task.forget) - len(task.strangers) > 1:
+        return _scores(unit, genuine), _scores(unit, impostor), groups[genuine[:, :1]], groups[impostor]
+    others = task.generator().permutation(len(remaining))[: max(1, PAIRS // len(unit))]
+    other = (unit @ remaining[others].T).flatten().numpy()
+    # Of two photos of the person both may be drawn anew.
+    return _scores(unit, genuine), other, groups[genuine], np.repeat(groups, len(others))[:, None]
 
 
 def _scores(unit: Tensor, pairs: Tensor | np.ndarray) -> np.ndarray:
