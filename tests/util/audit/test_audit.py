@@ -64,7 +64,7 @@ def test_every_key_is_there_with_its_numbers_or_a_reason(original):
     about = json.loads(json.dumps(original.as_dict(), allow_nan=False))
     assert about["forget"] == ["p2", "p5", "p8", "p11", "p14", "p17"]
     assert about["images"] == 60
-    assert {"enrolment", "probe", "roc", "cka", "relearn_1", "relearn_5", "relearn_kept_only"} == {*about["curves"]}
+    assert {"probe", "roc", "cka", "relearn_1", "relearn_5", "relearn_kept_only"} == {*about["curves"]}
     assert all({*curve} == {"after", "before", "references"} for curve in about["curves"].values())
 
 
