@@ -52,19 +52,11 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
               "neighbours": [{"face": uint8 (3, H, W), "name", model: [{"face", "name", "same", "cosine"}, …]}, …]}, model a
               key of MODELS, group one of SHAPES.
     """
-    loader = FileSystemLoader(TEMPLATE.parent)
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    spaces = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, **spaces)
+    environment.filters |= {"number": _number, "never_seen": never_seen_utility, "titles": utility_titles}
+    environment.filters |= {"summary": summary, "strangers_note": strangers_note, "shown": shown}
     environment.filters["name"] = lambda name: Markup("_<wbr>").join(name.split("_"))
-    environment.filters |= {
-        "number": _number,
-        "never_seen": never_seen_utility,
-        "titles": utility_titles,
-        "summary": summary,
-        "strangers_note": strangers_note,
-        "shown": shown,
-    }
     environment.filters["file"] = lambda path: "/".join(PurePath(path).parts[-3:])
     requests = [_request(*both) for both in zip(audit["requests"], pictures, strict=True)]
     words = {"models": MODELS, "margin": MARGIN, "within": WITHIN, "power": POWER, "enough": MIN_FAMILIES, "off": OFF}
@@ -80,19 +72,13 @@ def _request(request: dict, pictures: dict | None) -> dict:
     """A request with all that is drawn of it."""
     strips = [_strip(key, entry) for key, entry in request["figures"].items()]
     groups = {family: [s for s in strips if s["verdict"] and s["family"] == family] for family in FAMILIES}
-    view = {
-        "strips": strips,
-        "groups": groups,
-        "panels": [*_panels(request["curves"])],
-        "maps": {},
-        "faces": [],
-        "same": {},
-    }
-    if pictures is not None:
-        view["maps"] = {model: _scatter(pictures["map"][model], pictures["people"]) for model in MODELS}
-        view["faces"] = [_face(face) | {m: [_face(n) for n in face[m]] for m in MODELS} for face in pictures["neighbours"]]
-        view["same"] = {m: [near["same"] for face in view["faces"] for near in face[m]] for m in MODELS}
-    return request | view
+    view = request | {"strips": strips, "groups": groups, "panels": [*_panels(request["curves"])]}
+    if pictures is None:
+        return view | {"maps": {}, "faces": []}
+    maps = {model: _scatter(pictures["map"][model], pictures["people"]) for model in MODELS}
+    faces = [_face(face) | {m: [_face(n) for n in face[m]] for m in MODELS} for face in pictures["neighbours"]]
+    same = {m: [near["same"] for face in faces for near in face[m]] for m in MODELS}
+    return view | {"maps": maps, "faces": faces, "same": same}
 
 
 def _place(rho: float) -> float:
@@ -128,7 +114,7 @@ def shown(references: list[float]) -> list[float]:
 
 
 def _panels(curves: dict) -> Iterable[dict]:
-    """Of the curves that there are: {"title", "about", "x", "x_ticks": [(place, text)], "y_ticks", "lines", "kind"}."""
+    """Of the curves that there are, as `_panel` makes them."""
     if "roc" in curves:
         ticks = [(1 + np.log10(rate) / 3, f"{rate:.1%}" if rate < 0.01 else f"{rate:.0%}") for rate in (1e-3, 1e-2, 1e-1, 1)]
         yield _panel("Verification (ROC)", "pairs of one person accepted", "false accept rate", curves["roc"], _roc, ticks)
@@ -145,16 +131,15 @@ def _panels(curves: dict) -> Iterable[dict]:
         ticks = [(np.log1p(step) / np.log1p(steps[-1]), str(step)) for step in steps]
         yield _panel(f"Relearning {titles[key]}", "recognized", "training steps", curves[key], _relearning, ticks)
     if "cka" in curves:
+        about, x = "similarity to the pre-trained model", "similarity to models that never saw them"
         ticks = [(share, f"{share:.1f}") for share in (0, 0.5, 1)]
-        panel = _panel(
-            "Where the faces lie (CKA)", "", "similarity to models that never saw them", curves["cka"], _cka, ticks
-        )
+        panel = _panel("Where the faces lie (CKA)", about, x, curves["cka"], _cka, ticks)
         lines = [(css, path + MARKS[css]) for css, path in panel["lines"]]
-        yield panel | {"about": "similarity to the pre-trained model", "y_ticks": ticks, "lines": lines, "kind": "points"}
+        yield panel | {"y_ticks": ticks, "lines": lines, "kind": "points"}
 
 
 def _panel(title: str, about: str, x: str, curves: dict, points: Points, ticks: list[tuple[float, str]]) -> dict:
-    """`lines` are (CSS class, path); the pre-trained model's, in dashes, is last: it may hide nothing."""
+    """Ticks are (place from 0 to 1, text), lines (CSS class, path): the pre-trained model's, dashed, last, to hide none."""
     drawn = [("never", curve) for curve in curves["references"]] + [("after", curves["after"]), ("before", curves["before"])]
     lines = [(css, _path(*points(curve))) for css, curve in drawn]
     y_ticks = [(share, f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)]

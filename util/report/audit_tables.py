@@ -1,6 +1,6 @@
 """What audits found, as tables: one request of several methods side by side, and every figure of one run."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -117,9 +117,9 @@ def strangers_note(request: dict) -> str:
     if not (found := request.get("strangers")):
         return ""
     enrolled, tested = found["photos"]
-    photos = f"{enrolled} + {tested} photos of everybody"
-    message = f", compared with {found['people']} strangers, no retrained references ({photos}"
-    return message + (f"; {found['left_out']} people with fewer left out)" if found["left_out"] else ")")
+    few = f"; {found['left_out']} people with fewer left out" if found["left_out"] else ""
+    photos = f"{enrolled} + {tested} photos of everybody{few}"
+    return f", compared with {found['people']} strangers, no retrained references ({photos})"
 
 
 def _people(request: dict) -> str:
@@ -156,15 +156,19 @@ def comparison_markdown(audits: Sequence[Audited]) -> str:
 def verdicts(audits: Sequence[Audited]) -> list[str]:
     """Lines: of several requests how often each verdict fell on each method; and what it would say of models of which the
     truth is known."""
-    requests = [(label, request) for label, _, content in audits for request in content["requests"]]
-    counts: dict[str, Counter] = {}
-    for label, request in requests:
-        counts.setdefault(label, Counter())[request["verdict"]] += 1
+    requests = [request for *_, content in audits for request in content["requests"]]
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for label, _, content in audits:
+        counts[label].update(request["verdict"] for request in content["requests"])
     counts = counts if len(requests) > len(counts) else {}
-    truth = calibration([request for _, request in requests])
+    truth = calibration(requests)
     counts |= {"never-seen models, each by the others": truth["references"], "models that know them": truth["originals"]}
     counts |= {"groups of strangers, each by the others": truth["strangers"]}
     return [f"{label}: {_counted(found)}" for label, found in counts.items() if found]
+
+
+def _counted(found: Counter) -> str:
+    return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict])
 
 
 def count_of(request: dict) -> str:
@@ -186,18 +190,13 @@ def summary(request: dict) -> str:
 
 def utility_titles(utility: dict) -> dict[str, str]:
     """Of each key of a request's utility: metrics of kept people, and the accuracy on each benchmark of --pairs."""
-    pairs = {key: f"{key.removeprefix(PAIRS_OF)} accuracy" for key in utility if key.startswith(PAIRS_OF)}
-    return UTILITY | pairs
+    return UTILITY | {key: f"{key.removeprefix(PAIRS_OF)} accuracy" for key in utility if key.startswith(PAIRS_OF)}
 
 
 def never_seen_utility(utility: dict, key: str) -> float | None:
     """The references' mean, of what they have."""
     values = [reference.get(key) for reference in utility["references"]]
     return None if None in values or not values else float(np.mean(values))
-
-
-def _counted(found: Counter) -> str:
-    return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict])
 
 
 def audit_markdown(content: dict) -> str:
