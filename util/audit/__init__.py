@@ -2,12 +2,11 @@
 
 from collections import ChainMap
 
-from util.audit.apart import Apart
 from util.audit.base import AuditMetric
 from util.audit.cka import CKA
 from util.audit.enrolment import Enrolment
 from util.audit.membership_images import MembershipOfImages
-from util.audit.membership_person import MembershipOfPerson
+from util.audit.membership_person import Apart, MembershipOfPerson
 from util.audit.probe import Probe
 from util.audit.readout import Readout
 from util.audit.relearning import Relearning

@@ -1,5 +1,6 @@
 """Marker: was *this person* in the training set? Forgotten faces against faces that nobody has ever trained on."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
@@ -26,23 +27,20 @@ class MembershipOfPerson(AuditMetric):
     titles = {"membership_person": "membership inference (person): against strangers (AUC)"}
 
     def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
-        key, people = self.name, len(task.forget)
+        people = len(task.forget)
         if task.stranger_set is None:
-            return Measurement({key: "needs --strangers"})
+            return Measurement({self.name: "needs --strangers"})
         strangers = task.stranger_set.labels.cpu()
         if min(people, len(strangers.unique())) < FOLDS:
-            return Measurement({key: f"needs {FOLDS} forgotten and {FOLDS} strangers"})
+            return Measurement({self.name: f"needs {FOLDS} forgotten and {FOLDS} strangers"})
         embeddings = torch.cat([audited.test_embeddings[task.forget_test], audited.stranger_embeddings])
         features = self._features(audited, task, embeddings)
-        groups = torch.cat([torch.from_numpy(task.test_groups), people + strangers])
-        forgotten = torch.arange(len(groups)) < len(task.test_groups)
+        groups = np.concatenate([task.test_groups, people + strangers.numpy()])
+        forgotten = np.arange(len(groups)) < len(task.test_groups)
         probe = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
-        folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=task.seed)
-        scores = cross_val_predict(
-            probe, features.numpy(), forgotten.numpy(), groups=groups.numpy(), cv=folds, method="decision_function"
-        )
-        is_forgotten = forgotten.numpy()
-        return Measurement({key: auc_statistic(scores[is_forgotten], scores[~is_forgotten], task.test_groups[:, None])})
+        settings = {"cv": StratifiedGroupKFold(FOLDS, shuffle=True, random_state=task.seed), "method": "decision_function"}
+        scores = cross_val_predict(probe, features.numpy(), forgotten, groups=groups, **settings)
+        return Measurement({self.name: auc_statistic(scores[forgotten], scores[~forgotten], task.test_groups[:, None])})
 
     def _features(self, audited: AuditedModel, task: AuditTask, embeddings: Tensor) -> Tensor:
         head, kept = audited.head(task), list(task.remain)
@@ -50,3 +48,28 @@ class MembershipOfPerson(AuditMetric):
         log_p = head(embeddings)[:, kept].log_softmax(dim=1)
         entropy = -(log_p.exp() * log_p).sum(dim=1, keepdim=True)
         return torch.cat([cosines.sort(dim=1).values, embeddings.norm(dim=1, keepdim=True), entropy], dim=1)
+
+
+class Apart(AuditMetric):
+    """AUC of forgotten people's photos against those of `task.strangers`, by the largest cosine to a kept row, negated:
+    training drives a photo away from everybody else's row. It takes the marker's place in an audit beside strangers.
+
+    photos_apart: of training photos; apart: of test photos. 50 is chance, and what strangers have on average.
+    """
+
+    name = "apart"
+    family = "membership"
+    titles = {
+        "photos_apart": "membership inference (person): training photos far from kept rows (AUC)",
+        "apart": "membership inference (person): other photos far from kept rows (AUC)",
+    }
+
+    def measure(self, audited: AuditedModel, task: AuditTask) -> Measurement:
+        rows, statistics = F.normalize(audited.head(task).weight[list(task.remain)]), {}
+        sets = (audited.train_embeddings, task.train_set), (audited.test_embeddings, task.test_set)
+        for key, (embeddings, images) in zip(self.titles, sets, strict=True):
+            own, strangers = (torch.isin(images.labels, torch.tensor(group)) for group in (task.forget, task.strangers))
+            far = -(F.normalize(embeddings) @ rows.T).amax(dim=1).numpy()
+            test_groups = np.searchsorted(task.forget, images.labels[own].numpy())
+            statistics[key] = auc_statistic(far[own], far[strangers], test_groups[:, None])
+        return Measurement(statistics)

@@ -66,16 +66,10 @@ def _neighbours(face: int, models: dict[str, AuditedModel], audit: Audit) -> dic
     label = test.labels[face].item()
     row = {"face": test.images[face].cpu().numpy(), "name": test.classes[label]}
     for name, audited in models.items():
-        similarity, nearest = (
-            F.normalize(audited.train_embeddings) @ F.normalize(audited.test_embeddings[face], dim=0)
-        ).topk(NEIGHBOURS)
-        row[name] = [
-            {
-                "face": train.images[position].cpu().numpy(),
-                "name": train.classes[train.labels[position]],
-                "same": train.labels[position].item() == label,
-                "cosine": cosine,
-            }
-            for position, cosine in zip(nearest.tolist(), similarity.tolist(), strict=True)
-        ]
+        similarity = F.normalize(audited.train_embeddings) @ F.normalize(audited.test_embeddings[face], dim=0)
+        row[name] = []
+        for cosine, position in zip(*(found.tolist() for found in similarity.topk(NEIGHBOURS)), strict=True):
+            own = train.labels[position].item()
+            near = {"face": train.images[position].cpu().numpy(), "name": train.classes[own]}
+            row[name].append(near | {"same": own == label, "cosine": cosine})
     return row

@@ -65,12 +65,16 @@ def value_of(statistic: Statistic, identities: int) -> float:
     return float(statistic(np.ones((1, identities)))[0])
 
 
-def bootstrap_interval(statistic: Statistic, identities: int, seed: int) -> tuple[float, float]:
+def bootstrap_interval(statistic: Statistic, identities: int, seed: int) -> list[float]:
     """The middle 95% of the metric over samples of the identities, drawn with replacement."""
     draws = np.random.default_rng(seed).multinomial(identities, [1 / identities] * identities, REPLICATES)
+    return middle(statistic(draws.astype(float)))
+
+
+def middle(values: np.ndarray) -> list[float]:
+    """Where the middle 95% begin and end."""
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.nanpercentile(statistic(draws.astype(float)), [tail, 100 - tail])
-    return float(low), float(high)
+    return np.nanpercentile(values, [tail, 100 - tail]).tolist()
 
 
 def compare(

@@ -16,7 +16,7 @@ from backbone.recognizer import with_rows
 from data.image_set import ImageSet
 from util.audit import STRANGER_METRICS, AuditMetric
 from util.audit.inputs import ENROLLED, AuditedModel, AuditTask
-from util.audit.statistics import CONFIDENCE, compare, rounded
+from util.audit.statistics import compare, middle, rounded
 from util.runtime.errors import UsageError
 
 GROUPS = 200  # of strangers, drawn with replacement
@@ -97,8 +97,7 @@ def _entry(key: str, metric: AuditMetric, before_scores: dict, after_scores: dic
     resolution, independent = task.resolution(key), others / len(task.forget)
     known = groups.mean() + before_score - average
     entry = {"value": value, "known": known, "references": groups.tolist(), "originals": [before_scores[key][0]]}
-    tail = 50 * (1 - CONFIDENCE)
-    entry["interval"] = np.nanpercentile(again, [tail, 100 - tail]).tolist() if len(task.forget) > 1 else None
+    entry["interval"] = middle(again) if len(task.forget) > 1 else None
     found = compare(value, groups, [known], resolution, key in metric.lower_if_known, independent)
     return metric.unmeasured() | entry | {"resolution": resolution, "independent": independent} | found
 
@@ -123,31 +122,28 @@ def _with_strangers(
     audited: AuditedModel, task: AuditTask, strangers: Strangers, number: int
 ) -> tuple[AuditedModel, AuditTask]:
     """Forgotten people and strangers as one task's `forget`, with as many photos each, drawn in round `number`."""
-    generator, known, count = task.generator(number), len(task.train_set.classes), len(strangers.people)
-    counts, sets = (strangers.enrolled, strangers.tested), []
-    theirs = _sample_images(task.stranger_set, strangers.people, sum(counts), generator)
-    theirs = np.split(theirs.reshape(count, -1), [counts[0]], axis=1)
-    for images, embeddings, few, new in zip(
-        (task.train_set, task.test_set), (audited.train_embeddings, audited.test_embeddings), counts, theirs, strict=True
-    ):
-        labels = images.labels.cpu()
+    generator, known = task.generator(number), len(task.train_set.classes)
+    ids = tuple(range(known, known + len(strangers.people)))
+    names = task.train_set.classes + tuple(task.stranger_set.classes[c] for c in strangers.people)
+    theirs = _sample_images(task.stranger_set, strangers.people, strangers.enrolled + strangers.tested, generator)
+    theirs = np.split(theirs.reshape(len(ids), -1), [strangers.enrolled], axis=1)
+    embedded = (task.train_set, audited.train_embeddings), (task.test_set, audited.test_embeddings)
+    sets = []
+    for (images, embeddings), new in zip(embedded, theirs, strict=True):
+        labels, few = images.labels.cpu(), new.shape[1]
         others = (~torch.isin(labels, torch.tensor(task.forget))).nonzero()[:, 0]
         own = torch.cat([others, torch.from_numpy(_sample_images(images, task.forget, few, generator))])
-        labels = torch.cat([labels[own], known + torch.arange(count).repeat_interleave(few)])
-        names = images.classes + tuple(task.stranger_set.classes[c] for c in strangers.people)
+        labels = torch.cat([labels[own], torch.tensor(ids).repeat_interleave(few)])
         made = ImageSet("", torch.empty(len(labels), 0), labels, names)  # metrics beside strangers look at embeddings alone
         sets.append((made, torch.cat([embeddings[own], audited.stranger_embeddings[new.flatten()]])))
-    (train_set, train), (test_set, test) = sets
-    model = with_rows(audited.model, [*range(known), *[0] * count])
+    model = with_rows(audited.model, [*range(known), *[0] * len(ids)])
     with torch.no_grad():
         model.head.weight[known:] = 0.0
-    ids = tuple(range(known, known + count))
-    round_task = AuditTask(
-        train_set, test_set, (*task.forget, *ids), task.remain, None, None, (), task.hardware, task.seed, ids
-    )
-    found = replace(audited, model=model, train_set=train_set, test_set=test_set, stranger_set=None)
+    (train_set, train), (test_set, test) = sets
+    seen = {"train_set": train_set, "test_set": test_set, "stranger_set": None}
+    found = replace(audited, model=model, **seen)
     found.train_embeddings, found.test_embeddings = train, test
-    return found, round_task
+    return found, replace(task, **seen, forget=(*task.forget, *ids), before=None, references=(), strangers=ids)
 
 
 def _sample_images(images: ImageSet, people: Sequence[int], count: int, generator: np.random.Generator) -> np.ndarray:

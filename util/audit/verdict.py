@@ -33,11 +33,10 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
     order = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
     families = {name: next(verdict for verdict in order if verdict in given) for name, given in found.items() if given}
     verdicts = [*families.values()]
-    worst = next((verdict for verdict in (STILL_KNOWN, OVER_FORGOTTEN) if verdict in verdicts), None)
-    undecided = ((k, e) for k, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1)
-    open_ = {key: entry["rho"] for key, entry in undecided}
-    farthest = max(open_, key=open_.get, default=None)
-    verdict = worst or (AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= MIN_FAMILIES else NOT_ENOUGH)
+    verdict = AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= MIN_FAMILIES else NOT_ENOUGH
+    verdict = next((worse for worse in (STILL_KNOWN, OVER_FORGOTTEN) if worse in verdicts), verdict)
+    undecided = {key: e["rho"] for key, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1}
+    farthest = max(undecided, key=undecided.get, default=None)
     return {
         "verdict": STRANGER_VERDICTS.get(verdict, verdict) if strangers else verdict,
         "families": families,
@@ -46,7 +45,7 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
             "significantly_off": sum(significantly_off(*metric) for metric in counted.items()),
             "with_power": sum(entry["power"] >= POWER for entry in counted.values()),
         },
-        "undecided": farthest and {"figure": farthest, "rho": open_[farthest]},
+        "undecided": farthest and {"figure": farthest, "rho": undecided[farthest]},
     }
 
 

@@ -10,8 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from tests.util.audit.conftest import DIM, array, make_up, unit
 from util.audit import strangers as beside
-from util.audit.apart import Apart
 from util.audit.audit import Audit
+from util.audit.membership_person import Apart
 from util.audit.statistics import INCONCLUSIVE, STILL_KNOWN, WITHIN, value_of
 from util.audit.strangers import Strangers, choose_strangers, metrics_against_strangers
 from util.audit.verdict import LIKE_STRANGERS, UNLIKE_STRANGERS, calibration
