@@ -194,9 +194,9 @@ class MeasurementCache:
         return read_json(path)
 
     def _measure(self, audited: AuditedModel, metric: AuditMetric) -> dict:
-        measurement, num_groups = metric.measure(audited, self.task), self.task.num_groups
-        values = {k: s if isinstance(s, str) else value_of(s, num_groups) for k, s in measurement.statistics.items()}
-        return {"values": values, "curves": measurement.curves}
+        found = metric.measure(audited, self.task)
+        values = {key: value_of(statistic, self.task.num_groups) for key, statistic in found.statistics.items()}
+        return {"values": values, "curves": found.curves}
 
 
 def _judge(
@@ -209,18 +209,17 @@ def _judge(
     """The entries of a metric's keys, by what it found in the unlearned model, the references and the originals."""
     entries = {}
     for key, statistic in statistics.items():
-        others = {"references": references, "originals": originals}
-        others = {group: [measured["values"][key] for measured in found] for group, found in others.items()}
-        if reasons := [text for text in (statistic, *others["references"], *others["originals"]) if isinstance(text, str)]:
+        value, resolution = value_of(statistic, task.num_groups), task.resolution(key)
+        never, known = ([measured["values"][key] for measured in group] for group in (references, originals))
+        if reasons := [text for text in (value, *never, *known) if isinstance(text, str)]:
             entries[key] = metric.unmeasured() | {"reason": reasons[0]}
             continue
-        value, resolution = value_of(statistic, task.num_groups), task.resolution(key)
-        entry = metric.unmeasured() | {"value": value} | others
+        entry = metric.unmeasured() | {"value": value, "references": never, "originals": known}
         if metric.judged:
             scale = [measured["values"][metric.scale_from.get(key, key)] for measured in originals]
             interval = bootstrap_interval(statistic, task.num_groups, task.seed)
             entry |= {"interval": interval, "known": sum(scale) / len(scale), "resolution": resolution}
-            entry |= compare(value, others["references"], scale, resolution, key in metric.lower_if_known)
+            entry |= compare(value, never, scale, resolution, key in metric.lower_if_known)
         else:
             entry["reason"] = "a picture of where, no verdict"
         entries[key] = rounded(entry)

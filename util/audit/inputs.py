@@ -106,8 +106,8 @@ class AuditTask:
         if missing := [classes[c] for c in self.forget if not len(self.train_by_class[c])]:
             raise UsageError(f"the images of {', '.join(missing)} are gone: nothing of them can be audited")
         for c in self.forget:
-            if (count := len(self.train_by_class[c])) < 2:
-                raise UsageError(f"{classes[c]} has {count} training images: the audit needs 2 or more")
+            if len(self.train_by_class[c]) < 2:
+                raise UsageError(f"{classes[c]} has 1 training images: the audit needs 2 or more")
             if not (self.forget_labels == c).any():
                 raise UsageError(f"{classes[c]} has no test images: nothing of it can be audited")
         remain = len(self.test_set.labels.cpu()[self.remain_test].unique())
@@ -131,8 +131,7 @@ class AuditedModel:
     probes: dict = field(default_factory=dict)  # by seed, those fitted to each layer
 
     @cached_property
-    def train_embeddings(self) -> Tensor:
-        """Embeddings of the training images, (N, dim)."""
+    def train_embeddings(self) -> Tensor:  # (N, dim), as those below
         return self._embed(self.train_set)
 
     @cached_property
@@ -141,7 +140,6 @@ class AuditedModel:
 
     @cached_property
     def stranger_embeddings(self) -> Tensor:
-        """Embeddings of the never-seen faces."""
         return self._embed(self.stranger_set)
 
     def _embed(self, images: ImageSet) -> Tensor:

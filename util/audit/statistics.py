@@ -61,8 +61,9 @@ def auc_statistic(
     return lambda weights: np.array([one(row) for row in weights])
 
 
-def value_of(statistic: Statistic, identities: int) -> float:
-    return float(statistic(np.ones((1, identities)))[0])
+def value_of(statistic: Statistic | str, identities: int) -> float | str:
+    """The metric itself; or why there is none, as it is."""
+    return statistic if isinstance(statistic, str) else float(statistic(np.ones((1, identities)))[0])
 
 
 def bootstrap_interval(statistic: Statistic, identities: int, seed: int) -> list[float]:

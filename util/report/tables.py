@@ -85,9 +85,8 @@ class Comparison:
         for run, label in zip(runs, labels, strict=True):
             own = [task["setting"] for task in run["tasks"]]
             if run["dataset"] != self.dataset or own != self.settings[: len(own)]:
-                message = (
-                    f"{run['dataset']['name']}, {' '.join(own)} against {self.dataset['name']}, {' '.join(self.settings)}"
-                )
+                both = ((run["dataset"], own), (self.dataset, self.settings))
+                message = " against ".join(f"{dataset['name']}, {' '.join(settings)}" for dataset, settings in both)
                 raise UsageError(f"{label} and the others are not of the same data and tasks: {message}")
         self.failures, self.sweep = failures or {}, sweep
         self.labels = [*dict.fromkeys(labels)]
