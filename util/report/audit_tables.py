@@ -1,8 +1,7 @@
 """What audits found, as tables: one request of several methods side by side, and every figure of one run."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -56,45 +55,38 @@ def tally(request: dict) -> str:
     return f"{counts['within']} of {counts['with_power']}{off}"
 
 
+def _mean(request: dict, key: str, group: str, most: int | None = None) -> str:
+    """What the `references` or `originals` (the first, with `most`) show on average."""
+    entry = request["figures"].get(key)
+    return f"{np.mean(entry[group][:most]):.1f}" if entry and entry["value"] is not None else "–"
+
+
 def _value(request: dict, key: str, sign: str = "") -> str:
     """A metric of an audited model; with that of strangers, who are measured in each model anew, in brackets."""
-    entry = request["figures"][key]
-    return f"{entry['value']:.1f}{sign}" + (f" ({_never(entry)})" if request.get("strangers") else "")
-
-
-def _never(entry: dict) -> str:
-    return f"{np.mean(entry['references']):.1f}"
-
-
-def _overview_frame(models: Sequence[Audited]) -> pd.DataFrame:
-    """A row per audited model, below those of the references and the pre-trained one."""
-
-    def cells(request: dict, text: Callable[[str], str]) -> list[str]:
-        measured = {key for key, entry in request["figures"].items() if entry["value"] is not None}
-        return [text(key) if key in measured else "–" for key in OVERVIEW]
-
-    request = models[0][2]
-    first = request["figures"]
-    labels, rows = [PRETRAINED], [["–", *cells(request, lambda key: f"{first[key]['originals'][0]:.1f}"), "", ""]]
-    if not request.get("strangers"):
-        labels.insert(0, NEVER_SEEN)
-        rows.insert(0, ["–", *cells(request, lambda key: _never(first[key])), "", ""])
-    for label, results, request in models:
-        labels.append(label)
-        values = cells(request, partial(_value, request))
-        rows.append([percent(h_mean(results, request)), *values, tally(request), request["verdict"]])
-    return pd.DataFrame(rows, labels, ["H ↑", *OVERVIEW.values(), COUNTED, "verdict"])
+    entry = request["figures"].get(key)
+    if not entry or entry["value"] is None:
+        return "–"
+    return f"{entry['value']:.1f}{sign}" + (f" ({_mean(request, key, 'references')})" if request.get("strangers") else "")
 
 
 def overview(audits: Sequence[Audited], width: int = 0) -> list[str]:
-    """Lines: for each request the number of people and the table; labels padded to `width`."""
+    """Lines: for each request the number of people and a table with a row per audited model, below those of the references
+    and the pre-trained one; labels padded to `width`."""
     lines = []
     for models in _moments(audits):
-        request, table = models[0][2], _overview_frame(models)
+        requests = [request for *_, request in models]
+        request = requests[0]
+        columns = {"H ↑": ["–", "–", *(percent(h_mean(results, other)) for _, results, other in models)]}
+        for key, heading in OVERVIEW.items():
+            known = _mean(request, key, "references"), _mean(request, key, "originals", 1)
+            columns[heading] = [*known, *(_value(other, key) for other in requests)]
+        columns[COUNTED] = ["", "", *map(tally, requests)]
+        columns["verdict"] = [text.ljust(max(map(len, VERDICTS))) for text in ("", "", *(r["verdict"] for r in requests))]
+        table = pd.DataFrame(columns, [NEVER_SEEN, PRETRAINED, *(label for label, *_ in models)])
+        table = table.iloc[1:] if request.get("strangers") else table
+        table.index = table.index.str.ljust(max(width, *map(len, table.index)))
         lines += [""] if lines else []
         lines += [f"{_title(request)}: {_people(request)} still known? {_faces(request)}, %", ""]
-        table.index = table.index.str.ljust(max(width, *map(len, table.index)))
-        table["verdict"] = table["verdict"].str.ljust(max(map(len, VERDICTS)))
         lines += table.to_string(col_space=7).splitlines()
     return lines
 
@@ -131,26 +123,27 @@ def comparison_markdown(audits: Sequence[Audited]) -> str:
     """For each request a row per model and a column per figure (but the probe's blocks), each value with its verdict."""
     parts = []
     for models in _moments(audits):
-        request = models[0][2]
-        first = request["figures"]
-        keys = [key for key, entry in first.items() if entry["verdict"] and not key.startswith(INSIDE)]
-        labels = ["Originals", *(label for label, *_ in models)]
-        rows = [["", *(f"{np.mean(first[key]['originals']):.1f}" for key in keys), ""]]
+        requests = [request for *_, request in models]
+        request, first = requests[0], requests[0]["figures"]
+        columns = {"H": ["", "", *(percent(h_mean(results, other)) for _, results, other in models)]}
+        for key in (key for key, entry in first.items() if entry["verdict"] and not key.startswith(INSIDE)):
+            never = f"{_mean(request, key, 'references')} ± {np.std(first[key]['references'], ddof=1):.1f}"
+            values = [_value(other, key, _sign(key, other["figures"][key])) for other in requests]
+            columns[f"`{key}`"] = [never, _mean(request, key, "originals"), *values]
+        columns[COUNTED] = ["", "", *map(tally, requests)]
+        table = pd.DataFrame(columns, [NEVER_SEEN, "Originals", *(label for label, *_ in models)]).rename_axis("Method")
         about = f"{count_of(request)}, {_faces(request)}"
-        if not request.get("strangers"):
-            spread = (np.std(first[key]["references"], ddof=1) for key in keys)
-            labels = [NEVER_SEEN, *labels]
-            rows.insert(0, ["", *(f"{_never(first[key])} ± {std:.1f}" for key, std in zip(keys, spread, strict=True)), ""])
+        if request.get("strangers"):
+            table = table.iloc[1:]
+        else:
             about += f", K = {max(len(entry['references']) for entry in first.values())}"
-        for _, results, other in models:
-            entries = [(key, other["figures"][key]) for key in keys]
-            signs = (f" {SIGNS[entry['verdict']]}{OFF * significantly_off(key, entry)}" for key, entry in entries)
-            values = (_value(other, key, sign) for key, sign in zip(keys, signs, strict=True))
-            rows.append([percent(h_mean(results, other)), *values, tally(other)])
-        table = pd.DataFrame(rows, labels, ["H", *(f"`{key}`" for key in keys), COUNTED]).rename_axis("Method")
         parts.append(f"**{_title(request)}**: {about}. {LEGEND}")
-        parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * (len(keys) + 2)))
+        parts.append(table.to_markdown(disable_numparse=True, colalign=["left"] + ["right"] * len(columns)))
     return "\n\n".join([*parts, *(f"- {line}" for line in verdicts(audits))])
+
+
+def _sign(key: str, entry: dict) -> str:
+    return f" {SIGNS[entry['verdict']]}{OFF * significantly_off(key, entry)}"
 
 
 def verdicts(audits: Sequence[Audited]) -> list[str]:
@@ -219,11 +212,10 @@ def audit_markdown(content: dict) -> str:
             rows.append(row | {"Verdict": (entry["verdict"] or entry["reason"]) + off})
         align = ["left"] + ["right"] * 7 + ["left"]
         parts.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align))
-        useful, before = request["utility"], request["utility"]["before"]
-        changes = [
-            f"{name} {percent(before[key])} → {percent(useful[key])} ({percent(never_seen_utility(useful, key))})"
-            for key, name in utility_titles(useful).items()
-        ]
+        useful, changes = request["utility"], []
+        for key, name in utility_titles(useful).items():
+            values = percent(useful["before"][key]), percent(useful[key]), percent(never_seen_utility(useful, key))
+            changes.append("{} {} → {} ({})".format(name, *values))
         parts.append(f"Kept people, before → after (never seen): {', '.join(changes)}.")
         parts.append("; ".join(verdicts([("", None, {"requests": [request]})])) + ".")
     return "\n\n".join(parts)
