@@ -54,8 +54,12 @@ class AuditTask:
         return [self.generator(c).permutation(np.flatnonzero(labels == c)) for c in range(len(self.train_set.classes))]
 
     @cached_property
+    def forget_train(self) -> Tensor:
+        """Positions of the forgotten identities' training images."""
+        return torch.from_numpy(np.concatenate([self.train_by_class[c] for c in self.forget]))
+
+    @cached_property
     def forget_test(self) -> Tensor:
-        """Positions of the forgotten identities' test images."""
         return torch.isin(self.test_set.labels.cpu(), torch.tensor(self.forget)).nonzero()[:, 0]
 
     @cached_property
@@ -74,11 +78,6 @@ class AuditTask:
         if len(self.forget) == 1:
             return np.arange(len(self.forget_test))
         return np.searchsorted(self.forget, self.forget_labels.numpy())
-
-    @cached_property
-    def forget_train(self) -> Tensor:
-        """Positions of the forgotten identities' training images."""
-        return torch.from_numpy(np.concatenate([self.train_by_class[c] for c in self.forget]))
 
     @cached_property
     def train_groups(self) -> np.ndarray:

@@ -86,7 +86,9 @@ def overview(audits: Sequence[Audited], width: int = 0) -> list[str]:
         table = table.iloc[1:] if request.get("strangers") else table
         table.index = table.index.str.ljust(max(width, *map(len, table.index)))
         lines += [""] if lines else []
-        lines += [f"{_title(request)}: {_people(request)} still known? {_faces(request)}, %", ""]
+        names = request["forget"]
+        people = f"is {names[0]}" if len(names) == 1 else f"are its {len(names)} people"
+        lines += [f"{_title(request)}: {people} still known? {_faces(request)}, %", ""]
         lines += table.to_string(col_space=7).splitlines()
     return lines
 
@@ -112,11 +114,6 @@ def strangers_note(request: dict) -> str:
     few = f"; {found['left_out']} people with fewer left out" if found["left_out"] else ""
     photos = f"{enrolled} + {tested} photos of everybody{few}"
     return f", compared with {found['people']} strangers, no retrained references ({photos})"
-
-
-def _people(request: dict) -> str:
-    names = request["forget"]
-    return f"is {names[0]}" if len(names) == 1 else f"are its {len(names)} people"
 
 
 def comparison_markdown(audits: Sequence[Audited]) -> str:

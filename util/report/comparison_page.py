@@ -77,9 +77,9 @@ def audit_rows(audits: Audited) -> pd.DataFrame:
             rows += [about | {"metric": key, "value": value} | made for key, value in _costs(results, request).items()]
             rows.append(about | {"metric": "request", "verdict": request["verdict"]} | made)
             for key, entry in request["figures"].items():
-                row = {"metric": key, "value": entry["value"]}
-                row |= {"never_seen": _mean(entry["references"]), "never_seen_sd": _deviation(entry["references"])}
-                row |= {"trained_with_them": _mean(entry["originals"])}
+                never, known = (pd.Series(entry[group], dtype=float) for group in ("references", "originals"))
+                row = {"metric": key, "value": entry["value"], "never_seen": never.mean(), "never_seen_sd": never.std()}
+                row["trained_with_them"] = known.mean()
                 rows.append(about | row | {name: entry[name] for name in ("rho", "power", "verdict")} | made)
     return pd.DataFrame(rows)
 
@@ -89,14 +89,6 @@ def _costs(results: dict, request: dict) -> dict[str, float | None]:
     task = next(task for task in results["tasks"] if task["task"] == request["after_task"])
     lost = task["before"]["acc_remain"] - task["after"]["acc_remain"]
     return {"h_mean": h_mean(results, request), "acc_remain_lost": lost}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def _row(label: str, results: dict, request: dict, page: str) -> dict:
