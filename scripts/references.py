@@ -41,9 +41,7 @@ def pretraining_recipe(checkpoint: Checkpoint, path: Path, config: Path | None) 
 
     Raises UsageError where neither tells, where that is another model's, or where the weights it began with are gone.
     """
-    recipe, a = checkpoint.info.get("recipe"), checkpoint.model.architecture
-    if config is not None:
-        recipe = read_json(config).get("arguments")
+    recipe = read_json(config).get("arguments") if config else checkpoint.info.get("recipe")
     if not isinstance(recipe, dict) or not {*RECIPE} <= recipe.keys():
         where = f"{config} has" if config else f"{path} names"
         raise UsageError(
@@ -54,7 +52,8 @@ def pretraining_recipe(checkpoint: Checkpoint, path: Path, config: Path | None) 
     with readable(config or path, "no recipe of pre-training"), torch.device("meta"):
         asked = RECIPE_OF_WEIGHTS | recipe
         asked["weights"] = recipe["weights"] and Path(recipe["weights"])
-        model = build_recognizer(describe_model(argparse.Namespace(**asked), find_source(recipe["model"]), a.num_classes))
+        asked, classes = argparse.Namespace(**asked), checkpoint.model.architecture.num_classes
+        model = build_recognizer(describe_model(asked, find_source(recipe["model"]), classes))
         if recipe["epochs"] == 0:
             raise UsageError(f"{path} was enrolled, not trained here, so no reference can be: audit it with --strangers DIR")
         range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers

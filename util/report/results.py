@@ -62,8 +62,8 @@ def results_frame(runs: Sequence[dict], labels: Sequence[str]) -> pd.DataFrame:
         about = {"label": label, "method": run["method"], "seed": run["seed"], **run["model"]}
         about["seconds"] = sum(task["train_seconds"] for task in run["tasks"]) if len(run["tasks"]) == most else None
         for margin, task, metric in product(MARGINS, run["tasks"], METRICS):
-            values = {"value": task["after"][margin + metric], "before": task["before"].get(margin + metric)}
-            values["zero_ratio"] = task["groups"]["zero_ratio"] if task["groups"] else None
-            rows.append({**about, "margin": margin, "setting": task["setting"], "metric": metric, **values})
+            row = about | {"margin": margin, "setting": task["setting"], "metric": metric}
+            row |= {"value": task["after"][margin + metric], "before": task["before"].get(margin + metric)}
+            rows.append(row | {"zero_ratio": task["groups"]["zero_ratio"] if task["groups"] else None})
     columns = ["label", "method", "seed", "margin", "setting", "metric", *NUMBERS]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))

@@ -72,10 +72,9 @@ class Comparison:
         published: str | None = None,
         sweep: str | None = None,
     ) -> None:
-        """`runs` are contents of results.json; `failures` why further labels have none; `published`, one of PAPERS,
-        adds the papers' rows.
+        """runs: contents of results.json. failures: why further labels have none. published: one of PAPERS, to add its rows.
+        sweep: what the labels are values of, if they are not methods.
 
-        `sweep` says what the labels are values of, if they are not methods.
         Raises UsageError if the runs are not of the same data and tasks, or not of the papers'.
         """
         labels = labels or [METHODS[run["method"]].title for run in runs]
