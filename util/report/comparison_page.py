@@ -34,7 +34,7 @@ def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
     requests = [request for _, _, request, _ in first]
     if any(request["figures"].get(X, {}).get("value") is None for request in requests):
         return None
-    moment = requests[0]["task"], requests[0]["after_task"], reference_label(requests[0])
+    moment = [requests[0]["task"], requests[0]["after_task"], reference_label(requests[0])]
     shown = frame[frame[["request", "after_task", "compared_with"]].eq(moment).all(axis=1)]
     name, band = moment[2], BAND
     if name == STRANGERS:  # who are measured in each model anew
