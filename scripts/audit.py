@@ -157,8 +157,8 @@ def main(argv: list[str] | None) -> None:
 
 
 def print_audits(runs: list[AuditedRun], width: int) -> list[tuple[str, dict | None, dict]]:
-    """Audit the runs of one seed, which share who is forgotten, and print what was found, line by line where that is one
-    request a run; labels are padded to `width`. Returns (label, content of results.json, content of audit.json) of each."""
+    """Audit the runs of one seed, which share who is forgotten, and print what was found: line by line, if that is one
+    request a run. Returns (label, content of results.json, content of audit.json) of each."""
     audits, people = [], None
     for run in runs:
         audits.append((run.label, run.results, write_audit(run)))
@@ -208,7 +208,6 @@ def write_audit(run: AuditedRun) -> dict:
 
 
 def _first_look_reasons(metrics: list[str], references: list[int]) -> list[str]:
-    """What makes the audit a first look, with so many references of each request beside any."""
     without = [name for name in (AUDIT_METRICS if references else STRANGER_METRICS) if name not in metrics]
     least = min(references, default=FULL_AUDIT_REFERENCES)
     few = [f"{least} models that never saw them instead of {FULL_AUDIT_REFERENCES}"] * (least < FULL_AUDIT_REFERENCES)
@@ -224,7 +223,7 @@ def _log(folder: Path, requests: list[dict]) -> None:
 
 
 def write_comparison_of(runs: list[AuditedRun], audits: dict[int, list[tuple]], table: Path) -> Path | None:
-    """Leave what says of several runs how they compare; the page to look at, if there is one."""
+    """Leave `table` and the page of a comparison beside it; the page's path, if there is one."""
     parts = [f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(group)}" for seed, group in audits.items()]
     write_text(table, "\n\n".join(parts) + "\n")
     pages = [os.path.relpath(run.output / "audit.html", table.parent) for run in runs]

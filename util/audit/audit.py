@@ -120,7 +120,6 @@ def _compare_models(
     metrics: Sequence[str],
     measurements: "MeasurementCache",
 ) -> tuple[dict[str, dict], dict[str, dict]]:
-    """The entries and curves of an audit."""
     entries, curves = {}, {}
     for metric in tqdm([AUDIT_METRICS[name] for name in metrics], "metrics", leave=False, disable=None):
         of_references, of_known = (
@@ -206,7 +205,7 @@ def _judge(
     references: list[dict],
     originals: list[dict],
 ) -> dict[str, dict]:
-    """The entries of a metric's keys, by what it found in the unlearned model, the references and the originals."""
+    """The entries of a metric's keys."""
     entries = {}
     for key, statistic in statistics.items():
         value, resolution = value_of(statistic, task.num_groups), task.resolution(key)

@@ -29,8 +29,7 @@ class AuditTask:
     """Who was to be forgotten, who is to be known, and the images that tell.
 
     `forget` are the ids audited, `remain` those that the model is to know; whoever is neither was forgotten earlier or
-    later. `stranger_set` holds people in no training set. `before` is the pre-trained model; `references` never saw
-    `forget`.
+    later. `stranger_set` holds people in no training set; `references` never saw `forget`.
     """
 
     train_set: ImageSet

@@ -14,11 +14,9 @@ FACES, NEIGHBOURS = 6, 3
 
 
 def pictures(audit: Audit) -> dict:
-    """{"map": {model: {group: (N, 2)}}, "people": name of each forgotten point, "neighbours": [{"face": uint8 (3, H, W),
-    "name", model: [face, …]}, …]}
-
-    The models are "before", "after" and "never seen" (the first reference).
-    """
+    """Of the models "before", "after" and "never seen" (the first reference): {"map": {model: {group: points (N, 2)}},
+    "people": name of each forgotten point, "neighbours": [{"face": uint8 (3, H, W), "name", model: [{"face", "name", "same",
+    "cosine"}, …]}, …]}"""
     task = audit.task
     models = {"before": task.before, "after": audit.after, "never seen": task.references[0]}
     labels = _some(task.forget_labels, task.seed).tolist()
@@ -61,7 +59,7 @@ def _faces(models: dict[str, AuditedModel], audit: Audit) -> list[int]:
 
 
 def _neighbours(face: int, models: dict[str, AuditedModel], audit: Audit) -> dict:
-    """The training images, of everybody, that each model finds most like a test face."""
+    """The training images of anybody that each model finds most like a test face."""
     train, test = audit.task.train_set, audit.task.test_set
     label = test.labels[face].item()
     row = {"face": test.images[face].cpu().numpy(), "name": test.classes[label]}

@@ -18,12 +18,10 @@ BORROWED_SCALE = {key for metric in AUDIT_METRICS.values() for key in metric.sca
 
 
 def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
-    """The verdict on a request from its `metrics` in audit.json: {"verdict", "families", "tally", "undecided"}. Against
-    `strangers` it has names of its own.
+    """The verdict on a request from its `metrics` in audit.json; against `strangers` it has names of its own.
 
-    Still known if any metric says so, else over-forgotten if any does; else as if never seen, if in MIN_FAMILIES families a
-    metric with power is within the margin; else there is not enough evidence.
-
+    verdict:   still known if any metric says so, else over-forgotten if any does; else as if never seen, if in MIN_FAMILIES
+               families a metric with power is within the margin; else there is not enough evidence.
     families:  by name, the first of these that a metric of it says: still known, over-forgotten, within, inconclusive.
     tally:     {"within", "significantly_off" (of these), "with_power"}, numbers of metrics.
     undecided: {"figure", "rho"} of the inconclusive metric that is farthest on the way back, or None.

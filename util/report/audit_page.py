@@ -48,9 +48,7 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
     """The whole HTML text.
 
     audit:    the content of audit.json.
-    pictures: of each request None or {"map": {model: {group: points (N, 2)}}, "people": name of each forgotten point,
-              "neighbours": [{"face": uint8 (3, H, W), "name", model: [{"face", "name", "same", "cosine"}, …]}, …]}, model a
-              key of MODELS, group one of SHAPES.
+    pictures: of each request, as `util.audit.pictures` draws them, or None; models are keys of MODELS, groups of SHAPES.
     """
     spaces = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, **spaces)
