@@ -100,7 +100,7 @@ def request_number(text: str) -> int | str:
 
 
 def run_folders(paths: list[Path]) -> list[RunFolder]:
-    """The runs with a finished task in these folders, or in the folders directly below, as tables order them."""
+    """The runs with a finished task in these folders or directly below, as tables order them: those of a seed share data."""
     found = []
     for path in paths:
         folders = [path] if (path / "results.json").exists() else sorted(path.glob("*/"))
