@@ -184,7 +184,7 @@ class MeasurementCache:
 
     def measured(self, audited: AuditedModel, metric: AuditMetric) -> dict:
         """{"values": {key: %, or why there is none}, "curves"}"""
-        if self.folder is None or not metric.judged:  # what is not judged depends on the references there are
+        if self.folder is None or not metric.family:  # what is not judged depends on the references there are
             return self._measure(audited, metric)
         key = f"{self.key} {weights_sha256(audited.model)} {audited.original} {metric.name}"
         path = self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -214,7 +214,7 @@ def _judge(
             entries[key] = metric.unmeasured() | {"reason": reasons[0]}
             continue
         entry = metric.unmeasured() | {"value": value, "references": never, "originals": known}
-        if metric.judged:
+        if metric.family:
             scale = [measured["values"][metric.scale_from.get(key, key)] for measured in originals]
             interval = bootstrap_interval(statistic, task.num_groups, task.seed)
             entry |= {"interval": interval, "known": sum(scale) / len(scale), "resolution": resolution}

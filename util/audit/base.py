@@ -33,10 +33,6 @@ class AuditMetric(ABC):
     # Keys of what goes wrong with the person's faces: those who know the person show less of it.
     lower_if_known: ClassVar[frozenset[str]] = frozenset()
 
-    @property
-    def judged(self) -> bool:
-        return bool(self.family)
-
     def unmeasured(self) -> dict:
         """What audit.json says of one of its keys where there is nothing to say."""
         nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))

@@ -96,10 +96,11 @@ def _entry(key: str, metric: AuditMetric, before_scores: dict, after_scores: dic
     before_score, average = before_scores[metric.scale_from.get(key, key)]
     resolution, independent = task.resolution(key), others / len(task.forget)
     known = groups.mean() + before_score - average
-    entry = {"value": value, "known": known, "references": groups.tolist(), "originals": [before_scores[key][0]]}
-    entry["interval"] = middle(again) if len(task.forget) > 1 else None
-    found = compare(value, groups, [known], resolution, key in metric.lower_if_known, independent)
-    return metric.unmeasured() | entry | {"resolution": resolution, "independent": independent} | found
+    entry = {"value": value, "references": groups.tolist(), "originals": [before_scores[key][0]]}
+    entry |= {"interval": middle(again) if len(task.forget) > 1 else None, "known": known}
+    entry |= {"resolution": resolution, "independent": independent}
+    entry |= compare(value, groups, [known], resolution, key in metric.lower_if_known, independent)
+    return metric.unmeasured() | entry
 
 
 def _measure(

@@ -129,7 +129,7 @@ def comparison_markdown(audits: Sequence[Audited]) -> str:
             columns[f"`{key}`"] = [never, _mean(request, key, "originals"), *values]
         columns[COUNTED] = ["", "", *map(tally, requests)]
         table = pd.DataFrame(columns, [NEVER_SEEN, "Originals", *(label for label, *_ in models)]).rename_axis("Method")
-        about = f"{count_of(request)}, {_faces(request)}"
+        about = f"{_count(request)}, {_faces(request)}"
         if request.get("strangers"):
             table = table.iloc[1:]
         else:
@@ -161,7 +161,7 @@ def _counted(found: Counter) -> str:
     return ", ".join(f"{found[verdict]} {verdict}" for verdict in VERDICTS if found[verdict])
 
 
-def count_of(request: dict) -> str:
+def _count(request: dict) -> str:
     return "1 person" if len(request["forget"]) == 1 else f"{len(request['forget'])} people"
 
 
@@ -194,7 +194,7 @@ def audit_markdown(content: dict) -> str:
     parts = [f"# Audit of {content['method'] or 'a checkpoint'} on {content['data']}"]
     parts += [f"**First look**: {'; '.join(content['first_look'])}."] if content["first_look"] else []
     for request in content["requests"]:
-        about = f"{count_of(request)}, {request['images']} test faces: **{request['verdict']}**"
+        about = f"{_count(request)}, {request['images']} test faces: **{request['verdict']}**"
         parts.append(f"## Request {request['task']}, after task {request['after_task']}{strangers_note(request)}: {about}")
         parts.append(f"{summary(request)}.")
         rows = []
