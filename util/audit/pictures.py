@@ -7,7 +7,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from util.audit.audit import Audit
-from util.audit.inputs import AuditedModel
+from util.audit.inputs import AuditedModel, AuditTask
 
 POINTS = 300  # most of each group on the map
 FACES, NEIGHBOURS = 6, 3
@@ -21,14 +21,13 @@ def pictures(audit: Audit) -> dict:
     models = {"before": task.before, "after": audit.after, "never seen": task.references[0]}
     labels = _some(task.forget_labels, task.seed).tolist()
     return {
-        "map": {name: _map(audited, audit) for name, audited in models.items()},
+        "map": {name: _map(audited, task) for name, audited in models.items()},
         "people": [task.train_set.classes[label] for label in labels],
-        "neighbours": [_neighbours(face, models, audit) for face in _faces(models, audit)],
+        "neighbours": [_neighbours(face, models, task) for face in _faces(models, task)],
     }
 
 
-def _map(audited: AuditedModel, audit: Audit) -> dict[str, np.ndarray]:
-    task = audit.task
+def _map(audited: AuditedModel, task: AuditTask) -> dict[str, np.ndarray]:
     groups = {"forgotten": audited.test_embeddings[task.forget_test], "kept": audited.test_embeddings[task.remain_test]}
     groups |= {"never seen": audited.stranger_embeddings} if task.stranger_set is not None else {}
     groups = {name: _some(embeddings, task.seed) for name, embeddings in groups.items()}
@@ -42,10 +41,9 @@ def _some(rows: Tensor, seed: int) -> Tensor:
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:POINTS]]
 
 
-def _faces(models: dict[str, AuditedModel], audit: Audit) -> list[int]:
+def _faces(models: dict[str, AuditedModel], task: AuditTask) -> list[int]:
     """Positions of a few forgotten test faces: those where the models differ most in how many neighbours are of the same
     person, and of different people as far as there are."""
-    task = audit.task
     labels, own = task.train_set.labels.cpu(), task.forget_labels[:, None]
     same = []
     for audited in models.values():
@@ -58,15 +56,16 @@ def _faces(models: dict[str, AuditedModel], audit: Audit) -> list[int]:
     return task.forget_test[order[chosen]].tolist()
 
 
-def _neighbours(face: int, models: dict[str, AuditedModel], audit: Audit) -> dict:
+def _neighbours(face: int, models: dict[str, AuditedModel], task: AuditTask) -> dict:
     """The training images of anybody that each model finds most like a test face."""
-    train, test = audit.task.train_set, audit.task.test_set
+    train, test = task.train_set, task.test_set
     label = test.labels[face].item()
     row = {"face": test.images[face].cpu().numpy(), "name": test.classes[label]}
     for name, audited in models.items():
         similarity = F.normalize(audited.train_embeddings) @ F.normalize(audited.test_embeddings[face], dim=0)
+        cosines, nearest = similarity.topk(NEIGHBOURS)
         row[name] = []
-        for cosine, position in zip(*(found.tolist() for found in similarity.topk(NEIGHBOURS)), strict=True):
+        for cosine, position in zip(cosines.tolist(), nearest.tolist(), strict=True):
             own = train.labels[position].item()
             near = {"face": train.images[position].cpu().numpy(), "name": train.classes[own]}
             row[name].append(near | {"same": own == label, "cosine": cosine})

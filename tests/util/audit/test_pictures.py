@@ -19,4 +19,4 @@ def test_faces_are_those_where_the_models_differ_of_different_people():
     task = SimpleNamespace(forget_test=torch.arange(4), forget_labels=torch.tensor([0, 0, 1, 1]))
     task.test_groups, task.train_set = np.array([0, 0, 1, 1]), SimpleNamespace(labels=labels)
     models = {"before": subject(0, 0, 1, 1), "after": subject(0, 1, 0, 1)}  # differ on the second and the third
-    assert _faces(models, SimpleNamespace(task=task)) == [1, 2, 0, 3]
+    assert _faces(models, task) == [1, 2, 0, 3]
