@@ -97,10 +97,8 @@ def audit(
     data, present = with_images(*data)
     rest = *data, stranger_set, hardware
     audited = AuditedModel(with_rows(after, present), *rest)
-    known, never = (
-        tuple(cached_model(model, weights_sha256(model), present, *rest, original) for model in models)
-        for models, original in (((before, *originals), True), (references or (), False))
-    )
+    known = [cached_model(model, weights_sha256(model), present, *rest, True) for model in (before, *originals)]
+    never = tuple(cached_model(model, weights_sha256(model), present, *rest, False) for model in references or ())
     people = (tuple(place for place, c in enumerate(present) if c in group) for group in (forget, remain))
     task = AuditTask(*data, *people, stranger_set, known[0], never, hardware, seed)
     theirs = [recognition(reference, task) for reference in never]  # whose templates are their own
@@ -122,15 +120,32 @@ def _compare_models(
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     entries, curves = {}, {}
     for metric in tqdm([AUDIT_METRICS[name] for name in metrics], "metrics", leave=False, disable=None):
-        of_references, of_known = (
-            [measurements.measured(model, metric) for model in models] for models in (task.references, known)
-        )
+        of_references = [measurements.measured(model, metric) for model in task.references]
+        of_known = [measurements.measured(model, metric) for model in known]
         found = metric.measure(audited, task)
-        entries |= _judge(metric, found.statistics, task, of_references, of_known)
+        for key, statistic in found.statistics.items():
+            entries[key] = rounded(_entry(key, metric, statistic, task, of_references, of_known))
         for key, curve in found.curves.items():
             drawn = [measured["curves"][key] for measured in of_references]
             curves[key] = {"after": curve, "before": of_known[0]["curves"][key], "references": drawn}
     return entries, curves
+
+
+def _entry(
+    key: str, metric: AuditMetric, statistic: Statistic | str, task: AuditTask, references: list[dict], originals: list[dict]
+) -> dict:
+    """One of an audit's `metrics`; of references and originals what was measured."""
+    value, resolution = value_of(statistic, task.num_groups), task.resolution(key)
+    never, known = ([measured["values"][key] for measured in group] for group in (references, originals))
+    if reasons := [text for text in (value, *never, *known) if isinstance(text, str)]:
+        return metric.unmeasured() | {"reason": reasons[0]}
+    entry = metric.unmeasured() | {"value": value, "references": never, "originals": known}
+    if not metric.family:
+        return entry | {"reason": "a picture of where, no verdict"}
+    scale = [measured["values"][metric.scale_from.get(key, key)] for measured in originals]
+    interval = bootstrap_interval(statistic, task.num_groups, task.seed)
+    entry |= {"interval": interval, "known": sum(scale) / len(scale), "resolution": resolution}
+    return entry | compare(value, never, scale, resolution, key in metric.lower_if_known)
 
 
 @lru_cache(maxsize=16)
@@ -196,30 +211,3 @@ class MeasurementCache:
         found = metric.measure(audited, self.task)
         values = {key: value_of(statistic, self.task.num_groups) for key, statistic in found.statistics.items()}
         return {"values": values, "curves": found.curves}
-
-
-def _judge(
-    metric: AuditMetric,
-    statistics: dict[str, Statistic | str],
-    task: AuditTask,
-    references: list[dict],
-    originals: list[dict],
-) -> dict[str, dict]:
-    """The entries of a metric's keys."""
-    entries = {}
-    for key, statistic in statistics.items():
-        value, resolution = value_of(statistic, task.num_groups), task.resolution(key)
-        never, known = ([measured["values"][key] for measured in group] for group in (references, originals))
-        if reasons := [text for text in (value, *never, *known) if isinstance(text, str)]:
-            entries[key] = metric.unmeasured() | {"reason": reasons[0]}
-            continue
-        entry = metric.unmeasured() | {"value": value, "references": never, "originals": known}
-        if metric.family:
-            scale = [measured["values"][metric.scale_from.get(key, key)] for measured in originals]
-            interval = bootstrap_interval(statistic, task.num_groups, task.seed)
-            entry |= {"interval": interval, "known": sum(scale) / len(scale), "resolution": resolution}
-            entry |= compare(value, never, scale, resolution, key in metric.lower_if_known)
-        else:
-            entry["reason"] = "a picture of where, no verdict"
-        entries[key] = rounded(entry)
-    return entries
