@@ -139,9 +139,11 @@ class AuditedRun:
             moments += [(number, own[-1]) for number in own[:-1]]
         elif strange := [number for number in wanted if number not in own]:
             raise UsageError(f"--requests {strange[0]}: {self.folder.path} has finished {', '.join(map(str, own))}")
-        gone = {after: sorted(chain(*forgotten[:after])) for _, after in moments}
-        file = self.folder.checkpoint
-        return [AuditedRequest(file(after), task, after, forgotten[task - 1], gone[after]) for task, after in moments]
+        requests = []
+        for task, after in moments:
+            gone = sorted(chain(*forgotten[:after]))
+            requests.append(AuditedRequest(self.folder.checkpoint(after), task, after, forgotten[task - 1], gone))
+        return requests
 
     def _remain(self, request: AuditedRequest) -> list[int]:
         """Whom all models know. One set of given references may serve many requests: it lacks the people of all of them."""
@@ -155,11 +157,11 @@ class AuditedRun:
             return [], []
         # From 1 on, without the pre-trained model's own.
         seeds = [s for s in range(1, args.num_references + args.num_originals + 1) if s != self.before.info.get("seed")]
-        wanted = (request.forgotten, args.num_references), ([], args.num_originals - 1)
-        return tuple(
-            [reference_job(args, self.recipe, self.data[0], without, seed) for seed in seeds[:count]]
-            for without, count in wanted
-        )
+
+        def jobs(without: list[int], count: int) -> list[Job]:
+            return [reference_job(args, self.recipe, self.data[0], without, seed) for seed in seeds[:count]]
+
+        return jobs(request.forgotten, args.num_references), jobs([], args.num_originals - 1)
 
     def _load(self, path: Path) -> Checkpoint:
         return load_once(path, self.args.head, self.args.published_adapters)
