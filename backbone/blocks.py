@@ -7,8 +7,9 @@ network's own forward pass does the rest, whatever lies between its blocks.
 import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,43 +36,19 @@ class _StopForward(Exception):
     """What was asked for is there; the rest of the network need not run."""
 
 
-class _Record(nn.Module):
-    """Takes down what a block computes."""
+class _StandIn(nn.Module):
+    """Computes `function` where a block would compute its own."""
 
-    def __init__(self, block: nn.Module, outputs: list, enough: bool) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
-        self.block, self.outputs, self.enough = block, outputs, enough
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.outputs.append(self.block(*args, **kwargs))
-        if self.enough:
-            raise _StopForward
-        return self.outputs[-1]
-
-
-class _PassThrough(nn.Module):
-    """Hands its input on."""
-
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return x
-
-
-class _Constant(nn.Module):
-    """Computes `output`, whatever goes in."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
+        self.forward = function
 
 
 @contextmanager
-def _replaced(backbone: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
-    blocks = {name: backbone.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        backbone.set_submodule(name, module)
+def _replaced(backbone: nn.Module, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    blocks = {name: backbone.get_submodule(name) for name in functions}
+    for name, function in functions.items():
+        backbone.set_submodule(name, _StandIn(function))
     try:
         yield
     finally:
@@ -82,8 +59,15 @@ def _replaced(backbone: nn.Module, modules: dict[str, nn.Module]) -> Iterator[No
 def block_outputs(backbone: nn.Module, images: Tensor, names: Sequence[str]) -> list:
     """What each of these blocks, in order, makes of normalized images (B, 3, H, W). What comes after the last is not run."""
     outputs = []
-    taps = {name: _Record(backbone.get_submodule(name), outputs, name == names[-1]) for name in names}
-    with _replaced(backbone, taps), suppress(_StopForward):
+
+    def recorded(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outputs.append(block(*args, **kwargs))
+        if len(outputs) == len(names):
+            raise _StopForward
+        return outputs[-1]
+
+    functions = {name: partial(recorded, backbone.get_submodule(name)) for name in names}
+    with _replaced(backbone, functions), suppress(_StopForward):
         backbone.forward(images)  # by itself: a compiled call would not let the blocks be exchanged
     return outputs
 
@@ -134,8 +118,7 @@ class Halves:
         message = f"{type(backbone).__name__} cannot be cut in halves"
         try:
             with torch.no_grad():
-                mid = block_outputs(backbone, images, self.names[-1:])[0]
-                lower = {*called}
+                mid = self.mid(backbone, images)
                 for hook in hooks:
                     hook.remove()
                 whole, joined = backbone.forward(images), self.upper(backbone, images, mid)
@@ -145,19 +128,7 @@ class Halves:
             backbone.train(was_training)
         if not torch.is_tensor(mid) or not torch.allclose(whole, joined, rtol=1e-3, atol=1e-4):
             raise UsageError(f"{message}: more than one tensor passes from block to block")
-        # Whose forward pass begins after the cut. A module that has run is below it with all its parts, which it may use
-        # without running them, unless there are blocks among them.
-        self.above, settled = [], []
-        for name, module in backbone.named_modules():
-            if not name or name.startswith(tuple(settled)):
-                continue
-            if module in lower and any(block.startswith(f"{name}.") for block in blocks):
-                continue
-            if module in lower:
-                settled.append(f"{name}.")
-            elif not any(part in lower for part in module.modules()):
-                self.above.append(name)
-                settled.append(f"{name}.")
+        self.above = [*_above(backbone, "", called, blocks)]
 
     def mid(self, backbone: nn.Module, images: Tensor) -> Tensor:
         """Normalized images (B, 3, H, W) → what the lower half hands on, tokens or a map."""
@@ -165,8 +136,8 @@ class Halves:
 
     def upper(self, backbone: nn.Module, images: Tensor, mid: Tensor) -> Tensor:
         """What the lower half handed on → embeddings (B, dim). Of the images the shape alone counts."""
-        skips = {name: _PassThrough() for name in self.names[:-1]}
-        with _replaced(backbone, skips | {self.names[-1]: _Constant(mid)}):
+        functions = dict.fromkeys(self.names, lambda x, *args, **kwargs: x) | {self.names[-1]: lambda *args, **kwargs: mid}
+        with _replaced(backbone, functions):
             return backbone.forward(images)
 
     def lower_half(self, backbone: nn.Module) -> nn.Module:
@@ -181,6 +152,20 @@ class Halves:
         """Put what is above the cut into evaluation mode."""
         for name in self.above:
             backbone.get_submodule(name).eval()
+
+
+def _above(module: nn.Module, place: str, called: set[nn.Module], blocks: list[str]) -> Iterator[str]:
+    """The modules in `module`, which is at `place`, whose forward pass begins after the cut.
+
+    What was `called` before it is below it with all its parts, which it may use without running them, unless there are
+    blocks among them.
+    """
+    for child_name, child in module.named_children():
+        name = f"{place}{child_name}"
+        if called.isdisjoint(child.modules()):
+            yield name
+        elif child not in called or any(block.startswith(f"{name}.") for block in blocks):
+            yield from _above(child, f"{name}.", called, blocks)
 
 
 def replace_lower_half(backbone: nn.Module, image_size: int, tensors: dict[str, Tensor], source: str | Path) -> None:
