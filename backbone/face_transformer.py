@@ -1,4 +1,4 @@
-"""The Face Transformer (Zhong & Deng, arXiv 2103.14803) as timm models; importing this module registers them.
+"""The Face Transformer (Zhong & Deng, arXiv 2103.14803) as timm models, which `backbone/timm_models.py` registers.
 
     timm.create_model("face_vit_p8s8_d6", img_size=56)   # RGB in [0, 1] (B, 3, 56, 56) → embeddings (B, 512)
 
@@ -9,7 +9,6 @@ LayerNorm as the embedding. Keyword arguments override any size or rate (`depth=
 from functools import partial
 
 from timm.layers import PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -40,29 +39,17 @@ class OverlappingPatchEmbed(PatchEmbed):
         self.proj = nn.Conv2d(plain.in_channels, plain.out_channels, **sizes).to(plain.weight)
 
 
-# What each has of its own.
-MODELS = {
-    "face_vit_p8s8_d6": {},  # ViT-P8S8 of the papers' main tables: 19,106,304 parameters
-    "face_vit_p8s8_d12": {"depth": 12},
-    "face_vit_p8s8_d18": {"depth": 18},
-    "face_vit_p12s8_d6": {"embed_layer": OverlappingPatchEmbed},  # ViT-P12S8
-    # For CPUs and small sets, 56×56 pixels.
-    "face_vit_tiny": {"embed_dim": 128, "depth": 4, "num_heads": 4, "pos_drop_rate": 0.0, "proj_drop_rate": 0.0},
-}
-
 CONFIG = {"fixed_input_size": True, "num_classes": 0, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-default_cfgs = generate_default_cfgs(
-    {name: CONFIG | {"input_size": (3, 56, 56) if name == "face_vit_tiny" else (3, 112, 112)} for name in MODELS}
-)
-
-
-def _register(name: str, own: dict) -> None:
-    def create(pretrained: bool = False, **kwargs) -> VisionTransformer:
-        return build_model_with_cfg(VisionTransformer, name, pretrained, **FACE_TRANSFORMER | own | kwargs)
-
-    create.__name__ = name
-    register_model(create)
-
-
-for name, own in MODELS.items():
-    _register(name, own)
+LARGE, SMALL = ({"input_size": (3, size, size), **CONFIG} for size in (112, 56))
+TINY = {"embed_dim": 128, "depth": 4, "num_heads": 4, "pos_drop_rate": 0.0, "proj_drop_rate": 0.0}
+# By name, the network, its arguments and timm's configuration.
+MODELS = {
+    # ViT-P8S8 of the papers' main tables: 19,106,304 parameters.
+    "face_vit_p8s8_d6": (VisionTransformer, FACE_TRANSFORMER, LARGE),
+    "face_vit_p8s8_d12": (VisionTransformer, FACE_TRANSFORMER | {"depth": 12}, LARGE),
+    "face_vit_p8s8_d18": (VisionTransformer, FACE_TRANSFORMER | {"depth": 18}, LARGE),
+    # ViT-P12S8.
+    "face_vit_p12s8_d6": (VisionTransformer, FACE_TRANSFORMER | {"embed_layer": OverlappingPatchEmbed}, LARGE),
+    # For CPUs and small sets.
+    "face_vit_tiny": (VisionTransformer, FACE_TRANSFORMER | TINY, SMALL),
+}

@@ -1,7 +1,5 @@
 """The networks of insightface's `arcface_torch` as timm models, with its names of all tensors.
 
-Importing this module registers them.
-
     timm.create_model("iresnet50")   # RGB in [-1, 1] (B, 3, 112, 112) → embeddings (B, 512)
 
 Its `backbone.pth` files fit as they are (--weights), and come back so. `iresnet*` are the residual networks of ArcFace
@@ -12,7 +10,6 @@ import math
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -99,35 +96,25 @@ class ArcFaceViT(VisionTransformer):
         return self.feature(x.flatten(1))
 
 
-IRESNETS = {
-    "iresnet18": (2, 2, 2, 2),
-    "iresnet34": (3, 4, 6, 3),
-    "iresnet50": (3, 4, 14, 3),
-    "iresnet100": (3, 13, 30, 3),
-    "iresnet200": (6, 26, 60, 6),
-}
-VITS = {
-    "arcface_vit_t": {"embed_dim": 256, "depth": 12},
-    "arcface_vit_s": {"embed_dim": 512, "depth": 12},
-    "arcface_vit_b": {"embed_dim": 512, "depth": 24},
-    "arcface_vit_l": {"embed_dim": 768, "depth": 24},
-}
-VIT = {"patch_size": 9, "num_heads": 8, "qkv_bias": False, "class_token": False, "global_pool": "", "act_layer": nn.ReLU6}
-VIT |= {"norm_layer": nn.LayerNorm}
-
 CONFIG = {"input_size": (3, SIZE, SIZE), "fixed_input_size": True, "num_classes": 0, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-default_cfgs = generate_default_cfgs(dict.fromkeys((*IRESNETS, *VITS), CONFIG))
-
-
-def _register(name: str) -> None:
-    def create(pretrained: bool = False, **kwargs) -> nn.Module:
-        if name in IRESNETS:
-            return build_model_with_cfg(IResNet, name, pretrained, layers=IRESNETS[name], **kwargs)
-        return build_model_with_cfg(ArcFaceViT, name, pretrained, **VIT | VITS[name] | kwargs)
-
-    create.__name__ = name
-    register_model(create)
-
-
-for name in default_cfgs:
-    _register(name)
+VIT = {
+    "patch_size": 9,
+    "num_heads": 8,
+    "qkv_bias": False,
+    "class_token": False,
+    "global_pool": "",
+    "act_layer": nn.ReLU6,
+    "norm_layer": nn.LayerNorm,
+}
+# By name, the network, its arguments and timm's configuration.
+MODELS = {
+    "iresnet18": (IResNet, {"layers": (2, 2, 2, 2)}, CONFIG),
+    "iresnet34": (IResNet, {"layers": (3, 4, 6, 3)}, CONFIG),
+    "iresnet50": (IResNet, {"layers": (3, 4, 14, 3)}, CONFIG),
+    "iresnet100": (IResNet, {"layers": (3, 13, 30, 3)}, CONFIG),
+    "iresnet200": (IResNet, {"layers": (6, 26, 60, 6)}, CONFIG),
+    "arcface_vit_t": (ArcFaceViT, VIT | {"embed_dim": 256, "depth": 12}, CONFIG),
+    "arcface_vit_s": (ArcFaceViT, VIT | {"embed_dim": 512, "depth": 12}, CONFIG),
+    "arcface_vit_b": (ArcFaceViT, VIT | {"embed_dim": 512, "depth": 24}, CONFIG),
+    "arcface_vit_l": (ArcFaceViT, VIT | {"embed_dim": 768, "depth": 24}, CONFIG),
+}

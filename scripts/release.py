@@ -103,7 +103,7 @@ def write_files(folder: Path, checkpoint: Checkpoint, onnx: bool, images: Tensor
     if a.graph is not None:
         (folder / "model.onnx").write_bytes(write_onnx_weights(model.backbone, a.graph).SerializeToString())
         found["model.onnx"] = run_onnx(folder / "model.onnx", model.backbone.as_given(normalized))
-    elif a.model in insightface.default_cfgs:
+    elif a.model in insightface.MODELS:
         torch_save(folder / "backbone.pth", model.backbone.state_dict())
         backbone = build_backbone(a)
         backbone.load_state_dict(torch_load(folder / "backbone.pth"))

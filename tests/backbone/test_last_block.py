@@ -5,7 +5,7 @@ import timm
 import torch
 from timm.models.vision_transformer import Block
 
-import backbone.face_transformer  # noqa: F401  registers the models
+import backbone.timm_models  # noqa: F401  registers the models
 from backbone.last_block import ClassTokenBlock, replace_last_block
 from backbone.lora import add_adapters
 
