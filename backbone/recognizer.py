@@ -102,10 +102,16 @@ def to_device(model: Recognizer, hardware: Hardware) -> Recognizer:
     return model.to(hardware.device)
 
 
-def forward_flops(model: Recognizer) -> int:
-    """Floating-point operations of one image's forward pass: matrix products, convolutions and attention."""
+def training_flops(model: Recognizer, images: int) -> int:
+    """About how many FLOPs training on so many images takes: a forward pass, and twice as much backward.
+
+    Counted are matrix products, convolutions and attention. Of a convolutional network none: compiling takes minutes there,
+    and has crashed (torch 2.14.1).
+    """
     from torch.utils.flop_counter import FlopCounterMode  # imports what torch.compile needs
 
+    if model.convolutional:
+        return 0
     size = model.architecture.image_size
     image = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=model.head.weight.device)
     # On the CPU still, which NCCL does not serve; the counter does not know every shape of fused attention.
@@ -115,21 +121,7 @@ def forward_flops(model: Recognizer) -> int:
         model.eval()  # batch norms train on more images than one
         torch.func.functional_call(model.backbone, weights, (model.normalize(image),))
         model.train(was_training)
-    return counter.get_total_flops()
-
-
-def training_flops(model: Recognizer, images: int) -> int:
-    """About how many FLOPs training on so many images takes: a forward pass, and twice as much backward. Of a convolutional
-    network none: compiling takes minutes there, and has crashed (torch 2.14.1)."""
-    return 3 * images * forward_flops(model) * (not model.convolutional)
-
-
-def default_image_size(model: str) -> int:
-    """The input size, in pixels, in timm's configuration of `model`."""
-    from backbone.timm_models import timm
-
-    _check_model_name(model)
-    return timm.get_pretrained_cfg(model).input_size[-1]
+    return 3 * images * counter.get_total_flops()
 
 
 def build_recognizer(architecture: Architecture, pretrained: bool = False) -> Recognizer:
@@ -149,7 +141,8 @@ def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.M
     if a.graph is not None:
         with torch.device("cpu"):  # whatever the caller's: the graph is tried
             return OnnxBackbone(a.graph, a.image_size)
-    _check_model_name(a.model)
+    if not timm.is_model(a.model):
+        raise UsageError(f"unknown model {a.model!r}; timm.list_models() names them all")
     message = f"cannot build {a.model} for {a.image_size}×{a.image_size} images"
     options = {"num_classes": 0} | a.model_options
     try:
@@ -168,10 +161,3 @@ def build_backbone(architecture: Architecture, pretrained: bool = False) -> nn.M
         if a.image_size % side:  # timm would cut a border off and say nothing
             raise UsageError(f"{message}: the size is no multiple of the patches' {side}")
     return backbone
-
-
-def _check_model_name(model: str) -> None:
-    from backbone.timm_models import timm
-
-    if not timm.is_model(model):
-        raise UsageError(f"unknown model {model!r}; timm.list_models() names them all")

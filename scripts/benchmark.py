@@ -20,7 +20,8 @@ import pandas as pd
 import torch
 
 import train_forget
-from backbone.recognizer import Architecture, Recognizer, build_recognizer, default_image_size, to_device
+from backbone.recognizer import Architecture, Recognizer, build_recognizer, to_device
+from backbone.sources import find_source
 from data.batches import Batch, batches
 from data.synthetic_faces import synthetic_faces
 from data.tasks import forgetting_tasks, pretraining_task
@@ -44,12 +45,12 @@ class Bench:
 
     def __init__(self, model: str, batch_size: int, count: int, device: torch.device) -> None:
         self.model, self.batch_size, self.device = model, batch_size, device
-        self.faces, _ = synthetic_faces(IDENTITIES, count, 1, default_image_size(model), 0, device)
+        self.faces, _ = synthetic_faces(IDENTITIES, count, 1, find_source(model).image_size, 0, device)
         (self.task,) = forgetting_tasks(self.faces.labels, IDENTITIES, [range(IDENTITIES // 2)], seed=0, data_ratio=1)
         self.whole = pretraining_task(self.faces.labels, IDENTITIES)
 
     def untrained(self, hardware: Hardware) -> Recognizer:
-        architecture = Architecture(self.model, IDENTITIES, default_image_size(self.model))
+        architecture = Architecture(self.model, IDENTITIES, self.faces.image_size)
         return to_device(build_recognizer(architecture), hardware)
 
     def begin(self, name: str, hardware: Hardware) -> Trainer:
