@@ -26,12 +26,13 @@ class OnnxBackbone(nn.Module):
 
     def __init__(self, graph: Tensor, image_size: int) -> None:
         super().__init__()
-        module = to_fx(_filled(graph))
+        model = _filled(graph)
+        module = to_fx(model)
         for part in module.modules():
             if isinstance(part, nn.Linear | nn.Conv2d):
                 part.reset_parameters()
         self.stem, self.blocks, self.tail = _parts(module).values()
-        self.channels_last = _input_dims(onnx_model(graph))[1] != 3
+        self.channels_last = _input_dims(model)[1] != 3
         images = torch.linspace(-1, 1, 6 * image_size**2).reshape(2, 3, image_size, image_size).sin()
         with torch.no_grad():
             self.eval()
@@ -85,13 +86,6 @@ def read_onnx(path: Path) -> tuple[Tensor, int | None, dict, dict[str, Tensor]]:
     return torch.frombuffer(bytearray(model.SerializeToString()), dtype=torch.uint8), size, pixels, state
 
 
-def onnx_model(graph: Tensor):
-    """The graph as onnx has it, its large weights missing."""
-    import onnx
-
-    return onnx.load_from_string(graph.numpy().tobytes())
-
-
 def write_onnx_weights(backbone: OnnxBackbone, graph: Tensor):
     """The graph with the weights of `backbone`: an onnx model whose names, inputs and outputs are those of the file it came
     from. Raises RunError where a trained weight is no initializer of it."""
@@ -134,10 +128,10 @@ def _weights(model) -> dict:
 
 def _filled(graph: Tensor, marked: bool = False):
     """The onnx model with zeros for its missing weights; `marked`: with numbers of its own for each weight."""
-    from onnx import numpy_helper
+    from onnx import load_from_string, numpy_helper
     from onnx.helper import tensor_dtype_to_np_dtype
 
-    model = onnx_model(graph)
+    model = load_from_string(graph.numpy().tobytes())
     for number, tensor in enumerate(_weights(model).values()):
         dims, dtype = tuple(tensor.dims), tensor_dtype_to_np_dtype(tensor.data_type)
         if marked and dims:
