@@ -33,6 +33,10 @@ class _Drawing(SimpleNamespace):
     def paint(self, mask: Tensor, colour: Tensor) -> None:
         self.canvas.lerp_(colour, mask)
 
+    def paint_head(self, mask: Tensor, colour: Tensor, opacity: float | Tensor = 1.0) -> None:
+        """Paint on the head alone; `mask` is changed."""
+        self.paint(mask.mul_(self.head).mul_(opacity), colour)
+
 
 def palette(tones: tuple[tuple[float, float, float], ...], position: Tensor) -> Tensor:
     """Positions in [0, 1], shape (B, 1, 1, 1) → the colours there, linear between the tones, (B, 3, 1, 1)."""
@@ -42,10 +46,10 @@ def palette(tones: tuple[tuple[float, float, float], ...], position: Tensor) -> 
     return torch.lerp(table[lower], table[lower + 1], (scaled - lower).unsqueeze(1))[:, :, None, None]
 
 
-def render(face: dict[str, Tensor], image_size: int, noise: Tensor) -> Tensor:
+def render(face: SimpleNamespace, image_size: int, noise: Tensor) -> Tensor:
     """Draw B faces, uint8 (B, 3, image_size, image_size).
 
-    face:  the parameters named in `data.synthetic_faces`, each (B, 1, 1, 1); colours (B, 3, 1, 1), and "background"
+    face:  the parameters named in `data.synthetic_faces`, each (B, 1, 1, 1); colours (B, 3, 1, 1), and the background
            (B, 3, BACKGROUND_GRID, BACKGROUND_GRID).
     noise: (B, 3, image_size, image_size), standard normal.
     """
@@ -65,170 +69,170 @@ def _length(x: Tensor, y: Tensor) -> Tensor:
     return (x.square() + y.square()).sqrt_()
 
 
-def _place(face: dict[str, Tensor], size: int) -> _Drawing:
-    axis = (torch.arange(size, device=face["yaw"].device, dtype=torch.float32) + 0.5) * (2 / size) - 1
-    column, row = axis.view(1, 1, 1, -1) - face["shift_x"], axis.view(1, 1, -1, 1) - face["shift_y"]
-    cos, sin = face["roll"].cos() / face["scale"], face["roll"].sin() / face["scale"]
+def _place(face: SimpleNamespace, size: int) -> _Drawing:
+    axis = (torch.arange(size, device=face.yaw.device, dtype=torch.float32) + 0.5) * (2 / size) - 1
+    column, row = axis.view(1, 1, 1, -1) - face.shift_x, axis.view(1, 1, -1, 1) - face.shift_y
+    cos, sin = face.roll.cos() / face.scale, face.roll.sin() / face.scale
     x, y = column * cos + row * sin, row * cos - column * sin
-    height = y / face["face_height"]
+    height = y / face.face_height
     below = height.clamp(min=0).square_()
-    normal_x = x / (face["face_width"] * (1 - face["jaw_taper"] * below))
+    normal_x = x / (face.face_width * (1 - face.jaw_taper * below))
     # The chin's square term blends an ellipse (t²) into a flatter curve (t⁴).
     squared = height.square()
-    squared = torch.lerp(squared, squared * below, face["jaw_square"] * (height > 0)).add_(normal_x.square())
+    squared = torch.lerp(squared, squared * below, face.jaw_square * (height > 0)).add_(normal_x.square())
     depth = (1 - squared).clamp_(min=0).sqrt_()
-    u = x * face["yaw"].cos() + depth * (face["head_depth"] * face["yaw"].sin())
-    v = y * face["pitch"].cos() + depth * (face["head_depth"] * face["pitch"].sin())
-    canvas = F.interpolate(face["background"], size=(size, size), mode="bilinear", align_corners=True)
+    u = x * face.yaw.cos() + depth * (face.head_depth * face.yaw.sin())
+    v = y * face.pitch.cos() + depth * (face.head_depth * face.pitch.sin())
+    canvas = F.interpolate(face.background, size=(size, size), mode="bilinear", align_corners=True)
     drawing = _Drawing(x=x, y=y, u=u, v=v, normal=[normal_x, height, depth], canvas=canvas, edge=1.5 * 2 / size)
     drawing.head = drawing.cover((squared.sqrt_() - 1) * 0.6)
     return drawing
 
 
-def _paint_behind(drawing: _Drawing, face: dict[str, Tensor]) -> None:
+def _paint_behind(drawing: _Drawing, face: SimpleNamespace) -> None:
     """Long or short hair behind the head, clothes, neck and ears."""
-    side = drawing.x / (face["face_width"] + face["hair_side"])
-    top = drawing.y.clamp(max=0) / (face["face_height"] + face["hair_top"])
-    hair = drawing.cover(torch.maximum((_length(side, top) - 1) * 0.6, drawing.y - face["hair_length"]), 2.0)
-    drawing.paint(hair, face["hair_colour"])
+    side = drawing.x / (face.face_width + face.hair_side)
+    top = drawing.y.clamp(max=0) / (face.face_height + face.hair_top)
+    hair = drawing.cover(torch.maximum((_length(side, top) - 1) * 0.6, drawing.y - face.hair_length), 2.0)
+    drawing.paint(hair, face.hair_colour)
     across = drawing.x.abs()
-    shoulders = drawing.cover(0.92 * face["face_height"] + 0.35 * across.square() - drawing.y)
-    drawing.paint(shoulders, face["clothes_colour"])
-    neck = drawing.cover(torch.maximum(across - 0.62 * face["face_width"], drawing.y - 1.05 * face["face_height"]))
+    shoulders = drawing.cover(0.92 * face.face_height + 0.35 * across.square() - drawing.y)
+    drawing.paint(shoulders, face.clothes_colour)
+    neck = drawing.cover(torch.maximum(across - 0.62 * face.face_width, drawing.y - 1.05 * face.face_height))
     neck *= drawing.y > 0
-    drawing.paint(neck, face["skin_colour"] * 0.7)
-    beside = (drawing.x + 0.4 * face["yaw"].sin()).abs_() - face["face_width"] * 0.99
-    ears = drawing.cover(_length(beside / 0.6, drawing.y - face["eye_y"] - 0.08) - face["ear_size"])
-    ears = ears * drawing.cover(face["hair_length"] - 0.25)
-    drawing.paint(ears, face["skin_colour"] * 0.88)
+    drawing.paint(neck, face.skin_colour * 0.7)
+    beside = (drawing.x + 0.4 * face.yaw.sin()).abs_() - face.face_width * 0.99
+    ears = drawing.cover(_length(beside / 0.6, drawing.y - face.eye_y - 0.08) - face.ear_size)
+    ears = ears * drawing.cover(face.hair_length - 0.25)
+    drawing.paint(ears, face.skin_colour * 0.88)
     drawing.hair = hair * (1 - torch.maximum(shoulders, neck))
     drawing.body = torch.maximum(torch.maximum(hair, ears), torch.maximum(shoulders, neck))
 
 
-def _paint_skin(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    drawing.paint(drawing.head, face["skin_colour"])
-    cheek = (drawing.u.abs() - 0.62 * face["face_width"]).square_() + (drawing.v - 0.25).square_()
-    flush = _bump(cheek * 22).mul_(face["cheek_flush"]).mul_(drawing.head)
-    drawing.paint(flush, face["skin_colour"] * face["skin_colour"].new_tensor([1.0, 0.62, 0.6]).view(1, 3, 1, 1))
+def _paint_skin(drawing: _Drawing, face: SimpleNamespace) -> None:
+    drawing.paint(drawing.head, face.skin_colour)
+    cheek = (drawing.u.abs() - 0.62 * face.face_width).square_() + (drawing.v - 0.25).square_()
+    flush = _bump(cheek * 22).mul_(face.cheek_flush).mul_(drawing.head)
+    drawing.paint(flush, face.skin_colour * face.skin_colour.new_tensor([1.0, 0.62, 0.6]).view(1, 3, 1, 1))
 
 
-def _paint_eyes(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    across = drawing.u.abs() - face["eye_x"]
-    down = drawing.v - face["eye_y"]
+def _paint_eyes(drawing: _Drawing, face: SimpleNamespace) -> None:
+    across = drawing.u.abs() - face.eye_x
+    down = drawing.v - face.eye_y
     socket = _bump((across / 0.17).square_() + ((down + 0.02) / 0.12).square_())
-    drawing.paint(socket.mul_(face["eye_socket"]).mul_(drawing.head), face["skin_colour"] * 0.45)
-    down = down + across * face["eye_tilt"]
-    lid = 1 - (across / face["eye_width"]).square_()
-    upper, lower = -down - face["eye_height"] * face["eye_open"] * lid, down - 0.55 * face["eye_height"] * lid
+    drawing.paint(socket.mul_(face.eye_socket).mul_(drawing.head), face.skin_colour * 0.45)
+    down = down + across * face.eye_tilt
+    lid = 1 - (across / face.eye_width).square_()
+    upper, lower = -down - face.eye_height * face.eye_open * lid, down - 0.55 * face.eye_height * lid
     opening = drawing.cover(torch.maximum(upper, lower)) * drawing.head
-    drawing.paint(opening, 0.9 - 0.1 * (1 - face["skin_colour"]))
-    gaze = across - face["gaze_x"] * drawing.u.sign()
-    iris = _length(gaze, down + 0.2 * face["eye_height"] - face["gaze_y"]) - face["iris_size"]
-    drawing.paint(drawing.cover(iris) * opening, face["iris_colour"])
-    drawing.paint(drawing.cover(iris + 0.55 * face["iris_size"]) * opening, torch.zeros_like(face["iris_colour"]))
-    lash = torch.maximum(upper.abs_() - face["lash"], -lid * face["eye_width"])
-    drawing.paint(drawing.cover(lash).mul_(drawing.head).mul_(0.85), face["hair_colour"] * 0.3)
+    drawing.paint(opening, 0.9 - 0.1 * (1 - face.skin_colour))
+    gaze = across - face.gaze_x * drawing.u.sign()
+    iris = _length(gaze, down + 0.2 * face.eye_height - face.gaze_y) - face.iris_size
+    drawing.paint(drawing.cover(iris) * opening, face.iris_colour)
+    drawing.paint(drawing.cover(iris + 0.55 * face.iris_size) * opening, torch.zeros_like(face.iris_colour))
+    lash = torch.maximum(upper.abs_() - face.lash, -lid * face.eye_width)
+    drawing.paint_head(drawing.cover(lash), face.hair_colour * 0.3, 0.85)
 
 
-def _paint_brows(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    along = (drawing.u.abs() - face["eye_x"] * 1.02) / face["brow_length"]
-    line = face["eye_y"] - face["brow_gap"] - face["brow_raise"]
-    line = line + face["brow_arch"] * along.square() - (face["brow_tilt"] + face["frown"]) * along
-    thickness = face["brow_thickness"] * (1.1 - 0.5 * along)
-    brow = torch.maximum((drawing.v - line).abs_() - thickness, (along.abs() - 1) * face["brow_length"])
-    drawing.paint(drawing.cover(brow).mul_(drawing.head).mul_(0.9), face["hair_colour"] * 0.75)
+def _paint_brows(drawing: _Drawing, face: SimpleNamespace) -> None:
+    along = (drawing.u.abs() - face.eye_x * 1.02) / face.brow_length
+    line = face.eye_y - face.brow_gap - face.brow_raise
+    line = line + face.brow_arch * along.square() - (face.brow_tilt + face.frown) * along
+    thickness = face.brow_thickness * (1.1 - 0.5 * along)
+    brow = torch.maximum((drawing.v - line).abs_() - thickness, (along.abs() - 1) * face.brow_length)
+    drawing.paint_head(drawing.cover(brow), face.hair_colour * 0.75, 0.9)
 
 
-def _paint_nose(drawing: _Drawing, face: dict[str, Tensor]) -> None:
+def _paint_nose(drawing: _Drawing, face: SimpleNamespace) -> None:
     """A ridge that bends the normals, wings, nostrils and the shadow under the tip."""
-    tip = face["eye_y"] + face["nose_length"]
-    along = ((drawing.v - face["eye_y"] + 0.08) / (face["nose_length"] + 0.08)).clamp_(0, 1)
+    tip = face.eye_y + face.nose_length
+    along = ((drawing.v - face.eye_y + 0.08) / (face.nose_length + 0.08)).clamp_(0, 1)
     beyond = (drawing.v - tip).clamp_(min=0) / 0.05
-    across = drawing.u / torch.lerp(face["nose_bridge"], face["nose_width"] * 0.75, along.square())
+    across = drawing.u / torch.lerp(face.nose_bridge, face.nose_width * 0.75, along.square())
     ridge = _bump(across.square() + beyond.square()).mul_(along.sqrt_()).mul_(drawing.head)
-    drawing.normal[0] = drawing.normal[0] + 1.5 * face["nose_height"] * across * ridge
-    drawing.normal[1] = drawing.normal[1] + face["nose_height"] * beyond * ridge
+    drawing.normal[0] = drawing.normal[0] + 1.5 * face.nose_height * across * ridge
+    drawing.normal[1] = drawing.normal[1] + face.nose_height * beyond * ridge
     outward = drawing.u.abs()
-    wing = _length(outward - face["nose_width"], drawing.v - tip + 0.01)
-    crease = ((wing - 0.03).abs_() - 0.008).masked_fill_(outward < face["nose_width"], 1.0)
-    drawing.paint(drawing.cover(crease).mul_(drawing.head).mul_(0.45), face["skin_colour"] * 0.4)
-    nostril = _length((outward - 0.55 * face["nose_width"]) / 1.5, drawing.v - tip - 0.015) - face["nostril"]
-    drawing.paint(drawing.cover(nostril).mul_(drawing.head).mul_(0.8), face["skin_colour"] * 0.25)
-    shadow = _bump((drawing.u / face["nose_width"]).square_() + ((drawing.v - tip - 0.05) / 0.03).square_())
-    drawing.paint(shadow.mul_(drawing.head).mul_(0.35), face["skin_colour"] * 0.45)
+    wing = _length(outward - face.nose_width, drawing.v - tip + 0.01)
+    crease = ((wing - 0.03).abs_() - 0.008).masked_fill_(outward < face.nose_width, 1.0)
+    drawing.paint_head(drawing.cover(crease), face.skin_colour * 0.4, 0.45)
+    nostril = _length((outward - 0.55 * face.nose_width) / 1.5, drawing.v - tip - 0.015) - face.nostril
+    drawing.paint_head(drawing.cover(nostril), face.skin_colour * 0.25, 0.8)
+    shadow = _bump((drawing.u / face.nose_width).square_() + ((drawing.v - tip - 0.05) / 0.03).square_())
+    drawing.paint_head(shadow, face.skin_colour * 0.45, 0.35)
 
 
-def _paint_beard(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    tip = face["eye_y"] + face["nose_length"]
-    across = (drawing.u / face["face_width"]).square_()
-    jaw = drawing.cover(tip + face["mouth_gap"] + face["beard_low"] - face["beard_arch"] * across - drawing.v, 2.0)
-    drawing.paint(jaw.mul_(drawing.head).mul_(face["beard"]), face["hair_colour"] * 0.85)
-    line = drawing.v - tip - 0.6 * face["mouth_gap"] - 0.5 * across
-    moustache = torch.maximum(line.abs_() - 0.032, drawing.u.abs() - 0.85 * face["mouth_width"])
-    drawing.paint(drawing.cover(moustache, 1.5).mul_(drawing.head).mul_(face["moustache"]), face["hair_colour"] * 0.8)
+def _paint_beard(drawing: _Drawing, face: SimpleNamespace) -> None:
+    tip = face.eye_y + face.nose_length
+    across = (drawing.u / face.face_width).square_()
+    jaw = drawing.cover(tip + face.mouth_gap + face.beard_low - face.beard_arch * across - drawing.v, 2.0)
+    drawing.paint_head(jaw, face.hair_colour * 0.85, face.beard)
+    line = drawing.v - tip - 0.6 * face.mouth_gap - 0.5 * across
+    moustache = torch.maximum(line.abs_() - 0.032, drawing.u.abs() - 0.85 * face.mouth_width)
+    drawing.paint_head(drawing.cover(moustache, 1.5), face.hair_colour * 0.8, face.moustache)
 
 
-def _paint_mouth(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    width = face["mouth_width"] * (1 + 1.2 * face["smile"])
+def _paint_mouth(drawing: _Drawing, face: SimpleNamespace) -> None:
+    width = face.mouth_width * (1 + 1.2 * face.smile)
     along = (drawing.u / width).square_()
-    middle = face["eye_y"] + face["nose_length"] + face["mouth_gap"]
-    down = drawing.v - middle + face["smile"] * (along - 0.4)
+    middle = face.eye_y + face.nose_length + face.mouth_gap
+    down = drawing.v - middle + face.smile * (along - 0.4)
     bulge = (1 - along).clamp_(min=0)
-    gap = face["mouth_open"] * bulge
-    upper = -down - face["upper_lip"] * bulge * (0.7 + 0.3 * (along * 8).clamp_(max=1)) - gap
-    lower = down - face["lower_lip"] * bulge - gap
+    gap = face.mouth_open * bulge
+    upper = -down - face.upper_lip * bulge * (0.7 + 0.3 * (along * 8).clamp_(max=1)) - gap
+    lower = down - face.lower_lip * bulge - gap
     ends = (along.sqrt() - 1) * width
-    drawing.paint(drawing.cover(torch.maximum(torch.maximum(upper, lower), ends)) * drawing.head, face["lip_colour"])
-    inside = drawing.cover(torch.maximum(down.abs() - gap - 0.008, ends)).mul_(drawing.head).mul_(0.85)
-    drawing.paint(inside, face["lip_colour"] * 0.25)
-    teeth = drawing.cover(torch.maximum(down.abs() - gap * 0.6 + 0.012, ends + 0.03)).mul_(drawing.head)
-    drawing.paint(teeth, torch.full_like(face["lip_colour"], 0.88))
-    chin = _bump(drawing.u.square() * 30 + ((drawing.v - middle - face["lower_lip"] - 0.07) / 0.035).square_())
-    drawing.paint(chin.mul_(drawing.head).mul_(0.25), face["skin_colour"] * 0.5)
+    drawing.paint_head(drawing.cover(torch.maximum(torch.maximum(upper, lower), ends)), face.lip_colour)
+    inside = torch.maximum(down.abs() - gap - 0.008, ends)
+    drawing.paint_head(drawing.cover(inside), face.lip_colour * 0.25, 0.85)
+    teeth = torch.maximum(down.abs() - gap * 0.6 + 0.012, ends + 0.03)
+    drawing.paint_head(drawing.cover(teeth), torch.full_like(face.lip_colour, 0.88))
+    chin = _bump(drawing.u.square() * 30 + ((drawing.v - middle - face.lower_lip - 0.07) / 0.035).square_())
+    drawing.paint_head(chin, face.skin_colour * 0.5, 0.25)
 
 
-def _paint_hair(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    across = drawing.u / face["face_width"]
-    line = -face["hair_line"] * face["face_height"] + face["hair_arch"] * across.square()
-    line = line + face["hair_peak"] * _bump(across.square() * 9)
+def _paint_hair(drawing: _Drawing, face: SimpleNamespace) -> None:
+    across = drawing.u / face.face_width
+    line = -face.hair_line * face.face_height + face.hair_arch * across.square()
+    line = line + face.hair_peak * _bump(across.square() * 9)
     hair = drawing.cover(drawing.v - line, 2.0) * drawing.head
-    drawing.paint(hair, face["hair_colour"] * 0.92)
-    strands = drawing.x.abs() * face["strands"] + face["curl"] * (drawing.y * 22).sin_() + face["strand_phase"]
+    drawing.paint(hair, face.hair_colour * 0.92)
+    strands = drawing.x.abs() * face.strands + face.curl * (drawing.y * 22).sin_() + face.strand_phase
     everywhere = torch.maximum(hair, drawing.hair * (1 - drawing.head))
-    drawing.canvas.addcmul_(strands.sin_().mul_(everywhere), face["gloss"] * (0.45 * face["hair_colour"] + 0.12))
+    drawing.canvas.addcmul_(strands.sin_().mul_(everywhere), face.gloss * (0.45 * face.hair_colour + 0.12))
 
 
-def _paint_glasses(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    across = drawing.u.abs() - face["eye_x"]
-    square_x = (across / face["lens_width"]).square_()
-    square_y = ((drawing.v - face["eye_y"] - 0.01) / face["lens_height"]).square_()
-    rounded = torch.lerp(square_x + square_y, _length(square_x, square_y), face["lens_square"])
-    lens = rounded.sqrt_().sub_(1).mul_(face["lens_height"])
-    drawing.paint(drawing.cover(lens) * face["lens_tint"] * drawing.head, face["frame_colour"] * 0.4)
-    bridge = torch.maximum((drawing.v - face["eye_y"]).abs_() - 0.5 * face["frame"], -lens)
-    frame = torch.minimum(lens.abs() - face["frame"], bridge)
-    drawing.paint(drawing.cover(frame) * face["glasses"] * drawing.head, face["frame_colour"])
+def _paint_glasses(drawing: _Drawing, face: SimpleNamespace) -> None:
+    across = drawing.u.abs() - face.eye_x
+    square_x = (across / face.lens_width).square_()
+    square_y = ((drawing.v - face.eye_y - 0.01) / face.lens_height).square_()
+    rounded = torch.lerp(square_x + square_y, _length(square_x, square_y), face.lens_square)
+    lens = rounded.sqrt_().sub_(1).mul_(face.lens_height)
+    drawing.paint(drawing.cover(lens) * face.lens_tint * drawing.head, face.frame_colour * 0.4)
+    bridge = torch.maximum((drawing.v - face.eye_y).abs_() - 0.5 * face.frame, -lens)
+    frame = torch.minimum(lens.abs() - face.frame, bridge)
+    drawing.paint(drawing.cover(frame) * face.glasses * drawing.head, face.frame_colour)
 
 
-def _light(drawing: _Drawing, face: dict[str, Tensor]) -> None:
+def _light(drawing: _Drawing, face: SimpleNamespace) -> None:
     """Lambert's cosine law with an ambient floor, lower where the head turns away; cast and exposure on everything."""
-    direction = [face["light_x"], face["light_y"], (1 - face["light_x"].square() - face["light_y"].square()).sqrt()]
+    direction = [face.light_x, face.light_y, (1 - face.light_x.square() - face.light_y.square()).sqrt()]
     cosine = sum(normal * part for normal, part in zip(drawing.normal, direction, strict=True))
-    shade = cosine.clamp_(0, 1.3).mul_(face["light"]).add_(face["ambient"])
-    flat = face["ambient"] + 0.45 * face["light"]
+    shade = cosine.clamp_(0, 1.3).mul_(face.light).add_(face.ambient)
+    flat = face.ambient + 0.45 * face.light
     shade = torch.lerp(flat, shade, drawing.head)
     shade = torch.lerp(torch.ones_like(flat), shade, torch.maximum(drawing.head, drawing.body))
-    drawing.canvas.mul_(shade).mul_(face["cast"])
+    drawing.canvas.mul_(shade).mul_(face.cast)
 
 
-def _paint_occluder(drawing: _Drawing, face: dict[str, Tensor]) -> None:
-    cos, sin = face["occluder_angle"].cos(), face["occluder_angle"].sin()
-    x, y = drawing.x - face["occluder_x"], drawing.y - face["occluder_y"]
-    along, across = (x * cos + y * sin).abs_() - face["occluder_width"], (y * cos - x * sin).abs_() - face["occluder_height"]
-    drawing.paint(drawing.cover(torch.maximum(along, across)) * face["occluder"], face["occluder_colour"])
+def _paint_occluder(drawing: _Drawing, face: SimpleNamespace) -> None:
+    cos, sin = face.occluder_angle.cos(), face.occluder_angle.sin()
+    x, y = drawing.x - face.occluder_x, drawing.y - face.occluder_y
+    along, across = (x * cos + y * sin).abs_() - face.occluder_width, (y * cos - x * sin).abs_() - face.occluder_height
+    drawing.paint(drawing.cover(torch.maximum(along, across)) * face.occluder, face.occluder_colour)
 
 
-def _develop(canvas: Tensor, face: dict[str, Tensor], noise: Tensor) -> Tensor:
+def _develop(canvas: Tensor, face: SimpleNamespace, noise: Tensor) -> Tensor:
     """The camera: area average, blur, noise, quantization. Sums of slices: faster on a CPU than pooling is."""
     rows = sum(canvas[..., offset::SUPERSAMPLING, :] for offset in range(SUPERSAMPLING))
     image = sum(rows[..., offset::SUPERSAMPLING] for offset in range(SUPERSAMPLING)) / SUPERSAMPLING**2
@@ -236,5 +240,5 @@ def _develop(canvas: Tensor, face: dict[str, Tensor], noise: Tensor) -> Tensor:
     soft = F.pad(image, (2, 2, 2, 2), mode="replicate")
     for axis in (2, 3):
         soft = sum(soft.narrow(axis, offset, size) * weight for offset, weight in enumerate(BLUR))
-    image = torch.lerp(image, soft, face["blur"]).addcmul_(noise, face["noise"])
+    image = torch.lerp(image, soft, face.blur).addcmul_(noise, face.noise)
     return image.mul_(255).round_().clamp_(0, 255).to(torch.uint8)
