@@ -66,11 +66,15 @@ class Recognizer(nn.Module):
         convolutions = (module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
         return any(module.stride != module.kernel_size for module in convolutions)
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that are trained, by name."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_trainable(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for parameter in self.trained().values())
 
 
 def with_rows(model: Recognizer, classes: Sequence[int]) -> Recognizer:

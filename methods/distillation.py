@@ -73,8 +73,7 @@ class RelabelAndMatch(Distillation):
 
     def forget_loss(self, model: Recognizer, logits: Tensor, labels: Tensor) -> Tensor:
         """CE(z_f, ỹ), from label-free logits (B, classes) and the true labels (B,)."""
-        wrong = draw_labels(self.args.wrong_labels, labels, self.task, logits.shape[1])
-        return model.head.loss_of_logits(logits, wrong)
+        return model.head.loss_of_logits(logits, draw_labels(self, labels))
 
 
 def kl_divergences(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

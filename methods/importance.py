@@ -35,7 +35,7 @@ def mean_importance(
     `objective` takes label-free logits (B, classes) and labels (B,), `measure` is elementwise (square, abs). The model is in
     evaluation mode.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = model.trained()
     # A graph of ONNX reads numbers out of tensors, which a batched gradient cannot.
     vectorized = batch_size is None and model.architecture.graph is None
     if batch_size is None:

@@ -25,4 +25,4 @@ class L2(QuadraticPenalty):
         return self.args.terms == "all"
 
     def importance_of(self, model: Recognizer) -> Importance:
-        return {name: torch.ones_like(parameter) for name, parameter in self._trained(model)}
+        return {name: torch.ones_like(parameter) for name, parameter in model.trained().items()}

@@ -88,7 +88,7 @@ class LIRF(Distillation):
         labels, indices = batch.split(batch.labels), batch.split(batch.indices)["forget"]
         teacher = self.teacher.logits(indices)
 
-        wrong = draw_labels(args.wrong_labels, labels["forget"], self.task, len(self.train_set.classes))
+        wrong = draw_labels(self, labels["forget"])
         forget = model.head.loss_of_logits(logits["forget"], wrong)
         both = teacher, logits["forget"]
         if args.kd_logits == "training":

@@ -56,7 +56,7 @@ class QuadraticPenalty(Method):
         forget, classes = {*self.task.forget}, range(len(self.train_set.classes))
         self.is_forgotten = torch.tensor([c in forget for c in classes], device=self.hardware.device)
         importance = self.importance_of(model)
-        centre = {name: parameter.detach().clone() for name, parameter in self._trained(model)}
+        centre = {name: parameter.detach().clone() for name, parameter in model.trained().items()}
         if self.importance is not None and self.accumulates:
             self._add_term(importance, centre)
         else:
@@ -69,17 +69,17 @@ class QuadraticPenalty(Method):
         return [self.one_pass({"all": union})]
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
-        wrong = draw_labels(self.args.wrong_labels, batch.labels, self.task, len(self.train_set.classes))
-        labels = torch.where(self.is_forgotten[batch.labels], wrong, batch.labels)  # isin sorts where many are forgotten
+        # isin sorts where many are forgotten
+        labels = torch.where(self.is_forgotten[batch.labels], draw_labels(self, batch.labels), batch.labels)
         relabelled = model.head.loss(model.embed(batch.images), labels)
         penalty = self.penalty(model)
         return {"total": relabelled + self.args.lambda_ * penalty, "relabelled": relabelled, "penalty": penalty}
 
     def penalty(self, model: Recognizer) -> Tensor:
         """Σ_s Σ_i Ω_s,i (θ_i − θ_s,i)²"""
-        names, parameters = zip(*self._trained(model), strict=True)
-        roots, centre = ([tensors[name] for name in names] for tensors in (self.roots, self.centre))
-        return _Quadratic.apply(roots, centre, *parameters) + self.constant
+        trained = model.trained()
+        roots, centre = ([tensors[name] for name in trained] for tensors in (self.roots, self.centre))
+        return _Quadratic.apply(roots, centre, *trained.values()) + self.constant
 
     def _take_roots(self) -> None:
         self.roots = {name: value.sqrt() for name, value in self.importance.items()}
@@ -99,10 +99,6 @@ class QuadraticPenalty(Method):
             return self.task.remain_indices
         lending = torch.tensor([c for c in self.task.remain if c not in self.task.missing])
         return torch.isin(self.train_set.labels.cpu(), lending).nonzero()[:, 0]
-
-    @staticmethod
-    def _trained(model: Recognizer) -> list[tuple[str, Tensor]]:
-        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def state_dict(self) -> dict[str, Any]:
         if not self.accumulates:

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.tasks import ForgettingTask
-from methods.base import Option
+from methods.base import Method, Option
 
 WRONG_LABELS = Option(
     "wrong_labels", "all", "wrong labels: other classes, or as published", published="modulo", choices=("all", "modulo")
@@ -25,6 +24,8 @@ def modulo_labels(labels: Tensor, num_forgotten: int) -> Tensor:
     return torch.where(drawn == labels, (labels + 1) % num_forgotten, drawn)
 
 
-def draw_labels(kind: str, labels: Tensor, task: ForgettingTask, num_classes: int) -> Tensor:
-    """By `kind`, a choice of WRONG_LABELS."""
-    return wrong_labels(labels, num_classes) if kind == "all" else modulo_labels(labels, len(task.forget))
+def draw_labels(method: Method, labels: Tensor) -> Tensor:
+    """ỹ for labels (B,), as the method's option WRONG_LABELS says, where it has that."""
+    if getattr(method.args, "wrong_labels", "all") == "all":
+        return wrong_labels(labels, len(method.train_set.classes))
+    return modulo_labels(labels, len(method.task.forget))

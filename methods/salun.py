@@ -38,8 +38,7 @@ class SalUn(Method):
 
     def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
         logits, labels = batch.split(model(batch.images)), batch.split(batch.labels)
-        wrong = draw_labels("all", labels["forget"], self.task, len(self.train_set.classes))
-        forget = model.head.loss_of_logits(logits["forget"], wrong)
+        forget = model.head.loss_of_logits(logits["forget"], draw_labels(self, labels["forget"]))
         remain = model.head.loss_of_logits(logits["remain"], labels["remain"])
         return {"total": forget + self.args.lambda_ * remain, "forget": forget, "remain": remain}
 

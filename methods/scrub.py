@@ -88,7 +88,7 @@ class SCRUBS(SCRUB):
 
     def prepare(self, model: Recognizer) -> None:
         super().prepare(model)
-        self.trained = nn.ParameterList([parameter for parameter in model.parameters() if parameter.requires_grad])
+        self.trained = nn.ParameterList(model.trained().values())
         if self.average is None:
             self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(1 - AVERAGE_WEIGHT))
             if self.args.average_over == "task":

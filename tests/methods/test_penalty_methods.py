@@ -135,7 +135,7 @@ def test_the_gradient_of_the_penalty_over_two_tasks(begin, move_weights, name):
 
 def autograds(method, model) -> torch.Tensor:
     """The penalty as autograd sees it."""
-    weighted = [method.roots[n] * (p - method.centre[n]) for n, p in method._trained(model)]
+    weighted = [method.roots[n] * (p - method.centre[n]) for n, p in model.trained().items()]
     return torch.stack([part.norm() for part in weighted]).square().sum()
 
 
@@ -151,7 +151,7 @@ def nodes_of(function, seen: set) -> set:
 def test_the_gradient_of_the_penalty_is_autograds_in_one_step(begin):
     begun = begin("ewc")
     method, model = begun.method, begun.model
-    parameters = [p for _, p in method._trained(model)]
+    parameters = [*model.trained().values()]
     own, plain = method.penalty(model), autograds(method, model)
     assert own.item() == pytest.approx(plain.item(), rel=1e-12)
     gradients, expected = (torch.autograd.grad(0.7 * value, parameters) for value in (own, plain))
