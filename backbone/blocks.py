@@ -1,7 +1,6 @@
 """The blocks of any backbone, as timm names them: what each computes, and the halves of the network around one of them.
 
-While it is looked at, a block stands behind a module that takes down its output, or gives another in its place. The
-network's own forward pass does the rest, whatever lies between its blocks.
+Another module stands in for a block that is looked at. The network's own forward pass does the rest.
 """
 
 import copy

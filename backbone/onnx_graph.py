@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from backbone.graph_cuts import cut_into_blocks
-from backbone.onnx_conversion import to_fx
+from backbone.onnx_conversion import cut_into_blocks, to_fx
 from util.runtime.errors import RunError, UsageError, one_line
 
 # Whose initializers are weights. What else is constant in a graph (sizes, axes, limits) stays as it is.
