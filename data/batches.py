@@ -86,7 +86,9 @@ def batches(
     """The pass's batches from step `start` on. A set on the device is gathered there; else batches travel, pinned."""
     image_device = train_set.images.device
     sizes = [plan.sizes_at(step) for step in range(start, plan.steps)]
-    rows = send(plan.schedule(generator)[start:], image_device)
+    rows = plan.schedule(generator)[start:]
+    if image_device.type != "cpu":  # pinned, so that the host does not wait for the copy
+        rows = rows.pin_memory().to(image_device, non_blocking=True)
     schedule = [row[: sum(size.values())] for row, size in zip(rows, sizes, strict=True)]
     if image_device.type == device.type:
         gathered = ((train_set.images[rows], train_set.labels[rows], rows) for rows in schedule)
@@ -108,11 +110,6 @@ def gathered_ahead(train_set: ImageSet, schedule: Iterable[Tensor], pin: bool) -
     with ThreadPoolExecutor(1) as pool:
         for (images, labels, positions), _ in pairwise(chain(map(begin, schedule), [None])):
             yield images.result(), labels, positions
-
-
-def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; the host does not wait for the copy."""
-    return tensor if tensor.device.type == device.type else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def random_flip(images: Tensor) -> Tensor:
