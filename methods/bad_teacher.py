@@ -1,4 +1,4 @@
-"""Bad Teacher: a competent teacher for what remains, an incompetent one for the rest (Chundawat et al., AAAI 2023)."""
+"""Bad Teacher: a competent and an incompetent teacher (Chundawat et al., AAAI 2023, arXiv 2205.08096)."""
 
 from torch import Tensor, nn
 
@@ -17,7 +17,6 @@ class BadTeacher(Distillation):
 
     name = "bad_teacher"
     title = "Bad Teacher"
-    source = "arXiv 2205.08096"
     options = [
         *Distillation.options,
         Option("lr", 1e-3),

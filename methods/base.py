@@ -74,7 +74,6 @@ class Method(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]  # as in the paper's tables
-    source: ClassVar[str] = ""
     options: ClassVar[Sequence[Option]] = ()  # the last one of a name counts
     unused: ClassVar[Sequence[str]] = ()  # the shared options that do nothing here
     counts_statistics: ClassVar[bool] = False  # whether batch norms count the statistics of what is trained on

@@ -20,7 +20,6 @@ class DELETE(Distillation):
 
     name = "delete"
     title = "DELETE"
-    source = "arXiv 2503.23751"
     options = [*Distillation.options, Option("lr", 3e-4)]
     unused = ("epoch_over",)
     taught = ("forget",)

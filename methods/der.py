@@ -19,7 +19,6 @@ class DER(RelabelAndMatch):
 
     name = "der"
     title = "DER"
-    source = "arXiv 2004.07211"
     options = [
         *RelabelAndMatch.options,
         Option("lr", 2e-3, published=1e-3),

@@ -19,7 +19,6 @@ class EWC(QuadraticPenalty):
 
     name = "ewc"
     title = "EWC*"
-    source = "arXiv 1612.00796"
     options = [
         *QuadraticPenalty.options,
         IMPORTANCE_DATA,

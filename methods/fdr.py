@@ -17,7 +17,6 @@ class FDR(RelabelAndMatch):
 
     name = "fdr"
     title = "FDR"
-    source = "arXiv 1805.08289"
     options = [
         *RelabelAndMatch.options,
         Option("lr", 5e-4, published=1e-3),

@@ -24,7 +24,6 @@ class GSLoRA(Method):
 
     name = "gs_lora"
     title = "GS-LoRA"
-    source = "arXiv 2403.11530"
     options = [
         Option("lr", 2e-2, published=1e-2),
         Option("batch_size", 48, few_shot=4),

@@ -28,7 +28,6 @@ class GSLoRApp(GSLoRA):
 
     name = "gs_lora_pp"
     title = "GS-LoRA++"
-    source = "arXiv 2501.09705"
     options = [
         *GSLoRA.options,
         Option("bound", 120.0, "BND, the cross entropy beyond which forgetting is enough", published=105.0),

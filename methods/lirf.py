@@ -34,7 +34,6 @@ class LIRF(Distillation):
 
     name = "lirf"
     title = "LIRF"
-    source = "arXiv 2207.08224"
     taught = ("forget",)
     halves: Halves | None = None
     options = [

@@ -16,7 +16,6 @@ class LwF(RelabelAndMatch):
 
     name = "lwf"
     title = "LwF"
-    source = "arXiv 1606.09282"
     options = [
         *RelabelAndMatch.options,
         Option("lr", 1e-3, published=1e-4),

@@ -18,7 +18,6 @@ class MAS(QuadraticPenalty):
 
     name = "mas"
     title = "MAS*"
-    source = "arXiv 1711.09601"
     options = [
         *QuadraticPenalty.options,
         IMPORTANCE_DATA,

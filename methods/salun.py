@@ -18,7 +18,6 @@ class SalUn(Method):
 
     name = "salun"
     title = "SalUn"
-    source = "arXiv 2310.12508"
     options = [
         Option("lr", 3e-4),
         Option("weight_decay", 0.0),

@@ -26,7 +26,6 @@ class SCRUB(Distillation):
 
     name = "scrub"
     title = "SCRUB"
-    source = "arXiv 2302.09880"
     unused = ("epoch_over",)
     taught = ("forget", "remain")
     options = [

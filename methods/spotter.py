@@ -24,7 +24,6 @@ class Spotter(DELETE):
 
     name = "spotter"
     title = "Spotter"
-    source = "arXiv 2506.01318"
     options = [
         *DELETE.options,
         Option("lambda", 0.7, "weight λ of the unperturbed images", high=1),

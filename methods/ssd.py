@@ -17,7 +17,6 @@ class SSD(Method):
 
     name = "ssd"
     title = "SSD"
-    source = "arXiv 2308.07707"
     unused = ("epochs", "batch_size", "lr", "min_lr", "weight_decay", "warmup_epochs", "opt", "sched", "decay_on")
     unused += ("clip_grad", "epoch_over", "min_updates", "save_every", "eval_every")
     options = [

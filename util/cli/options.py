@@ -188,7 +188,7 @@ def check_warmup(args: argparse.Namespace) -> None:
 
 def add_method(parser: Parser, method: type[Method], as_published: str | None) -> None:
     """The method's table of options; the published values as defaults with `as_published`, one of PRESETS."""
-    group = parser.add_argument_group(f"{method.title} ({method.source})" if method.source else method.title)
+    group = parser.add_argument_group(method.title)
     for option in {option.name: option for option in (*SHARED_OPTIONS, *method.options)}.values():
         default = option.value(as_published)
         if option.help:
