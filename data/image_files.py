@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -131,15 +131,10 @@ def file_digests(listed: ImageFiles, cache_dir: Path) -> tuple[str, ...]:
         digests = tuple(kept.read_text().split())
         if {*map(len, digests)} == {64} and len(digests) == len(listed.files):
             return digests
-    found = [""] * len(listed.files)
-
-    def digest(index: int, file: BinaryIO) -> None:
-        found[index] = digest_of(file)
-
-    for_all(digest, listed, "hashing", cache_dir)
+    digests = for_all(lambda index, file: digest_of(file), listed, "hashing", cache_dir)
     with suppress(OSError):  # the cache of the images says that it cannot be written
-        write_text(kept, "\n".join(found))
-    return tuple(found)
+        write_text(kept, "\n".join(digests))
+    return tuple(digests)
 
 
 def digest_of(file: BinaryIO) -> str:
@@ -147,41 +142,43 @@ def digest_of(file: BinaryIO) -> str:
 
 
 def for_all(
-    work: Callable[[int, BinaryIO], None],
+    work: Callable[[int, BinaryIO], Any],
     listed: ImageFiles,
     doing: str,
     cache_dir: Path,
     indices: Sequence[int] | None = None,
-) -> None:
-    """`work(index, file)` for every image (for those at `indices`); RunError names those where it raised.
+) -> list:
+    """What `work(index, file)` gives for every image (for those at `indices`); RunError names those where it raised.
 
     A file in the cache folder lists all of them.
 
     In threads, because PIL and hashing do without Python's lock and a process would have to import torch again.
     """
+    damaged = {}
 
-    def complaint(index: int) -> str | None:
+    def attempt(index: int) -> Any:
         try:
             with listed.open(index) as file:
-                work(index, file)
+                return work(index, file)
         except Exception as error:  # a damaged file can make PIL raise anything
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-            return one_line(f"{listed.files[index]} ({reason or type(error).__name__})")
+            damaged[index] = one_line(f"{listed.files[index]} ({reason or type(error).__name__})")
 
     indices = range(len(listed.files)) if indices is None else indices
     count, name = len(indices), listed.root.name
     with ThreadPool(min(os.cpu_count() or 1, 8)) as pool:
-        done = pool.imap(complaint, indices, IMAGES_PER_JOB)
-        bar = tqdm(done, f"{doing} {name}", count, unit=" images", disable=None)  # None: only on a terminal
-        damaged = [line for line in bar if line]
+        done = pool.imap(attempt, indices, IMAGES_PER_JOB)
+        found = [*tqdm(done, f"{doing} {name}", count, unit=" images", disable=None)]  # None: only on a terminal
     if damaged:
-        more, whole = len(damaged) - DAMAGED_SHOWN, cache_dir / f"damaged-{name}.txt"
-        shown = ", ".join(damaged[:DAMAGED_SHOWN]) + f" and {more} more" * (more > 0)
+        lines = [line for _, line in sorted(damaged.items())]
+        more, whole = len(lines) - DAMAGED_SHOWN, cache_dir / f"damaged-{name}.txt"
+        shown = ", ".join(lines[:DAMAGED_SHOWN]) + f" and {more} more" * (more > 0)
         with suppress(OSError):
-            write_text(whole, "\n".join([*damaged, ""]))
+            write_text(whole, "\n".join([*lines, ""]))
             shown += f", all in {whole}" * (more > 0)
-        named = f"{len(damaged)} of {count} images cannot be decoded: {shown}; replace or remove them"
+        named = f"{len(lines)} of {count} images cannot be decoded: {shown}; replace or remove them"
         raise RunError(one_line(f"{listed.root}: {named}"))
+    return found
 
 
 def one_line(text: str) -> str:
