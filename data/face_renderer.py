@@ -18,8 +18,8 @@ IRIS_TONES = ((0.13, 0.07, 0.04), (0.36, 0.22, 0.10), (0.30, 0.42, 0.25), (0.35,
 BLUR = (1 / 9, 2 / 9, 3 / 9, 2 / 9, 1 / 9)
 
 
-class _Drawing(SimpleNamespace):
-    """The pixels of B faces.
+class _Face(SimpleNamespace):
+    """The parameters of B faces, by name, and their pixels.
 
     x, y: coordinates on the head in the image plane; u, v: on the frontal face; normal: the normals there, in three parts.
     canvas: what is painted so far; edge: the width of an antialiased edge.
@@ -46,18 +46,19 @@ def palette(tones: tuple[tuple[float, float, float], ...], position: Tensor) -> 
     return torch.lerp(table[lower], table[lower + 1], (scaled - lower).unsqueeze(1))[:, :, None, None]
 
 
-def render(face: SimpleNamespace, image_size: int, noise: Tensor) -> Tensor:
+def render(parameters: dict[str, Tensor], image_size: int, noise: Tensor) -> Tensor:
     """Draw B faces, uint8 (B, 3, image_size, image_size).
 
-    face:  the parameters named in `data.synthetic_faces`, each (B, 1, 1, 1); colours (B, 3, 1, 1), and the background
-           (B, 3, BACKGROUND_GRID, BACKGROUND_GRID).
-    noise: (B, 3, image_size, image_size), standard normal.
+    parameters: those named in `data.synthetic_faces`, each (B, 1, 1, 1); colours (B, 3, 1, 1), and "background"
+                (B, 3, BACKGROUND_GRID, BACKGROUND_GRID).
+    noise:      (B, 3, image_size, image_size), standard normal.
     """
-    drawing = _place(face, image_size * SUPERSAMPLING)
+    face = _Face(**parameters)
+    _place(face, image_size * SUPERSAMPLING)
     on_head = (_paint_skin, _paint_eyes, _paint_brows, _paint_nose, _paint_beard, _paint_mouth, _paint_hair)
     for paint in (_paint_behind, *on_head, _paint_glasses, _light, _paint_occluder):
-        paint(drawing, face)
-    return _develop(drawing.canvas, face, noise)
+        paint(face)
+    return _develop(face, noise)
 
 
 def _bump(squared: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ def _length(x: Tensor, y: Tensor) -> Tensor:
     return (x.square() + y.square()).sqrt_()
 
 
-def _place(face: SimpleNamespace, size: int) -> _Drawing:
+def _place(face: _Face, size: int) -> None:
+    """Carry the pixels back through the pose, and begin with the background."""
     axis = (torch.arange(size, device=face.yaw.device, dtype=torch.float32) + 0.5) * (2 / size) - 1
     column, row = axis.view(1, 1, 1, -1) - face.shift_x, axis.view(1, 1, -1, 1) - face.shift_y
     cos, sin = face.roll.cos() / face.scale, face.roll.sin() / face.scale
@@ -81,160 +83,160 @@ def _place(face: SimpleNamespace, size: int) -> _Drawing:
     squared = height.square()
     squared = torch.lerp(squared, squared * below, face.jaw_square * (height > 0)).add_(normal_x.square())
     depth = (1 - squared).clamp_(min=0).sqrt_()
-    u = x * face.yaw.cos() + depth * (face.head_depth * face.yaw.sin())
-    v = y * face.pitch.cos() + depth * (face.head_depth * face.pitch.sin())
-    canvas = F.interpolate(face.background, size=(size, size), mode="bilinear", align_corners=True)
-    drawing = _Drawing(x=x, y=y, u=u, v=v, normal=[normal_x, height, depth], canvas=canvas, edge=1.5 * 2 / size)
-    drawing.head = drawing.cover((squared.sqrt_() - 1) * 0.6)
-    return drawing
+    face.x, face.y, face.normal = x, y, [normal_x, height, depth]
+    face.u = x * face.yaw.cos() + depth * (face.head_depth * face.yaw.sin())
+    face.v = y * face.pitch.cos() + depth * (face.head_depth * face.pitch.sin())
+    face.canvas = F.interpolate(face.background, size=(size, size), mode="bilinear", align_corners=True)
+    face.edge = 1.5 * 2 / size
+    face.head = face.cover((squared.sqrt_() - 1) * 0.6)
 
 
-def _paint_behind(drawing: _Drawing, face: SimpleNamespace) -> None:
+def _paint_behind(face: _Face) -> None:
     """Long or short hair behind the head, clothes, neck and ears."""
-    side = drawing.x / (face.face_width + face.hair_side)
-    top = drawing.y.clamp(max=0) / (face.face_height + face.hair_top)
-    hair = drawing.cover(torch.maximum((_length(side, top) - 1) * 0.6, drawing.y - face.hair_length), 2.0)
-    drawing.paint(hair, face.hair_colour)
-    across = drawing.x.abs()
-    shoulders = drawing.cover(0.92 * face.face_height + 0.35 * across.square() - drawing.y)
-    drawing.paint(shoulders, face.clothes_colour)
-    neck = drawing.cover(torch.maximum(across - 0.62 * face.face_width, drawing.y - 1.05 * face.face_height))
-    neck *= drawing.y > 0
-    drawing.paint(neck, face.skin_colour * 0.7)
-    beside = (drawing.x + 0.4 * face.yaw.sin()).abs_() - face.face_width * 0.99
-    ears = drawing.cover(_length(beside / 0.6, drawing.y - face.eye_y - 0.08) - face.ear_size)
-    ears = ears * drawing.cover(face.hair_length - 0.25)
-    drawing.paint(ears, face.skin_colour * 0.88)
-    drawing.hair = hair * (1 - torch.maximum(shoulders, neck))
-    drawing.body = torch.maximum(torch.maximum(hair, ears), torch.maximum(shoulders, neck))
+    side = face.x / (face.face_width + face.hair_side)
+    top = face.y.clamp(max=0) / (face.face_height + face.hair_top)
+    hair = face.cover(torch.maximum((_length(side, top) - 1) * 0.6, face.y - face.hair_length), 2.0)
+    face.paint(hair, face.hair_colour)
+    across = face.x.abs()
+    shoulders = face.cover(0.92 * face.face_height + 0.35 * across.square() - face.y)
+    face.paint(shoulders, face.clothes_colour)
+    neck = face.cover(torch.maximum(across - 0.62 * face.face_width, face.y - 1.05 * face.face_height))
+    neck *= face.y > 0
+    face.paint(neck, face.skin_colour * 0.7)
+    beside = (face.x + 0.4 * face.yaw.sin()).abs_() - face.face_width * 0.99
+    ears = face.cover(_length(beside / 0.6, face.y - face.eye_y - 0.08) - face.ear_size)
+    ears = ears * face.cover(face.hair_length - 0.25)
+    face.paint(ears, face.skin_colour * 0.88)
+    face.hair = hair * (1 - torch.maximum(shoulders, neck))
+    face.body = torch.maximum(torch.maximum(hair, ears), torch.maximum(shoulders, neck))
 
 
-def _paint_skin(drawing: _Drawing, face: SimpleNamespace) -> None:
-    drawing.paint(drawing.head, face.skin_colour)
-    cheek = (drawing.u.abs() - 0.62 * face.face_width).square_() + (drawing.v - 0.25).square_()
-    flush = _bump(cheek * 22).mul_(face.cheek_flush).mul_(drawing.head)
-    drawing.paint(flush, face.skin_colour * face.skin_colour.new_tensor([1.0, 0.62, 0.6]).view(1, 3, 1, 1))
+def _paint_skin(face: _Face) -> None:
+    face.paint(face.head, face.skin_colour)
+    cheek = (face.u.abs() - 0.62 * face.face_width).square_() + (face.v - 0.25).square_()
+    flush = _bump(cheek * 22).mul_(face.cheek_flush).mul_(face.head)
+    face.paint(flush, face.skin_colour * face.skin_colour.new_tensor([1.0, 0.62, 0.6]).view(1, 3, 1, 1))
 
 
-def _paint_eyes(drawing: _Drawing, face: SimpleNamespace) -> None:
-    across = drawing.u.abs() - face.eye_x
-    down = drawing.v - face.eye_y
+def _paint_eyes(face: _Face) -> None:
+    across = face.u.abs() - face.eye_x
+    down = face.v - face.eye_y
     socket = _bump((across / 0.17).square_() + ((down + 0.02) / 0.12).square_())
-    drawing.paint(socket.mul_(face.eye_socket).mul_(drawing.head), face.skin_colour * 0.45)
+    face.paint(socket.mul_(face.eye_socket).mul_(face.head), face.skin_colour * 0.45)
     down = down + across * face.eye_tilt
     lid = 1 - (across / face.eye_width).square_()
     upper, lower = -down - face.eye_height * face.eye_open * lid, down - 0.55 * face.eye_height * lid
-    opening = drawing.cover(torch.maximum(upper, lower)) * drawing.head
-    drawing.paint(opening, 0.9 - 0.1 * (1 - face.skin_colour))
-    gaze = across - face.gaze_x * drawing.u.sign()
+    opening = face.cover(torch.maximum(upper, lower)) * face.head
+    face.paint(opening, 0.9 - 0.1 * (1 - face.skin_colour))
+    gaze = across - face.gaze_x * face.u.sign()
     iris = _length(gaze, down + 0.2 * face.eye_height - face.gaze_y) - face.iris_size
-    drawing.paint(drawing.cover(iris) * opening, face.iris_colour)
-    drawing.paint(drawing.cover(iris + 0.55 * face.iris_size) * opening, torch.zeros_like(face.iris_colour))
+    face.paint(face.cover(iris) * opening, face.iris_colour)
+    face.paint(face.cover(iris + 0.55 * face.iris_size) * opening, torch.zeros_like(face.iris_colour))
     lash = torch.maximum(upper.abs_() - face.lash, -lid * face.eye_width)
-    drawing.paint_head(drawing.cover(lash), face.hair_colour * 0.3, 0.85)
+    face.paint_head(face.cover(lash), face.hair_colour * 0.3, 0.85)
 
 
-def _paint_brows(drawing: _Drawing, face: SimpleNamespace) -> None:
-    along = (drawing.u.abs() - face.eye_x * 1.02) / face.brow_length
+def _paint_brows(face: _Face) -> None:
+    along = (face.u.abs() - face.eye_x * 1.02) / face.brow_length
     line = face.eye_y - face.brow_gap - face.brow_raise
     line = line + face.brow_arch * along.square() - (face.brow_tilt + face.frown) * along
     thickness = face.brow_thickness * (1.1 - 0.5 * along)
-    brow = torch.maximum((drawing.v - line).abs_() - thickness, (along.abs() - 1) * face.brow_length)
-    drawing.paint_head(drawing.cover(brow), face.hair_colour * 0.75, 0.9)
+    brow = torch.maximum((face.v - line).abs_() - thickness, (along.abs() - 1) * face.brow_length)
+    face.paint_head(face.cover(brow), face.hair_colour * 0.75, 0.9)
 
 
-def _paint_nose(drawing: _Drawing, face: SimpleNamespace) -> None:
+def _paint_nose(face: _Face) -> None:
     """A ridge that bends the normals, wings, nostrils and the shadow under the tip."""
     tip = face.eye_y + face.nose_length
-    along = ((drawing.v - face.eye_y + 0.08) / (face.nose_length + 0.08)).clamp_(0, 1)
-    beyond = (drawing.v - tip).clamp_(min=0) / 0.05
-    across = drawing.u / torch.lerp(face.nose_bridge, face.nose_width * 0.75, along.square())
-    ridge = _bump(across.square() + beyond.square()).mul_(along.sqrt_()).mul_(drawing.head)
-    drawing.normal[0] = drawing.normal[0] + 1.5 * face.nose_height * across * ridge
-    drawing.normal[1] = drawing.normal[1] + face.nose_height * beyond * ridge
-    outward = drawing.u.abs()
-    wing = _length(outward - face.nose_width, drawing.v - tip + 0.01)
+    along = ((face.v - face.eye_y + 0.08) / (face.nose_length + 0.08)).clamp_(0, 1)
+    beyond = (face.v - tip).clamp_(min=0) / 0.05
+    across = face.u / torch.lerp(face.nose_bridge, face.nose_width * 0.75, along.square())
+    ridge = _bump(across.square() + beyond.square()).mul_(along.sqrt_()).mul_(face.head)
+    face.normal[0] = face.normal[0] + 1.5 * face.nose_height * across * ridge
+    face.normal[1] = face.normal[1] + face.nose_height * beyond * ridge
+    outward = face.u.abs()
+    wing = _length(outward - face.nose_width, face.v - tip + 0.01)
     crease = ((wing - 0.03).abs_() - 0.008).masked_fill_(outward < face.nose_width, 1.0)
-    drawing.paint_head(drawing.cover(crease), face.skin_colour * 0.4, 0.45)
-    nostril = _length((outward - 0.55 * face.nose_width) / 1.5, drawing.v - tip - 0.015) - face.nostril
-    drawing.paint_head(drawing.cover(nostril), face.skin_colour * 0.25, 0.8)
-    shadow = _bump((drawing.u / face.nose_width).square_() + ((drawing.v - tip - 0.05) / 0.03).square_())
-    drawing.paint_head(shadow, face.skin_colour * 0.45, 0.35)
+    face.paint_head(face.cover(crease), face.skin_colour * 0.4, 0.45)
+    nostril = _length((outward - 0.55 * face.nose_width) / 1.5, face.v - tip - 0.015) - face.nostril
+    face.paint_head(face.cover(nostril), face.skin_colour * 0.25, 0.8)
+    shadow = _bump((face.u / face.nose_width).square_() + ((face.v - tip - 0.05) / 0.03).square_())
+    face.paint_head(shadow, face.skin_colour * 0.45, 0.35)
 
 
-def _paint_beard(drawing: _Drawing, face: SimpleNamespace) -> None:
+def _paint_beard(face: _Face) -> None:
     tip = face.eye_y + face.nose_length
-    across = (drawing.u / face.face_width).square_()
-    jaw = drawing.cover(tip + face.mouth_gap + face.beard_low - face.beard_arch * across - drawing.v, 2.0)
-    drawing.paint_head(jaw, face.hair_colour * 0.85, face.beard)
-    line = drawing.v - tip - 0.6 * face.mouth_gap - 0.5 * across
-    moustache = torch.maximum(line.abs_() - 0.032, drawing.u.abs() - 0.85 * face.mouth_width)
-    drawing.paint_head(drawing.cover(moustache, 1.5), face.hair_colour * 0.8, face.moustache)
+    across = (face.u / face.face_width).square_()
+    jaw = face.cover(tip + face.mouth_gap + face.beard_low - face.beard_arch * across - face.v, 2.0)
+    face.paint_head(jaw, face.hair_colour * 0.85, face.beard)
+    line = face.v - tip - 0.6 * face.mouth_gap - 0.5 * across
+    moustache = torch.maximum(line.abs_() - 0.032, face.u.abs() - 0.85 * face.mouth_width)
+    face.paint_head(face.cover(moustache, 1.5), face.hair_colour * 0.8, face.moustache)
 
 
-def _paint_mouth(drawing: _Drawing, face: SimpleNamespace) -> None:
+def _paint_mouth(face: _Face) -> None:
     width = face.mouth_width * (1 + 1.2 * face.smile)
-    along = (drawing.u / width).square_()
+    along = (face.u / width).square_()
     middle = face.eye_y + face.nose_length + face.mouth_gap
-    down = drawing.v - middle + face.smile * (along - 0.4)
+    down = face.v - middle + face.smile * (along - 0.4)
     bulge = (1 - along).clamp_(min=0)
     gap = face.mouth_open * bulge
     upper = -down - face.upper_lip * bulge * (0.7 + 0.3 * (along * 8).clamp_(max=1)) - gap
     lower = down - face.lower_lip * bulge - gap
     ends = (along.sqrt() - 1) * width
-    drawing.paint_head(drawing.cover(torch.maximum(torch.maximum(upper, lower), ends)), face.lip_colour)
+    face.paint_head(face.cover(torch.maximum(torch.maximum(upper, lower), ends)), face.lip_colour)
     inside = torch.maximum(down.abs() - gap - 0.008, ends)
-    drawing.paint_head(drawing.cover(inside), face.lip_colour * 0.25, 0.85)
+    face.paint_head(face.cover(inside), face.lip_colour * 0.25, 0.85)
     teeth = torch.maximum(down.abs() - gap * 0.6 + 0.012, ends + 0.03)
-    drawing.paint_head(drawing.cover(teeth), torch.full_like(face.lip_colour, 0.88))
-    chin = _bump(drawing.u.square() * 30 + ((drawing.v - middle - face.lower_lip - 0.07) / 0.035).square_())
-    drawing.paint_head(chin, face.skin_colour * 0.5, 0.25)
+    face.paint_head(face.cover(teeth), torch.full_like(face.lip_colour, 0.88))
+    chin = _bump(face.u.square() * 30 + ((face.v - middle - face.lower_lip - 0.07) / 0.035).square_())
+    face.paint_head(chin, face.skin_colour * 0.5, 0.25)
 
 
-def _paint_hair(drawing: _Drawing, face: SimpleNamespace) -> None:
-    across = drawing.u / face.face_width
+def _paint_hair(face: _Face) -> None:
+    across = face.u / face.face_width
     line = -face.hair_line * face.face_height + face.hair_arch * across.square()
     line = line + face.hair_peak * _bump(across.square() * 9)
-    hair = drawing.cover(drawing.v - line, 2.0) * drawing.head
-    drawing.paint(hair, face.hair_colour * 0.92)
-    strands = drawing.x.abs() * face.strands + face.curl * (drawing.y * 22).sin_() + face.strand_phase
-    everywhere = torch.maximum(hair, drawing.hair * (1 - drawing.head))
-    drawing.canvas.addcmul_(strands.sin_().mul_(everywhere), face.gloss * (0.45 * face.hair_colour + 0.12))
+    hair = face.cover(face.v - line, 2.0) * face.head
+    face.paint(hair, face.hair_colour * 0.92)
+    strands = face.x.abs() * face.strands + face.curl * (face.y * 22).sin_() + face.strand_phase
+    everywhere = torch.maximum(hair, face.hair * (1 - face.head))
+    face.canvas.addcmul_(strands.sin_().mul_(everywhere), face.gloss * (0.45 * face.hair_colour + 0.12))
 
 
-def _paint_glasses(drawing: _Drawing, face: SimpleNamespace) -> None:
-    across = drawing.u.abs() - face.eye_x
+def _paint_glasses(face: _Face) -> None:
+    across = face.u.abs() - face.eye_x
     square_x = (across / face.lens_width).square_()
-    square_y = ((drawing.v - face.eye_y - 0.01) / face.lens_height).square_()
+    square_y = ((face.v - face.eye_y - 0.01) / face.lens_height).square_()
     rounded = torch.lerp(square_x + square_y, _length(square_x, square_y), face.lens_square)
     lens = rounded.sqrt_().sub_(1).mul_(face.lens_height)
-    drawing.paint(drawing.cover(lens) * face.lens_tint * drawing.head, face.frame_colour * 0.4)
-    bridge = torch.maximum((drawing.v - face.eye_y).abs_() - 0.5 * face.frame, -lens)
+    face.paint(face.cover(lens) * face.lens_tint * face.head, face.frame_colour * 0.4)
+    bridge = torch.maximum((face.v - face.eye_y).abs_() - 0.5 * face.frame, -lens)
     frame = torch.minimum(lens.abs() - face.frame, bridge)
-    drawing.paint(drawing.cover(frame) * face.glasses * drawing.head, face.frame_colour)
+    face.paint(face.cover(frame) * face.glasses * face.head, face.frame_colour)
 
 
-def _light(drawing: _Drawing, face: SimpleNamespace) -> None:
+def _light(face: _Face) -> None:
     """Lambert's cosine law with an ambient floor, lower where the head turns away; cast and exposure on everything."""
     direction = [face.light_x, face.light_y, (1 - face.light_x.square() - face.light_y.square()).sqrt()]
-    cosine = sum(normal * part for normal, part in zip(drawing.normal, direction, strict=True))
+    cosine = sum(normal * part for normal, part in zip(face.normal, direction, strict=True))
     shade = cosine.clamp_(0, 1.3).mul_(face.light).add_(face.ambient)
     flat = face.ambient + 0.45 * face.light
-    shade = torch.lerp(flat, shade, drawing.head)
-    shade = torch.lerp(torch.ones_like(flat), shade, torch.maximum(drawing.head, drawing.body))
-    drawing.canvas.mul_(shade).mul_(face.cast)
+    shade = torch.lerp(flat, shade, face.head)
+    shade = torch.lerp(torch.ones_like(flat), shade, torch.maximum(face.head, face.body))
+    face.canvas.mul_(shade).mul_(face.cast)
 
 
-def _paint_occluder(drawing: _Drawing, face: SimpleNamespace) -> None:
+def _paint_occluder(face: _Face) -> None:
     cos, sin = face.occluder_angle.cos(), face.occluder_angle.sin()
-    x, y = drawing.x - face.occluder_x, drawing.y - face.occluder_y
+    x, y = face.x - face.occluder_x, face.y - face.occluder_y
     along, across = (x * cos + y * sin).abs_() - face.occluder_width, (y * cos - x * sin).abs_() - face.occluder_height
-    drawing.paint(drawing.cover(torch.maximum(along, across)) * face.occluder, face.occluder_colour)
+    face.paint(face.cover(torch.maximum(along, across)) * face.occluder, face.occluder_colour)
 
 
-def _develop(canvas: Tensor, face: SimpleNamespace, noise: Tensor) -> Tensor:
+def _develop(face: _Face, noise: Tensor) -> Tensor:
     """The camera: area average, blur, noise, quantization. Sums of slices: faster on a CPU than pooling is."""
-    rows = sum(canvas[..., offset::SUPERSAMPLING, :] for offset in range(SUPERSAMPLING))
+    rows = sum(face.canvas[..., offset::SUPERSAMPLING, :] for offset in range(SUPERSAMPLING))
     image = sum(rows[..., offset::SUPERSAMPLING] for offset in range(SUPERSAMPLING)) / SUPERSAMPLING**2
     size = image.shape[-1]
     soft = F.pad(image, (2, 2, 2, 2), mode="replicate")

@@ -7,7 +7,6 @@ that pixels and colours alone do not tell the identities apart, and a small Face
 import hashlib
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -133,7 +132,7 @@ def _draw(identity: np.ndarray, variation: np.ndarray, image_size: int, seed: in
             face, corner = _parameters(*(torch.from_numpy(numbers[part]).to(device) for numbers in (identity, variation)))
             corner = (corner * image_size).long()
             noise = windows[:, corner[:, 0], corner[:, 1]].transpose(0, 1)
-            images[part] = render(SimpleNamespace(**face), image_size, noise)
+            images[part] = render(face, image_size, noise)
     finally:
         torch.set_num_threads(threads)
     return images
