@@ -1,9 +1,8 @@
 """Bad Teacher: a competent and an incompetent teacher (Chundawat et al., AAAI 2023, arXiv 2205.08096)."""
 
-from torch import Tensor, nn
+from torch import nn
 
-from backbone.recognizer import Recognizer, build_recognizer, to_device
-from data.batches import Batch
+from backbone.recognizer import build_recognizer, to_device
 from methods.base import Option
 from methods.distillation import Distillation, Teacher, kl_divergence
 
@@ -24,7 +23,7 @@ class BadTeacher(Distillation):
         Option("lambda", 0.3, "weight λ of the incompetent teacher"),
     ]
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         super().prepare(model)
         untrained = build_recognizer(model.architecture)
         untrained.head = nn.Linear(untrained.backbone.num_features, model.architecture.num_classes)
@@ -32,7 +31,7 @@ class BadTeacher(Distillation):
             to_device(untrained, self.hardware), self.train_set, self.task.forget_indices, self.hardware
         )
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         logits, indices = batch.split(model(batch.images)), batch.split(batch.indices)
         teachers = {"forget": self.incompetent, "remain": self.teacher}
         parts = {

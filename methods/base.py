@@ -1,6 +1,7 @@
 """What a forgetting method is: it says what is trained, which passes an epoch makes, and what the loss is.
 
 It never loops over batches, steps an optimizer, logs, saves or evaluates: `util/training/engine.py` does, the same for all.
+The types of the hooks stand here alone.
 """
 
 import argparse

@@ -1,11 +1,7 @@
 """DELETE: decoupled distillation to erase (Zhou et al., CVPR 2025, arXiv 2503.23751)."""
 
 import torch
-from torch import Tensor
 
-from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass
-from data.tasks import ForgettingTask
 from methods.base import Option
 from methods.distillation import Distillation, kl_divergence
 
@@ -24,10 +20,10 @@ class DELETE(Distillation):
     unused = ("epoch_over",)
     taught = ("forget",)
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         return [self.one_pass({"forget": task.forget_indices})]
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         classes = torch.arange(model.head.weight.shape[0], device=batch.labels.device)
         others = self.teacher.logits(batch.indices).masked_fill(classes == batch.labels[:, None], MASKED_LOGIT)
         forget = kl_divergence(others, model(batch.images))

@@ -2,11 +2,6 @@
 
 from dataclasses import replace
 
-from torch import Tensor
-
-from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass
-from data.tasks import ForgettingTask
 from methods.base import Option
 from methods.distillation import RelabelAndMatch
 
@@ -26,7 +21,7 @@ class DER(RelabelAndMatch):
         Option("distill_on", "logits", "outputs to match", published="embeddings", choices=("logits", "embeddings")),
     ]
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         embeddings = model.embed(batch.images)
         logits, labels, indices = map(batch.split, (model.head(embeddings), batch.labels, batch.indices))
         forget = self.forget_loss(model, logits["forget"], labels["forget"])
@@ -54,6 +49,6 @@ class DERpp(DER):
         Option("lambda_replay", 2.0, "weight λ₂ of the replay", published=0.005),
     ]
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         (plan,) = super().passes(task, epoch, epochs)
         return [replace(plan, streams=plan.streams | {"replay": task.remain_indices})]

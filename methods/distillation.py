@@ -10,7 +10,6 @@ from torch import Tensor
 
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
-from data.tasks import ForgettingTask
 from methods.base import Method, Option
 from methods.relabel import WRONG_LABELS, draw_labels
 from util.evaluation.evaluate import embed_images
@@ -53,7 +52,7 @@ class Distillation(Method):
     taught: ClassVar[Sequence[str]] = ("remain",)  # the streams that need θ₀'s outputs
     pretrained: Recognizer | None = None
 
-    def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+    def begin_run(self, model, tasks, train_set):
         if self.args.teacher == "run":
             self.pretrained = copy.deepcopy(model)
 
@@ -61,7 +60,7 @@ class Distillation(Method):
         """θ₀, where `model` is the one that enters the task."""
         return model if self.pretrained is None else self.pretrained
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         indices = torch.cat([getattr(self.task, f"{stream}_indices") for stream in self.taught])
         self.teacher = Teacher(self.teacher_of(model), self.train_set, indices, self.hardware)
 

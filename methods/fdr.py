@@ -1,9 +1,5 @@
 """FDR: function distance regularization (Benjamin et al., ICLR 2019, arXiv 1805.08289)."""
 
-from torch import Tensor
-
-from backbone.recognizer import Recognizer
-from data.batches import Batch
 from methods.base import Option
 from methods.distillation import RelabelAndMatch
 
@@ -24,7 +20,7 @@ class FDR(RelabelAndMatch):
         Option("distill_on", "probabilities", "outputs to match", published="logits", choices=("probabilities", "logits")),
     ]
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         logits, labels, indices = map(batch.split, (model(batch.images), batch.labels, batch.indices))
         forget = self.forget_loss(model, logits["forget"], labels["forget"])
         outputs = [logits["remain"], self.teacher.logits(indices["remain"])]

@@ -1,16 +1,11 @@
 """GS-LoRA: group-sparse low-rank adaptation (Zhao et al., CVPR 2024, arXiv 2403.11530)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
 from backbone import lora
 from backbone.recognizer import Recognizer
-from data.batches import Batch
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput, per_task
 from util.evaluation.evaluate import predict
 
@@ -46,19 +41,19 @@ class GSLoRA(Method):
         Option("negligible", 1e-2, "share of a group's weight norm below which its update is dropped", published=0.0),
     ]
 
-    def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+    def check(self, model, tasks, train_set):
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         slope = 5.0 if self.task.number == 1 else self.args.later_slope
         lora.add_adapters(model.backbone, self.args.rank, self.args.lora_place, slope)
         self.groups = lora.adapter_groups(model.backbone, self.args.grouping)
         self.alpha, self.beta = self.args.alpha, per_task(self.args.beta, self.task)
 
-    def begin_epoch(self, model: Recognizer, epoch: int) -> None:
+    def begin_epoch(self, model, epoch):
         self.alpha = self.args.alpha if epoch >= self.args.sparsity_warmup_epochs else 0.0
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         return self.terms(model, batch.split(model.embed(batch.images)), batch.split(batch.labels))
 
     def terms(self, model: Recognizer, embeddings: dict[str, Tensor], labels: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,10 +64,10 @@ class GSLoRA(Method):
         total = remain + self.beta * forget + self.alpha * sparsity
         return {"total": total, "remain": remain, "forget": forget, "sparsity": sparsity}
 
-    def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
+    def end_epoch(self, model, epoch):
         return {f"group_norm/{name}": norm for name, norm in self._norms().items()}
 
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         zero = self._drop_negligible_groups(model)
         norms = {name: 0.0 if name in zero else norm for name, norm in self._norms().items()}
         tensors = lora.adapter_tensors(model.backbone)

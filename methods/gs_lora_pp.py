@@ -1,7 +1,5 @@
 """GS-LoRA++: prototypes and weight averaging (Zhao et al., arXiv 2501.09705)."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
@@ -10,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from backbone.recognizer import Recognizer
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
-from methods.base import Option, TaskOutput, per_task
+from methods.base import Option, per_task
 from methods.distillation import kl_divergence
 from methods.gs_lora import GSLoRA
 from util.evaluation.evaluate import embed_images
@@ -45,7 +43,7 @@ class GSLoRApp(GSLoRA):
         Option("ema_start", 2, "first epoch (from 0) of the averaging", published=30),
     ]
 
-    def begin_run(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+    def begin_run(self, model, tasks, train_set):
         if self.args.prototypes == "run":
             self.prototypes = self._class_means(model, tasks[0], train_set)
 
@@ -59,7 +57,7 @@ class GSLoRApp(GSLoRA):
         counts = torch.bincount(labels, minlength=len(sums)).clamp(min=1)
         return sums / counts[:, None]
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         if self.args.prototypes == "task":
             self.prototypes = self._class_means(model, self.task, self.train_set)
         super().prepare(model)
@@ -75,13 +73,13 @@ class GSLoRApp(GSLoRA):
         added = self.lambda_forget * losses["prototype_forget"] + self.args.lambda_remain * losses["prototype_remain"]
         return losses | {"total": losses["total"] + added}
 
-    def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
+    def end_epoch(self, model, epoch):
         if epoch >= self.args.ema_start:
             self.average.update_parameters(self.adapters)
         return super().end_epoch(model, epoch)
 
     @torch.no_grad()
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         if self.average.n_averaged > 0:
             for parameter, average in zip(self.adapters, self.average.module, strict=True):
                 parameter.copy_(average)

@@ -1,16 +1,11 @@
 """LIRF: learning with recoverable forgetting (Ye et al., ECCV 2022, arXiv 2207.08224)."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbone.blocks import Halves, as_tokens
 from backbone.recognizer import Recognizer
-from data.batches import Batch
-from data.image_set import ImageSet
-from data.tasks import ForgettingTask
 from methods.base import Option, TaskOutput
 from methods.distillation import KD_LOGITS, Distillation, kl_divergence
 from methods.relabel import WRONG_LABELS, draw_labels
@@ -54,10 +49,10 @@ class LIRF(Distillation):
         Option("deposit", "trained", "whether the deposit is trained", published="frozen", choices=("trained", "frozen")),
     ]
 
-    def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+    def check(self, model, tasks, train_set):
         self.halves = Halves(model.backbone, model.architecture.image_size)
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         super().prepare(model)
         if self.halves is None:
             self.check(model, [self.task], self.train_set)
@@ -77,10 +72,10 @@ class LIRF(Distillation):
         for name, _ in model.deposit.named_parameters():
             model.backbone.get_parameter(name).requires_grad_(True)
 
-    def begin_epoch(self, model: Recognizer, epoch: int) -> None:
+    def begin_epoch(self, model, epoch):
         self.halves.stop_dropout_above(model.backbone)
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         args = self.args
         maps, embeddings = self._maps_and_embeddings(model, model.backbone, batch.images)
         logits = batch.split(model.head(embeddings))
@@ -125,7 +120,7 @@ class LIRF(Distillation):
     def _distillation(self, teacher: Tensor, student: Tensor, columns: Tensor) -> Tensor:
         return kl_divergence(teacher[:, columns], student[:, columns], self.args.temperature)
 
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         deposit = {name: tensor.detach().cpu().clone() for name, tensor in model.deposit.state_dict().items()}
         del model.deposit
         return TaskOutput({"deposits": deposit})

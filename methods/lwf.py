@@ -1,9 +1,5 @@
 """LwF: learning without forgetting (Li & Hoiem, ECCV 2016, arXiv 1606.09282)."""
 
-from torch import Tensor
-
-from backbone.recognizer import Recognizer
-from data.batches import Batch
 from methods.base import Option
 from methods.distillation import RelabelAndMatch, kl_divergence
 
@@ -25,7 +21,7 @@ class LwF(RelabelAndMatch):
         Option("temperature", 2.0, "temperature T of the distillation", low=0.01),
     ]
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         logits, labels = batch.split(model(batch.images)), batch.split(batch.labels)
         indices = batch.split(batch.indices)["remain"]
         forget = self.forget_loss(model, logits["forget"], labels["forget"])

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass
-from data.tasks import ForgettingTask
 from methods.base import Method, Option
 from methods.importance import Importance
 from methods.relabel import WRONG_LABELS, draw_labels
@@ -52,7 +50,7 @@ class QuadraticPenalty(Method):
     def importance_of(self, model: Recognizer) -> Importance:
         """Ω of the model that enters the task, by parameter name."""
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         forget, classes = {*self.task.forget}, range(len(self.train_set.classes))
         self.is_forgotten = torch.tensor([c in forget for c in classes], device=self.hardware.device)
         importance = self.importance_of(model)
@@ -64,11 +62,11 @@ class QuadraticPenalty(Method):
             self.constant = torch.zeros((), device=self.hardware.device)
         self._take_roots()
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         union = torch.cat([task.forget_indices, task.remain_indices])
         return [self.one_pass({"all": union})]
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         # isin sorts where many are forgotten
         labels = torch.where(self.is_forgotten[batch.labels], draw_labels(self, batch.labels), batch.labels)
         relabelled = model.head.loss(model.embed(batch.images), labels)
@@ -100,12 +98,12 @@ class QuadraticPenalty(Method):
         lending = torch.tensor([c for c in self.task.remain if c not in self.task.missing])
         return torch.isin(self.train_set.labels.cpu(), lending).nonzero()[:, 0]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self):
         if not self.accumulates:
             return {}  # begin_task finds it again
         return {"importance": self.importance, "centre": self.centre, "constant": self.constant}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state):
         if state:
             device = self.hardware.device
             self.importance = {name: tensor.to(device) for name, tensor in state["importance"].items()}

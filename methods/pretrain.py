@@ -1,11 +1,8 @@
 """Pre-training: the margin head's loss on every training image. A method like the others, so that one loop serves all."""
 
 import torch
-from torch import Tensor
 
-from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass, random_flip
-from data.tasks import ForgettingTask
+from data.batches import random_flip
 from methods.base import Method, TaskOutput
 
 
@@ -19,14 +16,14 @@ class Pretrain(Method):
     title = "Pre-train"
     counts_statistics = True
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         model.requires_grad_(True)
         self.rows = torch.tensor(self.task.remain, device=self.hardware.device)
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         return [self.one_pass({"train": task.remain_indices})]
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         images = random_flip(batch.images) if self.args.mirror == "on" else batch.images
         logits, labels = model(images), batch.labels
         if self.task.old:
@@ -34,7 +31,7 @@ class Pretrain(Method):
         return {"total": model.head.loss_of_logits(logits, labels)}
 
     @torch.no_grad()
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         """The rows of classes left out become zero: a head never answers with them."""
         for rows in model.head.parameters():
             rows[list(self.task.old)] = 0

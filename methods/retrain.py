@@ -1,11 +1,7 @@
 """Retrain: from scratch, on what remains."""
 
-from torch import Tensor
-
 from backbone.published import initialize_as_published
-from backbone.recognizer import Recognizer, build_recognizer
-from data.batches import Batch, Pass
-from data.tasks import ForgettingTask
+from backbone.recognizer import build_recognizer
 from methods.base import Method, Option
 
 
@@ -26,15 +22,15 @@ class Retrain(Method):
         Option("init", "timm", "random weights to start from", published="published", choices=("timm", "published")),
     ]
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         fresh = build_recognizer(model.architecture)
         if self.args.init == "published":
             initialize_as_published(fresh.backbone)
         model.load_state_dict(fresh.state_dict())
         model.head.requires_grad_(True)
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         return [self.one_pass({"remain": task.remain_indices})] * self.args.passes
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         return {"total": model.head.loss(model.embed(batch.images), batch.labels)}

@@ -1,10 +1,7 @@
 """SalUn: saliency unlearning (Fan et al., ICLR 2024, arXiv 2310.12508)."""
 
 import torch
-from torch import Tensor
 
-from backbone.recognizer import Recognizer
-from data.batches import Batch
 from methods.base import Method, Option, TaskOutput
 from methods.importance import mean_importance
 from methods.relabel import draw_labels
@@ -25,7 +22,7 @@ class SalUn(Method):
         Option("lambda", 2.0, "weight λ of the replay"),
     ]
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         data = self.train_set, self.task.forget_indices, self.hardware, self.args.batch_size
         gradients = mean_importance(model, model.head.loss_of_logits, torch.clone, *data)
         sizes = torch.cat([gradient.abs().flatten() for gradient in gradients.values()])
@@ -35,13 +32,13 @@ class SalUn(Method):
             salient = gradient.abs() >= least
             self.hooks.append(model.get_parameter(name).register_hook(lambda g, salient=salient: g * salient))
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         logits, labels = batch.split(model(batch.images)), batch.split(batch.labels)
         forget = model.head.loss_of_logits(logits["forget"], draw_labels(self, labels["forget"]))
         remain = model.head.loss_of_logits(logits["remain"], labels["remain"])
         return {"total": forget + self.args.lambda_ * remain, "forget": forget, "remain": remain}
 
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         for hook in self.hooks:
             hook.remove()
         return TaskOutput()

@@ -2,13 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass
-from data.tasks import ForgettingTask
-from methods.base import Option, TaskOutput
+from methods.base import Option
 from methods.distillation import KD_LOGITS, Distillation, kl_divergences
 from util.runtime import foreach
 
@@ -44,7 +41,7 @@ class SCRUB(Distillation):
         KD_LOGITS,
     ]
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         minimize = self.one_pass({"remain": task.remain_indices}, name="min")
         if 2 * self._place_in_round(epoch, epochs) >= epochs:
             return [minimize]
@@ -56,7 +53,7 @@ class SCRUB(Distillation):
         rounds = max(1, min(self.args.rounds, epochs // 2))
         return epoch * rounds % epochs
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         logits = model(batch.images)
         student, teacher = logits, self.teacher.logits(batch.indices)
         if self.args.kd_logits == "training":
@@ -85,7 +82,7 @@ class SCRUBS(SCRUB):
     ]
     saved: dict[str, Any] = {}  # an earlier task's average, of a resumed run
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         super().prepare(model)
         self.trained = nn.ParameterList(model.trained().values())
         if self.average is None:
@@ -95,23 +92,23 @@ class SCRUBS(SCRUB):
         super().load_state_dict(self.saved)
         self.saved = {}
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         losses = super().loss(model, batch)
         averages = [average.detach() for average in self.average.module]
         distance = foreach.norms(foreach.differences([*self.trained], averages)).sum()
         return losses | {"total": losses["total"] + self.args.rho * distance, "distance": distance}
 
-    def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
+    def end_epoch(self, model, epoch):
         if self._place_in_round(epoch + 1, self.epochs) < self._place_in_round(epoch, self.epochs):  # the round is over
             self.average.update_parameters(self.trained)
         return {}
 
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         if self.args.average_over == "task":
             self.average = None
         return super().end_task(model)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state):
         if self.average is None:
             self.saved = state
         else:

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbone.recognizer import Recognizer
-from data.batches import Batch
 from data.image_set import ImageSet
 from methods.base import Option
 from methods.delete import DELETE, MASKED_LOGIT
@@ -31,7 +30,7 @@ class Spotter(DELETE):
         Option("epsilon", 0.03, "largest perturbation of a pixel (0 to 1)", high=1),
     ]
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         super().prepare(model)
         teacher = self.teacher_of(model).eval()  # training begins with train()
         indices = self.task.forget_indices.to(self.train_set.images.device)
@@ -58,7 +57,7 @@ class Spotter(DELETE):
             moved = torch.minimum(torch.maximum(moved, original - limit), original + limit).clamp(0, 255)
         return moved.round().to(torch.uint8)
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         rows, count = self.teacher.rows[batch.indices], len(batch)
         embeddings = model.embed(torch.cat([batch.images, self.near[rows]]))
         logits = model.head(embeddings)

@@ -2,9 +2,6 @@
 
 import torch
 
-from backbone.recognizer import Recognizer
-from data.batches import Batch, Pass
-from data.tasks import ForgettingTask
 from methods.base import Method, Option, TaskOutput
 from methods.importance import mean_importance
 
@@ -24,13 +21,13 @@ class SSD(Method):
         Option("dampening", 1.0, "strength λ of the dampening; larger values dampen less"),
     ]
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         return []
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict:
+    def loss(self, model, batch):
         raise NotImplementedError("SSD makes no pass")
 
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         forget, remain = self.task.forget_indices, self.task.remain_indices
         what = model, model.head.loss_of_logits, torch.square, self.train_set
         of_forget, of_remain = (mean_importance(*what, indices, self.hardware) for indices in (forget, remain))

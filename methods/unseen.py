@@ -3,10 +3,8 @@
 import sys
 import warnings
 from bisect import bisect_left
-from collections.abc import Sequence
 from functools import cache
 from math import ceil
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +15,7 @@ from backbone import lora
 from backbone.blocks import as_map, block_names, block_outputs
 from backbone.recognizer import Recognizer
 from data import build_strangers
-from data.batches import Batch, Pass
 from data.image_set import ImageSet
-from data.tasks import ForgettingTask
 from methods.base import Option, TaskOutput
 from methods.replay import REPLAY, Replaying
 from util.evaluation.evaluate import embed_images, map_images
@@ -71,7 +67,7 @@ class Unseen(Replaying):
 
     strangers: ImageSet | None = None
 
-    def check(self, model: Recognizer, tasks: Sequence[ForgettingTask], train_set: ImageSet) -> None:
+    def check(self, model, tasks, train_set):
         lora.layers_to_adapt(model.backbone, self.args.rank, self.args.lora_place)
         if len(block_names(model.backbone)) < 2:
             raise UsageError(
@@ -92,7 +88,7 @@ class Unseen(Replaying):
             if self.strangers.labels.bincount().max() < 2:
                 raise UsageError(f"--strangers {self.args.strangers}: nobody there has two photos")
 
-    def prepare(self, model: Recognizer) -> None:
+    def prepare(self, model):
         seen = torch.cat([self.task.forget_indices, self.task.remain_indices])
         unit = F.normalize(embed_images(model, self.train_set, self.hardware, seen).clone())
         counts = [len(self.task.forget_indices), len(self.task.remain_indices)]
@@ -154,11 +150,11 @@ class Unseen(Replaying):
 
         return map_images(model, of, self.train_set, self.hardware, seen).double().cpu().numpy()
 
-    def passes(self, task: ForgettingTask, epoch: int, epochs: int) -> list[Pass]:
+    def passes(self, task, epoch, epochs):
         forget, longer = len(task.forget_indices), max(map(len, (task.forget_indices, self.seen(task).remain_indices)))
         return super().passes(task, epoch, epochs) * max(self.args.passes, ceil(self.args.visits * forget / longer))
 
-    def loss(self, model: Recognizer, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, model, batch):
         embeddings = model.embed(batch.images)
         away = batch.split(1 - F.cosine_similarity(embeddings.float(), self.targets[batch.indices]))
         losses = {"forget": away["forget"].mean(), "remain": away["remain"].mean()}
@@ -168,14 +164,14 @@ class Unseen(Replaying):
             total = total + self.args.lambda_ * losses["replay"]
         return {"total": total} | losses
 
-    def end_epoch(self, model: Recognizer, epoch: int) -> dict[str, float]:
+    def end_epoch(self, model, epoch):
         indices = self.task.forget_indices
         reached = F.normalize(embed_images(model, self.train_set, self.hardware, indices))
         self._aim(CARRIED * (coherence(reached, self.people) - coherence(self.targets[indices], self.people)))
         return {"share": self.share}
 
     @torch.no_grad()
-    def end_task(self, model: Recognizer) -> TaskOutput:
+    def end_task(self, model):
         tensors = lora.adapter_tensors(model.backbone)
         lora.merge_adapters(model.backbone)
         for rows in model.head.parameters():
@@ -183,10 +179,10 @@ class Unseen(Replaying):
         del self.targets, self.parts  # of the forgotten images nothing stays
         return TaskOutput({"adapters": tensors})
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self):
         return {"excess": self.excess} if hasattr(self, "parts") else {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state):
         if state:
             self._aim(state["excess"])
 
