@@ -6,6 +6,7 @@ times s = 64 is a quarter of a logit.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,12 @@ class Head(nn.Module):
     def absent(self) -> Tensor:
         """Classes that have no row, bool (classes,): deleted, or never trained on. Their rows are zero."""
         return ~self.weight.detach().any(dim=1)
+
+    @torch.no_grad()
+    def delete_rows(self, classes: Sequence[int]) -> None:
+        """Make classes absent: the head never answers with them."""
+        for rows in self.parameters():
+            rows[list(classes)] = 0
 
     def logits(self, embeddings: Tensor) -> Tensor:
         weight = self.weight.to(embeddings.dtype)

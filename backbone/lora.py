@@ -167,12 +167,13 @@ def adapter_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.cpu().clone() for name, tensor in backbone.state_dict().items() if name.endswith(MATRICES)}
 
 
-def merge_adapters(backbone: nn.Module) -> None:
-    """W ← W + (1/r) B A for every adapted layer, then take the adapters off."""
+def merge_adapters(backbone: nn.Module) -> dict[str, Tensor]:
+    """W ← W + (1/r) B A for every adapted layer, then take the adapters off. Returns their `adapter_tensors`."""
     tensors = adapter_tensors(backbone)
     for name, layer in adapted_layers(backbone).items():
         backbone.set_submodule(name, layer.plain())
     apply_adapters(backbone, tensors)
+    return tensors
 
 
 @torch.no_grad()

@@ -70,8 +70,7 @@ class GSLoRA(Method):
     def end_task(self, model):
         zero = self._drop_negligible_groups(model)
         norms = {name: 0.0 if name in zero else norm for name, norm in self._norms().items()}
-        tensors = lora.adapter_tensors(model.backbone)
-        lora.merge_adapters(model.backbone)
+        tensors = lora.merge_adapters(model.backbone)
         return TaskOutput({"adapters": tensors}, {"norms": norms, "zero_ratio": len(zero) / len(self.groups)})
 
     @torch.no_grad()

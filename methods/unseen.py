@@ -170,12 +170,9 @@ class Unseen(Replaying):
         self._aim(CARRIED * (coherence(reached, self.people) - coherence(self.targets[indices], self.people)))
         return {"share": self.share}
 
-    @torch.no_grad()
     def end_task(self, model):
-        tensors = lora.adapter_tensors(model.backbone)
-        lora.merge_adapters(model.backbone)
-        for rows in model.head.parameters():
-            rows[list(self.task.forget)] = 0
+        tensors = lora.merge_adapters(model.backbone)
+        model.head.delete_rows(self.task.forget)
         del self.targets, self.parts  # of the forgotten images nothing stays
         return TaskOutput({"adapters": tensors})
 
