@@ -62,7 +62,7 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
         states = [_state(os.path.join(root, path)) for path, _ in files]
     except OSError as error:
         layout = "{train,test}/<class>/<image>" if split else "<class>/<image>"
-        raise UsageError(one_line(f"{root}: cannot be read as {layout}: {error}")) from error
+        raise UsageError(printable(f"{root}: cannot be read as {layout}: {error}")) from error
     if empty := [os.path.join(top, name) for name in train if name not in names]:
         skipped["class folders without images"] = empty
     if skipped:
@@ -71,7 +71,7 @@ def list_images(root: str | os.PathLike, split: bool = True) -> ImageFiles:
     least = 2 if split else 1
     if len(names) < least:
         few = f"{len(names)} class folders; at least {least} are needed, <class>/<image>"
-        raise UsageError(one_line(f"{root / top}: {few}"))
+        raise UsageError(printable(f"{root / top}: {few}"))
     if split:
         _check_test(root, train, test, names)
     paths, labels = zip(*files, strict=True)
@@ -93,14 +93,14 @@ def _images(root: Path, top: str, skipped: dict[str, list[str]]) -> dict[str, li
                 if leads_back or (first_name == name and first != path):
                     skipped["folders that are there twice"].append(path)
                 elif first_name != name:
-                    raise UsageError(one_line(f"{root}: {first} and {path} are one folder: one person under two names"))
+                    raise UsageError(printable(f"{root}: {first} and {path} are one folder: one person under two names"))
                 else:
                     found.setdefault(name, [])
                     pending.append((path, target, name))
             elif owner and entry.name.lower().endswith(EXTENSIONS):
                 found[owner].append((folder, entry.name))  # a dead link is named with what else is damaged
             elif not os.path.exists(entry.path):
-                raise UsageError(one_line(f"{root}/{path}: a link that leads nowhere; mend or remove it"))
+                raise UsageError(printable(f"{root}/{path}: a link that leads nowhere; mend or remove it"))
             else:
                 skipped[NO_IMAGES].append(path)
     return {name: [os.path.join(*parts) for parts in sorted(images)] for name, images in found.items()}
@@ -110,10 +110,10 @@ def _check_test(root: Path, train: dict[str, list[str]], test: dict[str, list[st
     # Whoever was erased may have left an empty folder in both.
     if unknown := [name for name, found in test.items() if name not in names and (found or name not in train)]:
         found = f"no class of that name in train/ ({len(unknown)} such class folders)"
-        raise UsageError(one_line(f"{root}/test/{unknown[0]}: {found}"))
+        raise UsageError(printable(f"{root}/test/{unknown[0]}: {found}"))
     untested = [name for name in names if not test.get(name)]
     if len(untested) == len(names):
-        raise UsageError(one_line(f"{root}/test: no images"))
+        raise UsageError(printable(f"{root}/test: no images"))
     if untested:
         warn(f"warning: {root}: {len(untested)} classes have no test images, {untested[0]} first")
 
@@ -162,7 +162,7 @@ def for_all(
                 return work(index, file)
         except Exception as error:  # a damaged file can make PIL raise anything
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else " ".join(str(error).split())
-            damaged[index] = one_line(f"{listed.files[index]} ({reason or type(error).__name__})")
+            damaged[index] = printable(f"{listed.files[index]} ({reason or type(error).__name__})")
 
     indices = range(len(listed.files)) if indices is None else indices
     count, name = len(indices), listed.root.name
@@ -177,14 +177,14 @@ def for_all(
             write_text(whole, "\n".join([*lines, ""]))
             shown += f", all in {whole}" * (more > 0)
         named = f"{len(lines)} of {count} images cannot be decoded: {shown}; replace or remove them"
-        raise RunError(one_line(f"{listed.root}: {named}"))
+        raise RunError(printable(f"{listed.root}: {named}"))
     return found
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """Names may hold line breaks, and bytes that are no text: as Python writes them."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def warn(text: str) -> None:
-    print(one_line(text), file=sys.stderr)
+    print(printable(text), file=sys.stderr)

@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from data.cache import cached_images, partly_cached
-from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, one_line, warn
+from data.image_files import FORMATS, ImageFiles, file_digests, for_all, list_images, printable, warn
 from data.image_set import ImageSet, no_decoding
 from data.records import is_record_file, list_records
 from util.runtime.errors import UsageError
@@ -75,7 +75,7 @@ def _image_set(
     else:
         images, decode = cached_images(key, shape, fill, cache_dir), no_decoding
     about = torch.tensor(listed.labels), listed.classes, listed.files, file_digests(listed, cache_dir)
-    return ImageSet(one_line(listed.root.name), images, *about, decode=decode)
+    return ImageSet(printable(listed.root.name), images, *about, decode=decode)
 
 
 def decode_all(

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import torch
 
 from data.cache import cache_folder
-from data.image_files import file_digests, list_images, one_line
+from data.image_files import file_digests, list_images, printable
 from data.image_set import ImageSet, class_digests
 from data.records import is_record_file, list_records
 from util.cli.main import run_main
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
         raise UsageError("one data folder is needed: data_tag.py DATA")
     listed = list_records(Path(argv[0])) if is_record_file(argv[0]) else list_images(argv[0])
     labels, digests = torch.tensor(listed.labels), file_digests(listed, cache_folder())
-    images = ImageSet(one_line(listed.root.name), torch.empty(0), labels, listed.classes, listed.files, digests)
+    images = ImageSet(printable(listed.root.name), torch.empty(0), labels, listed.classes, listed.files, digests)
     print(replace(images, contents=class_digests(images)).tag)
 
 
