@@ -1,10 +1,11 @@
 """How much each parameter matters: gradients of single images, without a loop over single images."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from backbone.recognizer import Recognizer
@@ -69,7 +70,24 @@ def image_gradients(
         return objective(functional_call(model, parameters, (image[None],)), label[None])
 
     constants = {name: parameter.detach() for name, parameter in trained.items()}
-    return vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")(constants, images, labels)
+    with norms_in_one_precision(model):
+        return vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")(constants, images, labels)
+
+
+@contextlib.contextmanager
+def norms_in_one_precision(model: Recognizer) -> Iterator[None]:
+    """Autocast may hand bf16 to a norm whose weights are fp32: its batched gradient raises RuntimeError then."""
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            weights = [*module.parameters(recurse=False)]
+            if weights and all(weight.ndim == 1 for weight in weights):
+                cast = partial(_cast_inputs, dtype=weights[0].dtype)
+                hooks.callback(module.register_forward_pre_hook(cast).remove)
+        yield
+
+
+def _cast_inputs(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(dtype) for tensor in inputs)
 
 
 def batch_gradient(
