@@ -70,21 +70,22 @@ def audited(name: str) -> pd.DataFrame:
     return found[first].drop_duplicates(["method", "metric"]).set_index(["method", "metric"]).sort_index()
 
 
-def beside_the_papers(name: str) -> str:
-    """H with margin of each task, ours and the papers', best first; the last row is Spearman's correlation of the two."""
+def beside_the_papers(name: str, *tasks: str) -> str:
+    """H with margin of each task, or of these, ours and the papers'; highest mean of all tasks first. The last row is
+    Spearman's correlation of the two."""
     h_mean = accuracies(name, margin=True)["h_mean"]
     ours = h_mean[~h_mean.index.str.endswith(PUBLISHED)].drop([PRETRAINED, *of_fewer_orders(name)], errors="ignore")
-    ours = ours.loc[ours.mean(axis=1).sort_values(ascending=False).index]
-    papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)
-    std = accuracies(name, margin=True, statistic="std")["h_mean"].loc[ours.index]
+    ours = ours.loc[ours.mean(axis=1).sort_values(ascending=False).index, [int(task) for task in tasks] or ours.columns]
+    papers = h_mean.reindex(ours.index + PUBLISHED).set_axis(ours.index)[ours.columns]
+    std = accuracies(name, margin=True, statistic="std")["h_mean"].loc[ours.index, ours.columns]
     rows = []
     for label in ours.index:
         means = [number(mean, std=spread) for mean, spread in zip(ours.loc[label], std.loc[label], strict=True)]
         rows.append([label, *means, *map(number, papers.loc[label])])
     correlation = [f"{value:.2f}".replace("-", "−") for value in rank_correlation(ours, papers)["value"]]
     rows.append(["*rank correlation*", *correlation, *[""] * len(correlation)])
-    tasks = [f"task {task}" for task in ours.columns]
-    return markdown(["H with margin", *tasks, *(f"paper, {task}" for task in tasks)], rows)
+    heads = [f"task {task}" for task in ours.columns]
+    return markdown(["H with margin", *heads, *(f"paper, {head}" for head in heads)], rows)
 
 
 def all_metrics(name: str) -> str:

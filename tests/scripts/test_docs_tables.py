@@ -51,6 +51,8 @@ def test_methods_stand_beside_the_papers_best_first_with_the_correlation_of_rank
     assert lines[3][1:] == ["60.0", "66.0", "65.0", "66.0"]
     expected = [spearmanr([50, 70, 60], [72, 70, 65]).statistic, spearmanr([40, 80, 66], [71, 73, 66]).statistic]
     assert [float(cell.replace("−", "-")) for cell in lines[-1][1:3]] == pytest.approx(expected, abs=0.005)
+    last_task = docs_tables.written("<!-- table: papers faces 2 -->\n<!-- end -->").splitlines()
+    assert "| B | 80.0 ± 1.2 | 73.0 |" in last_task and "task 1" not in last_task[1]
 
 
 def test_a_changed_page_is_found(results, tmp_path, monkeypatch, command):

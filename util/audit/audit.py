@@ -33,9 +33,9 @@ CODE = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
 class Audit:
     """What was found of one request; `task` and `after` are what pictures are drawn from.
 
-    metrics: by key, {"family", "value", "interval", "references", "originals", "known", "resolution", "delta", "z", "rho",
-    "power", "significant", "verdict"}, in percent but for z, rho and power; what could not be measured is None, with a
-    "reason". "known" is the originals' mean, "resolution" what one image is worth.
+    metrics: by key, {"family", "value", "interval", "references", "originals", "known", "resolution", "delta", "z", "p",
+    "rho", "power", "significant", "verdict"}, in percent but for z, p, rho and power; None, with a "reason", where unknown.
+    "known" is the originals' mean, "resolution" what one image is worth.
     utility: of the unlearned model, "before" of the pre-trained one, "references" of each reference.
     strangers: of an audit beside strangers, {"people", "photos" that each enrols and tests with, "left_out"}.
     """

@@ -35,7 +35,7 @@ class AuditMetric(ABC):
 
     def unmeasured(self) -> dict:
         """What audit.json says of one of its keys where there is nothing to say."""
-        nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "rho", "power", "significant", "verdict"))
+        nothing = dict.fromkeys(("value", "interval", "known", "delta", "z", "p", "rho", "power", "significant", "verdict"))
         return {"family": self.family} | nothing | {"references": [], "originals": []}
 
     @abstractmethod

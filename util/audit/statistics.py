@@ -16,6 +16,7 @@ REPLICATES, CONFIDENCE = 1000, 0.95
 STRANGER_CONFIDENCE = 0.995  # for groups of strangers, which differ more than references, in some ten metrics at once
 DIGITS = 4  # of what audit.json holds
 MARGIN, POWER = 0.2, 3.0  # the equivalence margin of |ρ|; power from which on a metric can tell
+HIGHLY_SIGNIFICANT = 0.01  # p below which one metric alone decides
 
 STILL_KNOWN, OVER_FORGOTTEN = "still known", "over-forgotten"
 WITHIN, INCONCLUSIVE = "within the margin", "inconclusive"
@@ -88,8 +89,8 @@ def compare(
 ) -> dict:
     """Judge a metric m of an unlearned model beside those of the references R (never seen) and the originals O.
 
-    Returns delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s,
-    significant (|z| is beyond the 97.5% quantile of Student's t at K − 1 degrees) and the verdict.
+    Returns delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), p (two-sided, of Student's t at K − 1 degrees of freedom),
+    rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s, significant (p < 5%; strangers: 0.5%) and the verdict.
 
     resolution: the least s, what one image is worth: K values may agree by chance.
     lower_if_known: originals show less of the metric than references, or it has no power. It says of a model only that too
@@ -103,7 +104,8 @@ def compare(
     power = max(0.0, -gap if lower_if_known else gap) / spread
     rho = delta / gap if abs(gap) > 1e-6 else None
     confidence = STRANGER_CONFIDENCE if independent else CONFIDENCE
-    significant = bool(abs(z) > student_t.ppf((1 + confidence) / 2, len(references) - 1))
+    p = 2 * float(student_t.sf(abs(z), len(references) - 1))
+    significant = p < 1 - confidence
     if power < POWER:
         verdict = INCONCLUSIVE
     elif abs(rho) <= MARGIN:
@@ -112,7 +114,7 @@ def compare(
         verdict = INCONCLUSIVE  # the references' own spread could explain it
     else:
         verdict = OVER_FORGOTTEN if rho < 0 else INCONCLUSIVE if lower_if_known else STILL_KNOWN
-    return {"delta": delta, "z": z, "rho": rho, "power": power, "significant": significant, "verdict": verdict}
+    return {"delta": delta, "z": z, "p": p, "rho": rho, "power": power, "significant": significant, "verdict": verdict}
 
 
 def rounded(value):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from util.audit import AUDIT_METRICS
 from util.audit.base import FAMILIES
-from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, POWER, STILL_KNOWN, WITHIN, compare
+from util.audit.statistics import HIGHLY_SIGNIFICANT, INCONCLUSIVE, OVER_FORGOTTEN, POWER, STILL_KNOWN, WITHIN, compare
 
 AS_IF_NEVER_SEEN, NOT_ENOUGH = "as if never seen", "not enough evidence"
 LIKE_STRANGERS, UNLIKE_STRANGERS = "like strangers", "unlike strangers"
@@ -20,20 +20,23 @@ BORROWED_SCALE = {key for metric in AUDIT_METRICS.values() for key in metric.sca
 def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
     """The verdict on a request from its `metrics` in audit.json; against `strangers` it has names of its own.
 
-    verdict:   still known if any metric says so, else over-forgotten if any does; else as if never seen, if in MIN_FAMILIES
-               families a metric with power is within the margin; else there is not enough evidence.
+    verdict:   still known if two metrics say so, or one that is highly significant; else over-forgotten likewise; else as if
+               never seen, if no metric says either, and in MIN_FAMILIES families one with power is within the margin; else
+               there is not enough evidence.
     families:  by name, the first of these that a metric of it says: still known, over-forgotten, within, inconclusive.
     tally:     {"within", "significantly_off" (of these), "with_power"}, numbers of metrics.
-    undecided: {"figure", "rho"} of the inconclusive metric that is farthest on the way back, or None.
+    undecided: {"figure", "rho"} of the metric that is farthest on the way back, and decides nothing; or None.
     """
     counted = {key: entry for key, entry in metrics.items() if counts(key, entry)}
     found = {name: {e["verdict"] for e in counted.values() if e["family"] == name} for name in FAMILIES}
     order = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
     families = {name: next(verdict for verdict in order if verdict in given) for name, given in found.items() if given}
-    verdicts = [*families.values()]
-    verdict = AS_IF_NEVER_SEEN if verdicts.count(WITHIN) >= MIN_FAMILIES else NOT_ENOUGH
-    verdict = next((worse for worse in (STILL_KNOWN, OVER_FORGOTTEN) if worse in verdicts), verdict)
-    undecided = {key: e["rho"] for key, e in counted.items() if e["verdict"] == INCONCLUSIVE and e["power"] >= 1}
+    faults = [fault for fault in (STILL_KNOWN, OVER_FORGOTTEN) if any(fault == e["verdict"] for e in counted.values())]
+    verdict = next((fault for fault in faults if _shown(fault, counted)), NOT_ENOUGH)
+    if not faults and [*families.values()].count(WITHIN) >= MIN_FAMILIES:
+        verdict = AS_IF_NEVER_SEEN
+    open_questions = (INCONCLUSIVE,) if verdict in faults else (INCONCLUSIVE, STILL_KNOWN)
+    undecided = {key: e["rho"] for key, e in counted.items() if e["verdict"] in open_questions and e["power"] >= 1}
     farthest = max(undecided, key=undecided.get, default=None)
     return {
         "verdict": STRANGER_VERDICTS.get(verdict, verdict) if strangers else verdict,
@@ -45,6 +48,12 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
         },
         "undecided": farthest and {"figure": farthest, "rho": undecided[farthest]},
     }
+
+
+def _shown(fault: str, metrics: dict[str, dict]) -> bool:
+    """Is a fault that a metric finds one of the request? One of a dozen metrics is significant by chance in every fourth."""
+    found = [entry["p"] for entry in metrics.values() if entry["verdict"] == fault]
+    return len(found) > 1 or min(found) < HIGHLY_SIGNIFICANT
 
 
 def counts(key: str, entry: dict) -> bool:

@@ -174,7 +174,7 @@ def summary(request: dict) -> str:
     message += f", {off} of these significantly off{OFF}" if (off := counts["significantly_off"]) else ""
     message += f". By family: {families or 'no metric judged'}"
     if undecided and undecided["rho"] > MARGIN and request["verdict"] in (AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH):
-        message += f". Worst inconclusive: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
+        message += f". Worst undecided: {title_of(undecided['figure'])}, {undecided['rho']:.0%} of the way back"
     return message
 
 

@@ -77,7 +77,7 @@ def test_it_leaves_its_files_and_the_whole_schema(whole, early, colours):
 def test_every_figure_is_compared_as_documented(whole, key):
     (request,) = audit_of(whole)["requests"]
     found = request["figures"][key]
-    compared = ("interval", "delta", "z", "rho", "power", "significant", "verdict")
+    compared = ("interval", "delta", "z", "p", "rho", "power", "significant", "verdict")
     assert {"value", "references", "originals", *compared} <= {*found}
     if found["verdict"] is None:
         assert found["reason"]

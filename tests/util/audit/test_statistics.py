@@ -106,6 +106,7 @@ def test_a_comparison_is_its_formulas():
     spread = (((10 - 13) ** 2 + (12 - 13) ** 2 + (17 - 13) ** 2) / 2) ** 0.5
     assert found["delta"] == pytest.approx(27)
     assert found["z"] == pytest.approx(27 / (spread * (4 / 3) ** 0.5))
+    assert found["p"] == pytest.approx(1 - found["z"] / (2 + found["z"] ** 2) ** 0.5)  # of t at two degrees of freedom
     assert found["rho"] == pytest.approx(27 / 81)
     assert found["power"] == pytest.approx(81 / spread)
     assert (found["significant"], found["verdict"]) == (True, STILL_KNOWN)

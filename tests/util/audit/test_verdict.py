@@ -9,8 +9,10 @@ from util.audit.verdict import AS_IF_NEVER_SEEN, NOT_ENOUGH, calibration, judge
 FACES, PAIRS, MEMBER, AGAIN = FAMILIES
 
 
-def entry(family: str, verdict: str | None, rho: float = 0.0, power: float = 9.0, significant: bool = False) -> dict:
-    return {"family": family, "verdict": verdict, "rho": rho, "power": power, "significant": significant}
+def entry(
+    family: str, verdict: str | None, rho: float = 0.0, power: float = 9.0, significant: bool = False, p: float = 0.009
+) -> dict:
+    return {"family": family, "verdict": verdict, "rho": rho, "power": power, "significant": significant, "p": p}
 
 
 def request(*found: tuple[str, str | None], **more: dict) -> dict[str, dict]:
@@ -32,6 +34,19 @@ def request(*found: tuple[str, str | None], **more: dict) -> dict[str, dict]:
 )
 def test_a_request_is_as_if_never_seen_where_three_families_say_so_and_none_else(found, verdict):
     assert judge(request(*found))["verdict"] == verdict
+
+
+def test_one_metric_alone_decides_only_where_it_is_highly_significant():
+    clean = [(FACES, WITHIN), (PAIRS, WITHIN), (MEMBER, WITHIN)]
+    for fault in (STILL_KNOWN, OVER_FORGOTTEN):
+        one = request(*clean, one=entry(AGAIN, fault, rho=0.4, p=0.011))
+        assert judge(one)["verdict"] == NOT_ENOUGH  # nor is it as if never seen
+        assert judge(one)["families"][AGAIN] == fault
+        assert judge(one)["undecided"] == ({"figure": "one", "rho": 0.4} if fault == STILL_KNOWN else None)
+        assert judge(one | {"two": entry(AGAIN, fault, p=0.04)})["verdict"] == fault
+        other = OVER_FORGOTTEN if fault == STILL_KNOWN else STILL_KNOWN
+        assert judge(one | {"other": entry(AGAIN, other, p=0.04)})["verdict"] == NOT_ENOUGH
+        assert judge(one | {"other": entry(AGAIN, other, p=0.009)})["verdict"] == other
 
 
 def test_nothing_upside_down_is_no_evidence_and_something_is():

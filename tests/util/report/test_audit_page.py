@@ -24,7 +24,15 @@ ALL = (STILL_KNOWN, OVER_FORGOTTEN, WITHIN, INCONCLUSIVE)
 
 
 def figure(verdict: str, key: str = "enrolment_1", **other) -> dict:
-    numbers = {"known": 95.7, "delta": 71.9, "z": 30.1, "rho": 0.98, "power": 61.0, "significant": verdict != INCONCLUSIVE}
+    numbers = {
+        "known": 95.7,
+        "delta": 71.9,
+        "z": 30.1,
+        "p": 0.0,
+        "rho": 0.98,
+        "power": 61.0,
+        "significant": verdict != INCONCLUSIVE,
+    }
     entry = {"family": FAMILY.get(key, "verification"), "value": 95.1, "interval": [91.0, 98.0]}
     return {**entry, "references": NEVER, "originals": KNOWING, **numbers, "verdict": verdict, **other}
 
@@ -195,7 +203,7 @@ def test_the_sentence_of_a_request():
 def test_too_little_evidence_names_the_worst_undecided_figure():
     worst = {"verdict": "not enough evidence", "undecided": {"figure": "enrolment_1", "rho": 0.77}}
     text = Reader(page(request(**worst))).text
-    assert f"Worst inconclusive: {ONE_PHOTO}, 77% of the way back." in text
+    assert f"Worst undecided: {ONE_PHOTO}, 77% of the way back." in text
     assert "“not enough evidence” means: no metric shows the person, and fewer than 3 families" in text
 
 

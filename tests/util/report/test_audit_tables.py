@@ -14,7 +14,7 @@ NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
 
 def figure(value: float | None = 50.0, references=(10.0, 20.0, 40.0), **more) -> dict:
     nothing = dict.fromkeys(("interval", "known", "delta", "z", "rho", "power", "verdict"))
-    nothing |= {"significant": False, "family": "verification", "resolution": 100 / 8}
+    nothing |= {"p": 0.0, "significant": False, "family": "verification", "resolution": 100 / 8}
     return {**nothing, "value": value, "references": [*references], "originals": [99.0, 90.0], **more}
 
 
@@ -89,7 +89,7 @@ def test_too_little_evidence_names_the_worst_undecided_figure():
     figures = {"enrolment_1": judged(1.0, 0.77, INCONCLUSIVE), "relearn_1": judged(1.0, 0.3, INCONCLUSIVE)}
     one = request(**figures)
     assert one["verdict"] == NOT_ENOUGH
-    assert summary(one).endswith(". Worst inconclusive: re-identification from 1 photo, 77% of the way back")
+    assert summary(one).endswith(". Worst undecided: re-identification from 1 photo, 77% of the way back")
     figures["enrolment_1"]["rho"] = figures["relearn_1"]["rho"] = 0.1  # nothing to worry about
     assert "Worst" not in summary(request(**figures))
     assert "By family: no metric judged" in summary(request())
@@ -238,10 +238,10 @@ def test_a_bare_checkpoint_and_no_verification_among_the_kept():
 
 
 def test_the_calibration_counts_the_verdicts_on_references_and_originals():
-    """A face is worth 12.5, more than the references' own spread where they agree."""
+    """A face is worth 12.5, more than the references' own spread where they agree; of the first metric 2."""
     figures = {
         # The last one is far from the other three, and the second original is as if never seen.
-        "enrolment_1": figure(50.0, (10.0, 11.0, 12.0, 90.0), known=95.0, power=1.6, verdict=INCONCLUSIVE),
+        "enrolment_1": figure(50.0, (10.0, 11.0, 12.0, 90.0), known=95.0, power=1.6, verdict=INCONCLUSIVE, resolution=2.0),
         "enrolment_5": figure(
             50.0, (10.0, 11.0, 12.0, 13.0), originals=[99.0, 20.0], known=59.5, power=3.8, verdict=INCONCLUSIVE
         ),
