@@ -76,7 +76,8 @@ def image_gradients(
 
 @contextlib.contextmanager
 def norms_in_one_precision(model: Recognizer) -> Iterator[None]:
-    """Autocast may hand bf16 to a norm whose weights are fp32: its batched gradient raises RuntimeError then."""
+    """Autocast may hand bf16 to a norm whose weights are fp32: its batched gradient raises RuntimeError then. Taken are all
+    modules whose own weights are vectors, so layer scales too."""
     with contextlib.ExitStack() as hooks:
         for module in model.modules():
             weights = [*module.parameters(recurse=False)]
@@ -86,8 +87,8 @@ def norms_in_one_precision(model: Recognizer) -> Iterator[None]:
         yield
 
 
-def _cast_inputs(module: nn.Module, inputs: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(dtype) for tensor in inputs)
+def _cast_inputs(module: nn.Module, inputs: tuple, dtype: torch.dtype) -> tuple:
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def batch_gradient(

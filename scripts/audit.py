@@ -38,7 +38,7 @@ from util.training.deletion_record import settings_of
 from util.training.monitor import log_scalars, open_writer
 
 SCRIPT = Path(__file__).name
-SCHEMA = 2  # of audit.json
+SCHEMA = 3  # of audit.json
 FULL_AUDIT_REFERENCES = 5  # an audit with fewer is a first look
 TABLE_BEGINS = "## Seed "
 QUICK = {"num_references": 3, "num_originals": 1, "metrics": ["readout", "enrolment", "verification", "membership_images"]}
@@ -78,7 +78,7 @@ def build_parser() -> options.Parser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None, defaults: dict | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str], defaults: dict | None = None) -> argparse.Namespace:
     parser = build_parser()
     parser.use_defaults(defaults or {})
     args = parser.parse_args(argv)
@@ -113,7 +113,7 @@ def run_folders(paths: list[Path]) -> list[RunFolder]:
     return sorted(found, key=lambda run: (results[run]["seed"], order.index(results[run]["method"])))
 
 
-def load_audited_run(run: RunFolder, argv: list[str] | None) -> AuditedRun:
+def load_audited_run(run: RunFolder, argv: list[str]) -> AuditedRun:
     """The run beside what it began with. Raises UsageError where that is gone or another file."""
     config = read_json(run.config)
     with readable(run.config, "damaged config"):
@@ -131,7 +131,7 @@ def load_audited_run(run: RunFolder, argv: list[str] | None) -> AuditedRun:
     return AuditedRun(args, run)
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     args = parse_arguments(argv)
     if args.gpus:  # the audit itself is on the first; each reference sees the one that it is dealt
         os.environ["CUDA_VISIBLE_DEVICES"] = args.gpus[0]

@@ -180,7 +180,7 @@ def written(text: str) -> str:
     return BLOCK.sub(_table, text)
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, and exit 1 where a table would change")
     args = parser.parse_args(argv)

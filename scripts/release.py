@@ -34,7 +34,7 @@ from util.cli import options
 from util.cli.main import run_main
 from util.evaluation.verification import pair_benchmark
 from util.runtime.errors import RunError, UsageError, one_line
-from util.runtime.files import save_tensors, write_json
+from util.runtime.files import atomic_write, save_tensors, write_json
 from util.runtime.hardware import Hardware
 from util.storage.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, torch_load, torch_save
 
@@ -88,7 +88,8 @@ def write_onnx(path: Path, embedder: Embedder, size: int) -> None:
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output, *graph.value_info):
         part.ClearField("metadata_props")  # the exporter's notes name the files of this machine
-    path.write_bytes(model.SerializeToString())
+    with atomic_write(path) as file:
+        file.write(model.SerializeToString())
 
 
 def write_files(folder: Path, checkpoint: Checkpoint, onnx: bool, images: Tensor) -> dict[str, Tensor]:
@@ -101,7 +102,8 @@ def write_files(folder: Path, checkpoint: Checkpoint, onnx: bool, images: Tensor
     save_checkpoint(folder / "checkpoint.pth", checkpoint)
     found = {"checkpoint.pth": load_checkpoint(folder / "checkpoint.pth").model.eval().embed(images)}
     if a.graph is not None:
-        (folder / "model.onnx").write_bytes(write_onnx_weights(model.backbone, a.graph).SerializeToString())
+        with atomic_write(folder / "model.onnx") as file:
+            file.write(write_onnx_weights(model.backbone, a.graph).SerializeToString())
         found["model.onnx"] = run_onnx(folder / "model.onnx", model.backbone.as_given(normalized))
     elif a.model in insightface.MODELS:
         torch_save(folder / "backbone.pth", model.backbone.state_dict())

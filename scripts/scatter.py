@@ -18,7 +18,7 @@ from util.report.figures import save_figure
 from util.runtime.files import readable
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__, "%(prog)s CSV PNG [options]")
     parser.add_argument("rows", type=Path, metavar="CSV", help="rows of an audit")
     parser.add_argument("figure", type=Path, metavar="PNG", help="file of the figure")

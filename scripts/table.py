@@ -25,7 +25,7 @@ from util.storage.folders import CONFIG, claim
 SCRIPT = Path(__file__).name
 
 
-def main(argv: list[str] | None) -> None:
+def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__)
     parser.add_argument("--results", type=Path, nargs="+", required=True, metavar="FILE", help="results.json of each run")
     parser.add_argument("--labels", nargs="+", metavar="NAME", help="name of each run; equal ones are averaged")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from backbone.recognizer import to_device
+from backbone.recognizer import Architecture, build_recognizer, to_device
 from methods import importance
 from methods.importance import mean_importance
 from util.runtime.hardware import Hardware
@@ -93,8 +93,18 @@ def test_a_model_in_training_is_measured_without_dropout_and_left_in_training(ma
 
 
 @pytest.mark.parametrize("measure", [torch.square, torch.abs])
-def test_half_precision_finds_nearly_the_same(make_recognizer, make_images, cpu, measure):
-    images, model = make_images(), to_device(make_recognizer().eval(), cpu)
+@pytest.mark.parametrize(
+    "network",
+    [
+        Architecture("face_vit_tiny", 6, 16, model_options={"embed_dim": 32, "depth": 2, "num_heads": 2}),
+        Architecture("resnet10t", 6, 32, model_options={"channels": (8, 8, 16, 16), "stem_width": 8}),
+        Architecture("xcit_nano_12_p16_224", 6, 32, model_options={"embed_dim": 16, "depth": 1, "num_heads": 2}),
+    ],
+    ids=lambda network: network.model,
+)
+def test_half_precision_finds_nearly_the_same(make_images, cpu, measure, network):
+    torch.manual_seed(0)
+    images, model = make_images(image_size=network.image_size), to_device(build_recognizer(network).eval(), cpu)
     model.head.requires_grad_(False)
     bf16 = Hardware(torch.device("cpu"), bf16=True)
     whole, half = (

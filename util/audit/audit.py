@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from backbone import heads
 from backbone.recognizer import Recognizer, with_rows
 from data.image_set import ImageSet
 from util.audit import AUDIT_METRICS, AuditMetric
@@ -26,7 +27,7 @@ from util.storage.hashes import check_strangers, data_sha256, weights_sha256
 
 MIN_REFERENCES = 3
 # What was measured by other code is measured again. As it was when this process began, which may run for hours.
-CODE = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
+CODE = [path.read_text() for path in sorted([*Path(__file__).parent.glob("*.py"), Path(heads.__file__)])]
 
 
 @dataclass

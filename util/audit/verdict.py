@@ -22,10 +22,10 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
 
     verdict:   still known if two metrics say so, or one that is highly significant; else over-forgotten likewise; else as if
                never seen, if no metric says either, and in MIN_FAMILIES families one with power is within the margin; else
-               there is not enough evidence.
+               there is not enough evidence. Beside strangers what is significant is highly so: one metric suffices.
     families:  by name, the first of these that a metric of it says: still known, over-forgotten, within, inconclusive.
     tally:     {"within", "significantly_off" (of these), "with_power"}, numbers of metrics.
-    undecided: {"figure", "rho"} of the metric that is farthest on the way back, and decides nothing; or None.
+    undecided: {"figure", "rho"} of the metric that is farthest on the way back without deciding, or None.
     """
     counted = {key: entry for key, entry in metrics.items() if counts(key, entry)}
     found = {name: {e["verdict"] for e in counted.values() if e["family"] == name} for name in FAMILIES}
@@ -35,7 +35,7 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
     verdict = next((fault for fault in faults if _shown(fault, counted)), NOT_ENOUGH)
     if not faults and [*families.values()].count(WITHIN) >= MIN_FAMILIES:
         verdict = AS_IF_NEVER_SEEN
-    open_questions = (INCONCLUSIVE,) if verdict in faults else (INCONCLUSIVE, STILL_KNOWN)
+    open_questions = {INCONCLUSIVE, STILL_KNOWN} - {verdict}
     undecided = {key: e["rho"] for key, e in counted.items() if e["verdict"] in open_questions and e["power"] >= 1}
     farthest = max(undecided, key=undecided.get, default=None)
     return {
@@ -51,7 +51,7 @@ def judge(metrics: dict[str, dict], strangers: dict | None = None) -> dict:
 
 
 def _shown(fault: str, metrics: dict[str, dict]) -> bool:
-    """Is a fault that a metric finds one of the request? One of a dozen metrics is significant by chance in every fourth."""
+    """Is a fault that a metric finds one of the request? In every fourth request one of a dozen metrics is off by chance."""
     found = [entry["p"] for entry in metrics.values() if entry["verdict"] == fault]
     return len(found) > 1 or min(found) < HIGHLY_SIGNIFICANT
 

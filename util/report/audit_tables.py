@@ -204,10 +204,10 @@ def audit_markdown(content: dict) -> str:
             row = {"Metric": f"{title_of(key)} (`{key}`)", "Value": percent(entry["value"])}
             row |= {"95% interval": "–" if low is None else f"{low:.1f} to {high:.1f}"}
             row |= {reference_label(request): percent(never), "Original": percent(known)}
-            row |= {name: percent(entry[key]) for name, key in (("ρ", "rho"), ("z", "z"), ("Power", "power"))}
+            row |= {name: percent(entry[key]) for name, key in (("ρ", "rho"), ("z", "z"), ("p", "p"), ("Power", "power"))}
             off = ", and yet significantly off" * significantly_off(key, entry)
             rows.append(row | {"Verdict": (entry["verdict"] or entry["reason"]) + off})
-        align = ["left"] + ["right"] * 7 + ["left"]
+        align = ["left"] + ["right"] * 8 + ["left"]
         parts.append(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=align))
         useful, changes = request["utility"], []
         for key, name in utility_titles(useful).items():

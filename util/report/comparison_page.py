@@ -80,7 +80,7 @@ def audit_rows(audits: Audited) -> pd.DataFrame:
                 never, known = (pd.Series(entry[group], dtype=float) for group in ("references", "originals"))
                 row = {"metric": key, "value": entry["value"], "never_seen": never.mean(), "never_seen_sd": never.std()}
                 row["trained_with_them"] = known.mean()
-                rows.append(about | row | {name: entry[name] for name in ("rho", "power", "verdict")} | made)
+                rows.append(about | row | {name: entry[name] for name in ("p", "rho", "power", "verdict")} | made)
     return pd.DataFrame(rows)
 
 

@@ -44,7 +44,7 @@ def test_a_first_look_and_files_that_bring_people_back_are_named(kind, run, whol
 def test_it_leaves_its_files_and_the_whole_schema(whole, early, colours):
     assert {path.name for path in whole.iterdir()} == {"audit.json", "audit.md", "audit.html", "config.json"}
     content = audit_of(whole)
-    assert (content["schema"], content["data"], content["method"]) == (2, "colours", "L2*")
+    assert (content["schema"], content["data"], content["method"]) == (3, "colours", "L2*")
     assert content["recipe"] == torch.load(early, weights_only=True)["info"]["recipe"]
     assert [entry["seed"] for entry in content["references"]] == [1, 2, 3]
     assert [entry["seed"] for entry in content["originals"]] == [1337, 1]

@@ -1,9 +1,10 @@
 """From figures to the verdict on a request, and its calibration on models of which the truth is known."""
 
+import numpy as np
 import pytest
 
 from util.audit.base import FAMILIES
-from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
+from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN, compare
 from util.audit.verdict import AS_IF_NEVER_SEEN, NOT_ENOUGH, calibration, judge
 
 FACES, PAIRS, MEMBER, AGAIN = FAMILIES
@@ -47,6 +48,17 @@ def test_one_metric_alone_decides_only_where_it_is_highly_significant():
         other = OVER_FORGOTTEN if fault == STILL_KNOWN else STILL_KNOWN
         assert judge(one | {"other": entry(AGAIN, other, p=0.04)})["verdict"] == NOT_ENOUGH
         assert judge(one | {"other": entry(AGAIN, other, p=0.009)})["verdict"] == other
+    worse = request(known=entry(AGAIN, STILL_KNOWN, rho=0.4, p=0.02), less=entry(PAIRS, OVER_FORGOTTEN, -0.5, p=0.001))
+    assert judge(worse)["verdict"] == OVER_FORGOTTEN and judge(worse)["undecided"] == {"figure": "known", "rho": 0.4}
+
+
+def test_beside_strangers_one_metric_that_is_significant_decides():
+    groups = [50 + (number % 21 - 10) / 2 for number in range(200)]  # mean 50, standard deviation 3
+    for value in np.arange(50, 75, 0.1):
+        metrics = request((FACES, WITHIN), (PAIRS, WITHIN), (MEMBER, WITHIN))
+        metrics["one"] = {"family": FACES} | compare(value, groups, [100], resolution=1.0, independent=40)
+        assert (judge(metrics, {"people": 200})["verdict"] == STILL_KNOWN) == (metrics["one"]["verdict"] == STILL_KNOWN)
+    assert metrics["one"]["verdict"] == STILL_KNOWN
 
 
 def test_nothing_upside_down_is_no_evidence_and_something_is():

@@ -72,7 +72,7 @@ def pictures() -> dict:
 
 def page(*requests: dict, drawn: dict | None = None, **other) -> str:
     model = {"seed": 1, "sha256": "0123abcd", "acc_remain": 97.9, "without": []}
-    audit = {"schema": 2, "data": NASTY, "recipe": {"epochs": 150}, "method": "GS-LoRA", "originals": [model] * 2}
+    audit = {"schema": 3, "data": NASTY, "recipe": {"epochs": 150}, "method": "GS-LoRA", "originals": [model] * 2}
     audit |= {
         "date": "2026-11-29T20:44:34+00:00",
         "git_commit": "c0ffee+",
@@ -204,7 +204,7 @@ def test_too_little_evidence_names_the_worst_undecided_figure():
     worst = {"verdict": "not enough evidence", "undecided": {"figure": "enrolment_1", "rho": 0.77}}
     text = Reader(page(request(**worst))).text
     assert f"Worst undecided: {ONE_PHOTO}, 77% of the way back." in text
-    assert "“not enough evidence” means: no metric shows the person, and fewer than 3 families" in text
+    assert "“not enough evidence” means: these data can tell too little: fewer than 3 families" in text
 
 
 def test_what_a_figure_cannot_show_is_said():

@@ -14,7 +14,12 @@ NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
 
 def figure(value: float | None = 50.0, references=(10.0, 20.0, 40.0), **more) -> dict:
     nothing = dict.fromkeys(("interval", "known", "delta", "z", "rho", "power", "verdict"))
-    nothing |= {"p": 0.0, "significant": False, "family": "verification", "resolution": 100 / 8}
+    nothing |= {
+        "p": 0.0 if more.get("verdict") else None,
+        "significant": False,
+        "family": "verification",
+        "resolution": 100 / 8,
+    }
     return {**nothing, "value": value, "references": [*references], "originals": [99.0, 90.0], **more}
 
 
@@ -203,21 +208,21 @@ def test_every_figure_with_its_numbers_in_one_table():
     assert title == "# Audit of L2* on faces"
     assert heading == "## Request 2, after task 3: 2 people, 8 test faces: **still known**"
     found = cells(text)
-    columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "Power", "Verdict"]
+    columns = ["Value", "95% interval", "Never seen", "Original", "ρ", "z", "p", "Power", "Verdict"]
     expected = {
         "Metric": columns,
         "inverted ranking: the smallest logit, over its own rows (`sign_flip`)": [
-            *("50.00", "41.0 to 60.0", "23.33", "94.50", "0.35", "1.51", "4.70", "still known")
+            *("50.00", "41.0 to 60.0", "23.33", "94.50", "0.35", "1.51", "0.00", "4.70", "still known")
         ],
         "re-identification from 1 photo (`enrolment_1`)": [
-            *("25.00", "–", "23.33", "94.50", "0.10", "–", "4.00", "within the margin, and yet significantly off")
+            *("25.00", "–", "23.33", "94.50", "0.10", "–", "0.00", "4.00", "within the margin, and yet significantly off")
         ],
         "linear probe after block 3 (`probe_block_3`)": [
-            *("0.00", "0.0 to 0.0", "23.33", "94.50", "–", "-0.00", "0.00", "inconclusive")
+            *("0.00", "0.0 to 0.0", "23.33", "94.50", "–", "-0.00", "0.00", "0.00", "inconclusive")
         ],
-        "open-set identification from 5 photos (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 7, "needs --strangers"],
+        "open-set identification from 5 photos (TPIR at FPIR 1%) (`tpir_1pct`)": [*["–"] * 8, "needs --strangers"],
         "similarity to models that never saw them (CKA) (`cka`)": [
-            *("0.25", "–", "0.50", "94.50", "–", "–", "–", "a picture of where, no verdict")
+            *("0.25", "–", "0.50", "94.50", "–", "–", "–", "–", "a picture of where, no verdict")
         ],
     }
     assert found == expected

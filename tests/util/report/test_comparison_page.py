@@ -14,7 +14,7 @@ from util.report.figures import forgetting_scatter
 def audited(label: str, seed: int, lost: float, known: float | None, references: list[float]) -> tuple:
     task = {"task": 1, "before": {"acc_remain": 90.0}, "after": {"acc_remain": 90 - lost, "h_mean": 80 + seed}}
     figure = {"value": known, "references": references, "originals": [70.0, 1.0]}
-    figure |= {"rho": 0.5, "power": 9.0, "verdict": "still known"}
+    figure |= {"p": 0.002, "rho": 0.5, "power": 9.0, "verdict": "still known"}
     request = {"task": 1, "after_task": 1, "verdict": "still known", "figures": {"enrolment_1": figure}, "forget": ["ann"]}
     request["tally"] = {"within": 1, "with_power": 3, "significantly_off": 0}
     return (
