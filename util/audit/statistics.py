@@ -90,7 +90,7 @@ def compare(
     """Judge a metric m of an unlearned model beside those of the references R (never seen) and the originals O.
 
     Returns delta Δ = m − mean R, z = Δ / (s √(1 + 1/K)), p (two-sided, of Student's t at K − 1 degrees of freedom),
-    rho ρ = Δ / (mean O − mean R), power = |mean O − mean R| / s, significant (p < 5%; strangers: 0.5%) and the verdict.
+    rho ρ = Δ / (mean O − mean R), power = (mean O − mean R) / s or 0, significant (p < 5%; strangers: 0.5%) and the verdict.
 
     resolution: the least s, what one image is worth: K values may agree by chance.
     lower_if_known: originals show less of the metric than references, or it has no power. It says of a model only that too
