@@ -5,7 +5,7 @@ import re
 from tests.conftest import ROOT
 from util.audit import AUDIT_METRICS
 
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 
 
 def anchors(text: str) -> set[str]:
