@@ -49,8 +49,7 @@ def mean_importance(
     was_training = model.training
     model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-    # Fused attention has no batching rule: vmap would call it image by image.
-    with plain_attention(model) if batch_size is None else contextlib.nullcontext():
+    with batchable(model) if vectorized else contextlib.nullcontext():
         for rows in (rows.to(image_set.images.device) for rows in chunks if len(rows)):  # a share may be none
             images, labels = image_set.images[rows].to(hardware.device), image_set.labels[rows].to(hardware.device)
             with single_process(), hardware.autocast(), hardware.eager():
@@ -70,15 +69,15 @@ def image_gradients(
         return objective(functional_call(model, parameters, (image[None],)), label[None])
 
     constants = {name: parameter.detach() for name, parameter in trained.items()}
-    with norms_in_one_precision(model):
-        return vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")(constants, images, labels)
+    return vmap(grad(of_one), in_dims=(None, 0, 0), randomness="error")(constants, images, labels)
 
 
 @contextlib.contextmanager
-def norms_in_one_precision(model: Recognizer) -> Iterator[None]:
-    """Autocast may hand bf16 to a norm whose weights are fp32: its batched gradient raises RuntimeError then. Taken are all
-    modules whose own weights are vectors, so layer scales too."""
-    with contextlib.ExitStack() as hooks:
+def batchable(model: Recognizer) -> Iterator[None]:
+    """What a batched gradient needs of the modules. Fused attention has no batching rule: vmap would call it image by image.
+    Autocast may hand bf16 to a norm whose weights are fp32, which then raises RuntimeError: inputs are cast wherever a
+    module's own weights are vectors."""
+    with plain_attention(model), contextlib.ExitStack() as hooks:
         for module in model.modules():
             weights = [*module.parameters(recurse=False)]
             if weights and all(weight.ndim == 1 for weight in weights):

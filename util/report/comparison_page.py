@@ -38,7 +38,8 @@ def write_comparison(audits: Audited, folder: Path, title: str) -> Path | None:
     shown = frame[frame[["request", "after_task", "compared_with"]].eq(moment).all(axis=1)]
     name, band = moment[2], BAND
     if name == STRANGERS:  # who are measured in each model anew
-        name, band = f"{STRANGERS}, mean over the methods", f"{STRANGERS}, mean over the methods".lower()
+        name = f"{STRANGERS}, mean over the methods"
+        band = name.lower()
     figure = scatter_of(shown, title, band)
     save_figure(figure, folder / SCATTER)
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined)
