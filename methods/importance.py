@@ -49,10 +49,12 @@ def mean_importance(
     was_training = model.training
     model.eval()
     total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    # Of a single image, oneDNN's backward pass of a small bf16 convolution corrupts memory (torch 2.14, two threads).
+    autocast = hardware.autocast if vectorized or batch_size else contextlib.nullcontext
     with batchable(model) if vectorized else contextlib.nullcontext():
         for rows in (rows.to(image_set.images.device) for rows in chunks if len(rows)):  # a share may be none
             images, labels = image_set.images[rows].to(hardware.device), image_set.labels[rows].to(hardware.device)
-            with single_process(), hardware.autocast(), hardware.eager():
+            with single_process(), autocast(), hardware.eager():
                 gradients = (image_gradients if vectorized else batch_gradient)(model, objective, trained, images, labels)
             for name, gradient in gradients.items():
                 total[name] += measure(gradient).sum(dim=0)

@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from backbone.onnx_graph import read_onnx
 from backbone.recognizer import Architecture, build_recognizer, to_device
 from methods import importance
 from methods.importance import mean_importance
+from tests.onnx_models import SIZE, small_onnx
 from util.runtime.hardware import Hardware
 
 INDICES = torch.tensor([3, 40, 11, 25, 0, 17, 30, 8])
@@ -115,3 +117,12 @@ def test_half_precision_finds_nearly_the_same(make_images, cpu, measure, network
     assert half.isfinite().all()
     assert not torch.equal(whole, half)
     assert np.corrcoef(whole.numpy(), half.numpy())[0, 1] > 0.9
+
+
+def test_single_images_are_measured_in_full_precision(make_images, cpu, tmp_path):
+    network = Architecture("model.onnx", 6, SIZE, graph=read_onnx(small_onnx(tmp_path / "model.onnx"))[0])
+    images, model = make_images(image_size=SIZE), to_device(build_recognizer(network).eval(), cpu)
+    model.head.requires_grad_(False)
+    machines = cpu, Hardware(torch.device("cpu"), bf16=True)
+    whole, half = (mean_importance(model, squared_error, torch.square, images, INDICES, on) for on in machines)
+    assert all(torch.equal(whole[name], half[name]) for name in whole)
