@@ -61,13 +61,18 @@ def of_fewer_orders(name: str) -> set[str]:
     return {label for label, count in runs.items() if count < runs.max() and not label.endswith(PUBLISHED)} - {PRETRAINED}
 
 
-def audited(name: str) -> pd.DataFrame:
-    """The rows of the first request of class order 1337, compared with never-seen models, by method and metric."""
+def _first_request(name: str) -> pd.DataFrame:
+    """The rows of the first request after its task, compared with never-seen models."""
     found = read(f"{name}_audit.csv")
-    first = found[["request", "after_task", "class_order"]].eq([1, 1, 1337]).all(axis=1)
-    first &= found.get("compared_with", NEVER_SEEN) == NEVER_SEEN
+    first = found[["request", "after_task"]].eq(1).all(axis=1) & (found.get("compared_with", NEVER_SEEN) == NEVER_SEEN)
     found["method"] = found["method"].str.replace(r" \(.*", "", regex=True)  # which version of a method it is
-    return found[first].drop_duplicates(["method", "metric"]).set_index(["method", "metric"]).sort_index()
+    return found[first].drop_duplicates(["method", "metric", "class_order"])
+
+
+def audited(name: str) -> pd.DataFrame:
+    """The rows of the first request of class order 1337, by method and metric."""
+    found = _first_request(name)
+    return found[found["class_order"] == 1337].set_index(["method", "metric"]).sort_index()
 
 
 def beside_the_papers(name: str, *tasks: str) -> str:
@@ -112,24 +117,32 @@ def all_metrics(name: str, least: str = "0") -> str:
 
 def overview(least: str, *names: str) -> str:
     """H, points of Acc_r lost and re-identification from one photo after the first request of several sets, of the methods
-    with H of `least` on the last set."""
-    sets = [audited(name) for name in names]
-    rows = []
-    for label, column in KNOWN.items():
-        values = [number(audit.xs("enrolment_1", level="metric")[column].iloc[0]) for audit in sets]
-        rows.append([label, *chain.from_iterable(["", "", value] for value in values)])
-    h_mean = sets[-1].xs("h_mean", level="metric")["value"].sort_values(ascending=False)
+    with H of `least` on the last set; means and standard deviations of class orders, where there are several."""
+    sets = [(accuracies(name), accuracies(name, statistic="std"), _identified(name)) for name in names]
+    known = [identified[[*KNOWN.values()]].mean() for _, _, identified in sets]
+    rows = [[label, *chain.from_iterable(["", "", number(own[column])] for own in known)] for label, column in KNOWN.items()]
+    h_mean = sets[-1][0]["h_mean", 1].drop(PRETRAINED).sort_values(ascending=False)
     shown = h_mean.index[h_mean >= float(least)]
-    rows += [[method, *chain.from_iterable(_overview(audit, method) for audit in sets)] for method in shown]
+    rows += [[method, *chain.from_iterable(_overview(method, *one) for one in sets)] for method in shown]
     return markdown(["", *chain.from_iterable([f"{name.split('_')[0]}: H", "lost", "re-id 1"] for name in names)], rows)
 
 
-def _overview(audit: pd.DataFrame, method: str) -> list[str]:
-    if method not in audit.index.unique("method"):
+def _identified(name: str) -> pd.DataFrame:
+    """Re-identification from one photo after the first request, by method; `signs` of its verdicts, one where all agree."""
+    found = _first_request(name)
+    rows = found[found["metric"] == "enrolment_1"].sort_values("class_order").groupby("method")
+    signs = rows["verdict"].agg(lambda verdicts: "".join(dict.fromkeys(SIGNS[verdict] for verdict in verdicts)))
+    columns = rows[[*KNOWN.values()]].mean()
+    return columns.assign(value=rows["value"].mean(), std=rows["value"].std(), signs=signs)
+
+
+def _overview(method: str, mean: pd.DataFrame, std: pd.DataFrame, identified: pd.DataFrame) -> list[str]:
+    if method not in mean.index:
         return [""] * 3
-    own = audit.loc[method]
-    costs = [number(own["value"][key]) for key in ("h_mean", "acc_remain_lost")]
-    return [*costs, number(*own.loc["enrolment_1", ["value", "verdict"]])]
+    own = identified.loc[method]
+    lost = mean["acc_remain", 1][PRETRAINED] - mean["acc_remain", 1][method]
+    cells = [number(mean["h_mean", 1][method], std=std["h_mean", 1][method]), number(lost)]
+    return [*cells, f"{number(own['value'], std=own['std'])} {own['signs']}"]
 
 
 def by_request(name: str) -> str:

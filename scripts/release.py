@@ -1,4 +1,4 @@
-"""Write the files to ship after a deletion: the model without the forgotten people's names and head rows.
+"""Write the files to ship: the model, after a deletion without the forgotten people's names and head rows.
 
 python scripts/release.py --checkpoint RUN/checkpoints/task_2.pth --output-dir DIR
 Leaves checkpoint.pth (as of this project, with the remaining classes alone), and the model in the form that it came in:
@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
         raise UsageError("model.onnx needs further packages: pip install onnxscript onnxruntime; or --no-onnx")
     checkpoint = load_checkpoint(args.checkpoint)
     if not checkpoint.forgotten:
-        raise UsageError(f"{args.checkpoint} has forgotten nobody: give the checkpoint of a run's task")
+        print(f"warning: {args.checkpoint} has forgotten nobody: of a deletion, release its task", file=sys.stderr)
     model = without_forgotten(checkpoint)
     a, recognizer = model.model.architecture, model.model.eval()
     pairs = load_pairs(args.pairs or [], a.image_size, None, a.crop_pct)
@@ -170,7 +170,8 @@ def main(argv: list[str]) -> None:
         print(f"{name}: {', '.join(f'{key} {value}' for key, value in found.items())}")
     forgotten = [c for task in checkpoint.forgotten for c in task]
     names = name_list(forgotten, checkpoint.classes) if checkpoint.classes else f"{len(forgotten)} classes"
-    print(f"{args.output_dir}: {a.num_classes} classes, without {names}; the run's folder stays behind")
+    without = f", without {names}; the run's folder stays behind" if forgotten else ""
+    print(f"{args.output_dir}: {a.num_classes} classes{without}")
 
 
 if __name__ == "__main__":

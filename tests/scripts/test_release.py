@@ -107,12 +107,17 @@ def test_the_released_checkpoint_knows_the_others_as_before(forgotten, people, c
     assert results_of(tmp_path / "next")["tasks"][0]["setting"] == "7-1"
 
 
-def test_a_model_that_forgot_nobody_and_a_full_folder_are_refused(forgotten, people, command, tmp_path):
-    pretrained = people.parent / "pretrained" / "checkpoint.pth"
-    code, _, err = command("scripts/release.py", "--checkpoint", pretrained, "--output-dir", tmp_path / "new")
-    assert code == 2
-    assert "has forgotten nobody" in err
-    assert not (tmp_path / "new").exists()
+def test_a_model_that_forgot_nobody_is_released_with_a_warning(forgotten, people, command, tmp_path):
+    pretrained, out = people.parent / "pretrained" / "checkpoint.pth", tmp_path / "new"
+    code, stdout, err = command("scripts/release.py", "--checkpoint", pretrained, "--no-onnx", "--output-dir", out)
+    assert code == 0, err
+    assert err == f"warning: {pretrained} has forgotten nobody: of a deletion, release its task\n"
+    assert stdout.endswith(f"{out}: 10 classes\n")
+    before, after = (load_checkpoint(path).model.eval() for path in (pretrained, out / "checkpoint.pth"))
+    torch.testing.assert_close(after(coloured_images(10, 2, 32).images), before(coloured_images(10, 2, 32).images))
+
+
+def test_a_full_folder_is_refused(forgotten, command, tmp_path):
     (tmp_path / "notes.txt").write_text("names")
     code, _, err = command("scripts/release.py", "--checkpoint", forgotten, "--output-dir", tmp_path)
     assert code == 2

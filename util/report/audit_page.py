@@ -115,7 +115,7 @@ def _panels(curves: dict) -> Iterable[dict]:
     """Of the curves that there are, as `_panel` makes them."""
     if "roc" in curves:
         ticks = [(1 + np.log10(rate) / 3, f"{rate:.1%}" if rate < 0.01 else f"{rate:.0%}") for rate in (1e-3, 1e-2, 1e-1, 1)]
-        yield _panel("Verification (ROC)", "pairs of one person accepted", "false accept rate", curves["roc"], _roc, ticks)
+        yield _panel("Verification (ROC)", "pairs of one person accepted", "false match rate", curves["roc"], _roc, ticks)
     if "probe" in curves:
         layers = [layer.removeprefix("block ") for layer in curves["probe"]["after"]["layers"]]
         places, every = np.linspace(0, 1, len(layers)), -(-len(layers) // 9)
@@ -150,7 +150,7 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def _roc(curve: dict) -> tuple[np.ndarray, np.ndarray]:
-    """On a logarithmic axis of the false accept rate: differences at 1% are what is looked for."""
+    """On a logarithmic axis of the false match rate: differences at 1% are what is looked for."""
     x = np.linspace(0, 1, 121)
     reached = np.searchsorted(curve["far"], LEAST_FAR ** (1 - x), side="right") - 1
     return x, 100 * np.array(curve["tar"])[reached]

@@ -23,7 +23,7 @@ INSIDE = "probe_block"  # what these figures' keys begin with: read from the ins
 UTILITY = {
     "acc_remain": "top-1 accuracy",
     "verification_auc_remain": "verification AUC",
-    "old_templates_tar_1pct": "old templates: TAR at FAR 1%",
+    "old_templates_tar_1pct": "old templates: TAR at FMR 1%",
 }
 
 

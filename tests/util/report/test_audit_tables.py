@@ -228,7 +228,7 @@ def test_every_figure_with_its_numbers_in_one_table():
     assert found == expected
     assert text.split("\n\n")[4] == (
         "Kept people, before → after (never seen): top-1 accuracy 95.00 → 90.00 (93.00), "
-        "verification AUC 80.00 → 80.00 (80.00), old templates: TAR at FAR 1% 70.00 → 70.00 (–)."
+        "verification AUC 80.00 → 80.00 (80.00), old templates: TAR at FMR 1% 70.00 → 70.00 (–)."
     )
 
 
