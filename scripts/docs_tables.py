@@ -76,7 +76,7 @@ def audited(name: str) -> pd.DataFrame:
 
 
 def beside_the_papers(name: str, *tasks: str) -> str:
-    """H with margin of each task, or of these, ours and the papers'; highest mean of all tasks first. The last row is
+    """H with CosFace's margin of each task, or of these, ours and the papers'; highest mean of all tasks first. The last row is
     Spearman's correlation of the two."""
     h_mean = accuracies(name, margin=True)["h_mean"]
     ours = h_mean[~h_mean.index.str.endswith(PUBLISHED)].drop([PRETRAINED, *of_fewer_orders(name)], errors="ignore")
@@ -90,7 +90,7 @@ def beside_the_papers(name: str, *tasks: str) -> str:
     correlation = [f"{value:.2f}".replace("-", "−") for value in rank_correlation(ours, papers)["value"]]
     rows.append(["*rank correlation*", *correlation, *[""] * len(correlation)])
     heads = [f"task {task}" for task in ours.columns]
-    return markdown(["H with margin", *heads, *(f"paper, {head}" for head in heads)], rows)
+    return markdown(["H, CosFace", *heads, *(f"paper, {head}" for head in heads)], rows)
 
 
 def all_metrics(name: str, least: str = "0") -> str:
@@ -103,7 +103,7 @@ def all_metrics(name: str, least: str = "0") -> str:
     costs["Acc_f"] = table["acc_forget"].max(axis=1)
     if "acc_old" in table:
         costs["Acc_o"] = table["acc_old"].max(axis=1)
-    costs["H, margin"] = margin["h_mean"].mean(axis=1)
+    costs["H, CosFace"] = margin["h_mean"].mean(axis=1)
     known = audit.loc[audit.index[0][0]].loc[keys]
     rows = [[label, *[""] * costs.shape[1], *map(number, known[column])] for label, column in KNOWN.items()]
     for label, own in (

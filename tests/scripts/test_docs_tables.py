@@ -46,7 +46,7 @@ def test_methods_stand_beside_the_papers_best_first_with_the_correlation_of_rank
         for line in docs_tables.written("<!-- table: papers faces -->\nold\n<!-- end -->\n").splitlines()
         if line.startswith("|")
     ]
-    assert [line[0] for line in lines] == ["H with margin", "---", "B", "C", "A", "*rank correlation*"]
+    assert [line[0] for line in lines] == ["H, CosFace", "---", "B", "C", "A", "*rank correlation*"]
     assert lines[2][1:] == ["70.0 ± 1.2", "80.0 ± 1.2", "70.0", "73.0"]  # B has several class orders
     assert lines[3][1:] == ["60.0", "66.0", "65.0", "66.0"]
     expected = [spearmanr([50, 70, 60], [72, 70, 65]).statistic, spearmanr([40, 80, 66], [71, 73, 66]).statistic]
@@ -64,7 +64,7 @@ def test_a_changed_page_is_found(results, tmp_path, monkeypatch, command):
         docs_tables.main(["--check"])
     docs_tables.main([])
     assert "edited" not in page.read_text()
-    assert page.read_text().startswith("before\n<!-- table: papers faces -->\n| H with margin")
+    assert page.read_text().startswith("before\n<!-- table: papers faces -->\n| H, CosFace")
     docs_tables.main(["--check"])
 
 
