@@ -98,12 +98,15 @@ def main(argv: list[str]) -> None:
     with end_on_sigterm(), closing(run_jobs(waiting, job_slots(args, len(waiting)))) as ended:
         print_rows(chain(finished, ended), max(len(label) for label in [PRETRAINED, *(job.label for job in jobs)]))
 
+    # matplotlib takes a second to import: only once there is something to draw.
+    from util.report.figures import write_tables
+
     failures = {job.label: job.failure for job in jobs if job.failure}
     if len(failures) == len(jobs):
         raise RunError(f"every run failed; the first: {jobs[0].failure}")
     runs = [load_results(job.folder.results) for job in jobs if not job.failure]
     comparison = Comparison(runs, failures=failures, published=args.published)
-    comparison.write(args.output_dir)
+    write_tables(comparison, args.output_dir)
     if args.published or len(comparison.labels) < len(runs):
         print("", *comparison.narrow(comparison.papers_margin), sep="\n")
     print(f"\nthe whole table and the figure: {args.output_dir}")

@@ -76,8 +76,8 @@ def audited(name: str) -> pd.DataFrame:
 
 
 def beside_the_papers(name: str, *tasks: str) -> str:
-    """H with CosFace's margin of each task, or of these, ours and the papers'; highest mean of all tasks first. The last row is
-    Spearman's correlation of the two."""
+    """H with CosFace's margin of each task, or of these, ours and the papers'; highest mean of all tasks first. The last
+    row is Spearman's correlation of the two."""
     h_mean = accuracies(name, margin=True)["h_mean"]
     ours = h_mean[~h_mean.index.str.endswith(PUBLISHED)].drop([PRETRAINED, *of_fewer_orders(name)], errors="ignore")
     ours = ours.loc[ours.mean(axis=1).sort_values(ascending=False).index, [int(task) for task in tasks] or ours.columns]

@@ -16,6 +16,7 @@ from methods import METHODS
 from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
+from util.report.figures import write_tables
 from util.report.results import load_results
 from util.report.tables import PUBLISHED_OPTION, Comparison
 from util.runtime.errors import UsageError
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
     claim(args.output_dir, SCRIPT)
     write_json(args.output_dir / CONFIG, describe_command(args, SCRIPT))
     comparison = Comparison(runs, args.labels, published=args.published, sweep=args.sweep)
-    comparison.write(args.output_dir)
+    write_tables(comparison, args.output_dir)
     print(*comparison.narrow(comparison.papers_margin), sep="\n")
     print(f"\nthe whole table and the figure: {args.output_dir}")
 

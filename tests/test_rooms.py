@@ -1,6 +1,7 @@
 """Imports run one way, by folder: nothing lower imports anything higher."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -37,11 +38,34 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+FILES = [path.relative_to(ROOT) for path in ROOT.rglob("*.py") if not {".venv", "tests", "exps"} & {*path.parts}]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
 def test_imports_run_one_way():
-    files = [path.relative_to(ROOT) for path in ROOT.rglob("*.py") if not {".venv", "tests", "exps"} & {*path.parts}]
     upwards = []
-    for path in files:
-        here = floor_of(".".join(path.with_suffix("").parts))
+    for path in FILES:
+        here = floor_of(module_of(path))
         upwards += [f"{path} imports {name}" for name in imported(ROOT / path) if (floor_of(name) or 0) > (here or 0)]
-    assert len(files) > 50
+    assert len(FILES) > 50
     assert not upwards
+
+
+def test_no_imports_run_in_a_circle():
+    modules = {module_of(path): path for path in FILES}
+    needed = {}
+    for module, path in modules.items():
+        names = {name if name in modules else name.rpartition(".")[0] for name in imported(ROOT / path)}
+        needed[module] = (names & modules.keys()) - {module}
+    TopologicalSorter(needed).prepare()  # raises CycleError
+
+
+def test_files_and_functions_are_short():
+    sizes = {path: len((ROOT / path).read_text().splitlines()) for path in FILES}
+    assert not {path: size for path, size in sizes.items() if size > 250}
+    nodes = [(path, node) for path in FILES for node in ast.walk(ast.parse((ROOT / path).read_text()))]
+    functions = {(str(path), node.name): node for path, node in nodes if isinstance(node, ast.FunctionDef)}
+    assert not [name for name, node in functions.items() if node.end_lineno - node.lineno >= 45]

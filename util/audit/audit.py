@@ -83,18 +83,13 @@ def audit(
     stranger_set: people in no training set, for TPIR and the marker.
     remain: class ids that the model is to know; by default all but `forget`.
     cache: a folder that keeps what was measured of references and originals, which many audits share.
-
     Raises UsageError if a reference has seen the forgotten, strangers are in the training set, or references or images lack.
     """
     remain = [c for c in range(len(data[0].classes)) if c not in forget] if remain is None else remain
     if references is None:
         remain = [c for c in remain if not after.head.absent[c]]  # who has no row is not kept
-    else:
-        check_references(references, forget, data[0].classes)
-    check_originals([before, *originals], forget, data[0].classes)
-    AuditTask(*data, tuple(sorted(forget)), tuple(sorted(remain)), stranger_set, None, (), hardware).check()
-    if stranger_set is not None:
-        check_strangers(stranger_set, data[0])
+    whole = AuditTask(*data, tuple(sorted(forget)), tuple(sorted(remain)), stranger_set, None, (), hardware)
+    _check(whole, references, [before, *originals])
     data, present = with_images(*data)
     rest = *data, stranger_set, hardware
     audited = AuditedModel(with_rows(after, present), *rest)
@@ -110,6 +105,15 @@ def audit(
         return Audit(task, audited, entries, rounded(useful), {}, strangers.about)
     entries, curves = _compare_models(audited, task, known, metrics, MeasurementCache(cache, task))
     return Audit(task, audited, entries, rounded(useful), curves)
+
+
+def _check(task: AuditTask, references: Sequence[Recognizer] | None, originals: Sequence[Recognizer]) -> None:
+    if references is not None:
+        check_references(references, task.forget, task.train_set.classes)
+    check_originals(originals, task.forget, task.train_set.classes)
+    task.check()
+    if task.stranger_set is not None:
+        check_strangers(task.stranger_set, task.train_set)
 
 
 def _compare_models(

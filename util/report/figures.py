@@ -13,7 +13,7 @@ from matplotlib.transforms import Bbox
 
 from util.evaluation.metrics import MARGINS, METRICS
 from util.report.tables import PRETRAINED, Comparison
-from util.runtime.files import atomic_write
+from util.runtime.files import atomic_write, write_text
 
 BAND = "models that never saw them"
 OWN = ("GS-LoRA", "GS-LoRA++", "Unseen")  # stand out
@@ -149,3 +149,11 @@ def _label(figure: Figure, panel: Axes, models: pd.DataFrame) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+def write_tables(comparison: Comparison, folder: Path) -> None:
+    """table.md, table.csv, table.tex and figure.png."""
+    write_text(folder / "table.md", comparison.markdown() + "\n")
+    write_text(folder / "table.csv", comparison.csv())
+    write_text(folder / "table.tex", comparison.latex())
+    save_figure((run_figure if comparison.sweep else comparison_figure)(comparison), folder / "figure.png")

@@ -12,7 +12,6 @@ from methods import METHODS
 from util.evaluation.metrics import MARGINS, METRICS
 from util.report.results import results_frame
 from util.runtime.errors import UsageError
-from util.runtime.files import write_text
 
 PAPER_TABLES = Path(__file__).with_name("paper_tables.json")
 PRETRAINED = "Pre-train"
@@ -197,13 +196,3 @@ class Comparison:
         failures = [f"{label.ljust(width)} failed: {why}" for label, why in self.failures.items()]
         title = f"Accuracy (%) {MARGINS[margin]}; Acc after the last task"
         return [title, *table.to_string(col_space=6).splitlines(), *failures, *self._agreement()]
-
-    def write(self, folder: Path) -> None:
-        """table.md, table.csv, table.tex and figure.png."""
-        # matplotlib takes a second to import: only once there is something to draw.
-        from util.report.figures import comparison_figure, run_figure, save_figure
-
-        write_text(folder / "table.md", self.markdown() + "\n")
-        write_text(folder / "table.csv", self.csv())
-        write_text(folder / "table.tex", self.latex())
-        save_figure((run_figure if self.sweep else comparison_figure)(self), folder / "figure.png")
