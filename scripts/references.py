@@ -49,11 +49,13 @@ def pretraining_recipe(checkpoint: Checkpoint, path: Path, config: Path | None) 
             f"with --recipe, references with --references, or people in no training set with --strangers"
         )
     recipe = recipe_in(recipe)
-    with readable(config or path, "no recipe of pre-training"), torch.device("meta"):
+    with readable(config or path, "no recipe of pre-training"):
         asked = RECIPE_OF_WEIGHTS | recipe
         asked["weights"] = recipe["weights"] and Path(recipe["weights"])
         asked, classes = argparse.Namespace(**asked), checkpoint.model.architecture.num_classes
-        model = build_recognizer(describe_model(asked, find_source(recipe["model"]), classes))
+        architecture = describe_model(asked, find_source(recipe["model"]), classes)
+        with torch.device("meta"):
+            model = build_recognizer(architecture)
         if recipe["epochs"] == 0:
             raise UsageError(f"{path} was enrolled, not trained here, so no reference can be: audit it with --strangers DIR")
         range(recipe["warmup_epochs"], recipe["epochs"], recipe["epochs"])  # raises where they are no such numbers

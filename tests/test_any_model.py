@@ -15,6 +15,7 @@ from timm.models import save_for_hf
 
 from backbone.timm_models import timm
 from data.image_folder import decode_image
+from scripts.references import pretraining_recipe
 from tests.onnx_models import SIZE, small_onnx
 from util.storage.checkpoint import load_checkpoint
 
@@ -85,7 +86,7 @@ def computed(model, images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("folder", ["vit", "resnet"])
 def test_a_folder_of_the_hubs_embeds_as_timm_does_and_comes_back_as_one(made, wrap, release, colours, folder):
     images = images_of(colours)
-    checkpoint = wrap("--model", made / folder, *(("--image-size", 32) if folder == "resnet" else ()))
+    checkpoint = wrap("--model", made / folder, *(("--image-size", "32") if folder == "resnet" else ()))
     theirs = timm.create_model(f"local-dir:{made / folder}", pretrained=True, num_classes=0).eval()
     config = theirs.pretrained_cfg
     normalized = (images / 255 - torch.tensor(config["mean"])[:, None, None]) / torch.tensor(config["std"])[:, None, None]
@@ -175,13 +176,20 @@ def test_the_whole_classifier_is_given_back_for_classes_beyond_those_of_the_run(
 
 
 def test_insightfaces_state_dict_comes_back_as_one(made, wrap, release, colours):
-    checkpoint = wrap("--model", "iresnet18", "--weights", made / "iresnet.pth", "--image-size", 32)
+    checkpoint = wrap("--model", "iresnet18", "--weights", made / "iresnet.pth", "--image-size", "32")
     _, out = release(checkpoint, "--method", "unseen", "--rank", 2, "--lora-place", "all")
     before, after = (torch.load(path, weights_only=True) for path in (made / "iresnet.pth", out / "backbone.pth"))
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert "layer3.0.conv1.weight" in moved
     assert not any("running" in key or "bn" in key for key in moved)
+
+
+@pytest.mark.parametrize("model", [["face.onnx"], ["vit"], ["iresnet18", "--weights", "iresnet.pth", "--image-size", "32"]])
+def test_a_model_trained_by_others_names_the_recipe_of_its_references(model, made, wrap):
+    words = [str(made / word) if (made / word).exists() else word for word in model]
+    path = wrap("--model", *words, "--epochs", 1, "--batch-size", 24)
+    assert pretraining_recipe(load_checkpoint(path), path, None)["model"] == words[0]
 
 
 def test_an_onnx_file_is_fine_tuned_forgotten_from_and_comes_back_as_the_same_graph(made, wrap, release, colours):
