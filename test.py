@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, ours or a published one: accuracy without and with margin, per class and group, and verification.
+"""Evaluate a checkpoint, ours or a published one: accuracy without and with the head's margin, per class, and verification.
 
 python test.py --checkpoint FILE --data DIR
 python test.py --checkpoint FILE --pairs lfw.bin pairs.txt:FOLDER                        the field's verification benchmarks

@@ -3,9 +3,9 @@
 python train_forget.py --checkpoint FILE --data DIR                     four tasks, each forgets a fifth of the classes
 python train_forget.py --checkpoint FILE --data DIR --num-tasks 1       single-step forgetting of a tenth
 python train_forget.py --checkpoint FILE --data DIR --forget-classes "ann, bob" --then eve
-                                                    deletion by name, in two tasks: Unseen, on all photos
+                                                    deletion by name: Unseen; --strangers and more: --method unseen --help
 python train_forget.py --checkpoint FILE --data DIR --resume            continue an interrupted run
-Leaves config.json, results.json, table.md, figure.png, TensorBoard events, checkpoints/ and adapters/ in --output-dir.
+Leaves config.json, results.json, table.md, figure.png, events, checkpoints/, adapters/ and deletions/ in --output-dir.
 """
 
 import argparse

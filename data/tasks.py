@@ -14,7 +14,7 @@ from torch import Tensor
 
 from util.runtime.errors import UsageError
 
-FEW_PHOTOS = 8  # with fewer photos of a person more of the person stays (docs/unseen.md)
+FEW_PHOTOS = 9  # with fewer photos of a person more of the person stays (docs/unseen.md)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from util.cli import options
 from util.cli.config import describe_command
 from util.cli.main import run_main
 from util.report.results import load_results
-from util.report.tables import PRETRAINED, PUBLISHED_OPTION, Comparison
+from util.report.tables import PRETRAINED, PUBLISHED_OPTION, Comparison, check_published
 from util.runtime.errors import RunError, UsageError
 from util.runtime.files import read_json, write_json
 from util.runtime.hardware import choose_hardware
@@ -51,7 +51,10 @@ def make_jobs(args: argparse.Namespace, extra_args: list[str]) -> list[Job]:
         parsed = train_forget.parse_arguments(job.arguments)
         if not jobs:
             # What is wrong for all of them is found once, before any of them starts.
-            identity = identity_of(parsed, train_forget.assemble(parsed, choose_hardware("cpu")).data[0])
+            train_set = train_forget.assemble(parsed, choose_hardware("cpu")).data[0]
+            identity = identity_of(parsed, train_set)
+            if args.published:
+                check_published(train_set.name, len(train_set.classes), args.published)
         resume = folder.config.exists() and not args.overwrite
         if resume:
             if other := difference_to(read_json(folder.config), parsed, identity):

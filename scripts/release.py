@@ -136,7 +136,7 @@ def run_onnx(path: Path, images: Tensor) -> Tensor:
 @torch.no_grad()
 def main(argv: list[str]) -> None:
     parser = options.Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="model after a task, of this project")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="checkpoint of this project")
     parser.add_argument("--output-dir", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--onnx", action=argparse.BooleanOptionalAction, default=True, help="model.onnx too (default: yes)")
     options.add_pairs(parser, "to measure the released model on")

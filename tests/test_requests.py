@@ -355,6 +355,6 @@ def test_few_photos_of_a_person_are_told(trained, colours, command, tmp_path):
     words = ("--checkpoint", trained, "--data", colours, "--epochs", 1, "--output-dir", tmp_path)
     code, out, err = command("train_forget.py", *words, "--forget-classes", "c1,c4", "--data-ratio", 0.5)
     assert code == 0 and out.startswith("Unseen on colours: 1 × 2 of 10 classes")
-    assert "warning: fewer than 8 training photos of c1 (6), c4 (6)" in err
+    assert "warning: fewer than 9 training photos of c1 (6), c4 (6)" in err
     code, _, err = command("train_forget.py", *words, "--overwrite", "--forget-classes", "c1")
     assert code == 0 and "training photos" not in err

@@ -88,6 +88,12 @@ def test_seeds_are_averaged_and_finished_runs_not_repeated(here, command, extra_
     assert code == 0, err
     assert json.loads((runs / "l2-seed1337" / "config.json").read_text())["arguments"]["epochs"] == 2
 
+    none = tmp_path / "none"
+    code, _, err = command(*arguments[:-1], none, "--published", *extra_args)
+    assert code == 2
+    assert "cannot be compared" in err
+    assert not [*none.glob("*/results.json")]  # nothing ran before it was found
+
     checkpoint = torch.load(own, weights_only=True)
     checkpoint["info"] = {}
     torch.save(checkpoint, own)
@@ -108,7 +114,7 @@ def any_results_merge_into_a_table(command, files, rows, output):
     assert rows_of(output / "table.md")[0][:2] == ["letter", "Tunable"]
     for words, message in (
         ((files[0], files[0]), "is there more than once"),
-        ((*files, "--published"), "cannot be compared"),
+        ((*files, "--published"), "the published tables are of casia_100 with 100 classes"),
         ((*files, "--labels", "a"), "1 labels for 4 results"),
         ((output / "absent.json",), "no file"),
     ):

@@ -113,7 +113,7 @@ def _measure(
         for metric in metrics:
             for key, statistic in metric.measure(*round_task).statistics.items():
                 if key.endswith(f"_{ENROLLED}") and strangers.enrolled < ENROLLED:
-                    statistic = f"needs strangers with {ENROLLED + 2} photos"
+                    statistic = f"needs strangers with {2 * ENROLLED - 1} photos"
                 found.setdefault(key, []).append(statistic if isinstance(statistic, str) else statistic(weights))
     found.pop("tpir_1pct", None)  # whose threshold takes strangers besides
     return {key: rounds[0] if isinstance(rounds[0], str) else np.mean(rounds, axis=0) for key, rounds in found.items()}

@@ -86,7 +86,7 @@ def comparison_figure(comparison: Comparison) -> Figure:
 def forgetting_scatter(
     models: pd.DataFrame, never_seen: Sequence[float], before: float, title: str, band: str = BAND
 ) -> Figure:
-    """What forgetting cost the kept people against what is left of the forgotten.
+    """What forgetting cost kept people against what is left of forgotten people.
 
     models:     a row per method, its index the labels: `lost`, points of Acc_r; `known`, re-identified from one photo, %.
     never_seen: `known` of models that never saw the forgotten people, which `band` names. before: of the pre-trained model.
@@ -109,7 +109,8 @@ def forgetting_scatter(
         room, right = 0.5, 1.4 * right
     panel.set_xlim(left - room, right + 4 * room)
     panel.set_ylim(min(0, low) - 2, 1.08 * max(before, models["known"].max()))
-    panel.set_xlabel("accuracy lost by the kept people (points) → worse")
+    scale = ", log from 10" if panel.get_xscale() == "symlog" else ""
+    panel.set_xlabel(f"accuracy lost by kept people (points{scale}) → worse")
     panel.set_ylabel("forgotten people re-identified from one photo (%) → worse")
     panel.set_title(title, fontsize=11)
     panel.grid(alpha=0.3)

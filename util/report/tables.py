@@ -37,7 +37,8 @@ def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict], p
     of_missing = f"missing_classes_{missing}" if missing else ""
     name = {"casia_100": of_missing or name, "imagenet_100": f"imagenet_100{of_missing}"}[published]
     table = papers.get(name, {"settings": []})
-    if dataset["name"] == "synthetic_faces" or dataset["classes"] != 100 or not {*settings} <= {*table["settings"]}:
+    check_published(dataset["name"], dataset["classes"], published)
+    if not {*settings} <= {*table["settings"]}:
         message = f"of {published} in {', '.join(table['settings'])}" if table["settings"] else "of no such missing classes"
         raise UsageError(f"the published tables are {message}: they cannot be compared")
     ratios, rows = papers["tunable_ratio"] if published == "casia_100" else {"others": math.nan}, []
@@ -48,6 +49,13 @@ def published_frame(frame: pd.DataFrame, dataset: dict, tasks: Sequence[dict], p
         for setting, metric in product(by_setting.keys() & settings, METRICS):
             rows.append({**about, "setting": setting, "metric": metric, "value": by_setting[setting].get(metric)})
     return pd.DataFrame(rows)
+
+
+def check_published(name: str, classes: int, published: str) -> None:
+    """Raise UsageError for data that cannot be those of the papers' tables."""
+    if name == "synthetic_faces" or classes != 100:
+        message = f"the published tables are of {published} with 100 classes"
+        raise UsageError(f"{message}: {name} with {classes} cannot be compared")
 
 
 def rank_correlation(ours: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
