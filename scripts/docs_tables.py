@@ -118,31 +118,41 @@ def all_metrics(name: str, least: str = "0") -> str:
 def overview(least: str, *names: str) -> str:
     """H, points of Acc_r lost and re-identification from one photo after the first request of several sets, of the methods
     with H of `least` on the last set; means and standard deviations of class orders, where there are several."""
-    sets = [(accuracies(name), accuracies(name, statistic="std"), _identified(name)) for name in names]
-    known = [identified[[*KNOWN.values()]].mean() for _, _, identified in sets]
-    rows = [[label, *chain.from_iterable(["", "", number(own[column])] for own in known)] for label, column in KNOWN.items()]
-    h_mean = sets[-1][0]["h_mean", 1].drop(PRETRAINED).sort_values(ascending=False)
-    shown = h_mean.index[h_mean >= float(least)]
-    rows += [[method, *chain.from_iterable(_overview(method, *one) for one in sets)] for method in shown]
+    found = [_identified(name) for name in names]
+    sets = [_first_task(name).join(identified) for name, (identified, _) in zip(names, found, strict=True)]
+    rows = []
+    for label, column in KNOWN.items():
+        rows.append([label, *chain.from_iterable(["", "", number(known[column])] for _, known in found)])
+    best = sets[-1].sort_values("H", ascending=False)
+    for method in best.index[best["H"] >= float(least)]:
+        rows.append([method])
+        for one in sets:
+            own = one.reindex([method]).iloc[0]
+            known = f"{number(own['known'], std=own['known_std'])} {own['signs']}" if method in one.index else ""
+            rows[-1] += [number(own["H"], std=own["H_std"]), number(own["lost"]), known]
     return markdown(["", *chain.from_iterable([f"{name.split('_')[0]}: H", "lost", "re-id 1"] for name in names)], rows)
 
 
-def _identified(name: str) -> pd.DataFrame:
-    """Re-identification from one photo after the first request, by method; `signs` of its verdicts, one where all agree."""
+def _first_task(name: str) -> pd.DataFrame:
+    """By method: H, H_std, and points of Acc_r lost; of methods of fewer class orders, as their audit says."""
+    mean, std = accuracies(name), accuracies(name, statistic="std")
+    lost = mean.loc[PRETRAINED, ("acc_remain", 1)] - mean["acc_remain", 1]
+    found = pd.DataFrame({"H": mean["h_mean", 1], "H_std": std["h_mean", 1], "lost": lost}).drop(PRETRAINED)
+    found = found[~found.index.str.endswith(PUBLISHED)]
+    fewer, audit = [*of_fewer_orders(name)], audited(name)["value"]
+    found.loc[fewer, "lost"] = audit.xs("acc_remain_lost", level="metric")[fewer]
+    return found
+
+
+def _identified(name: str) -> tuple[pd.DataFrame, pd.Series]:
+    """Re-identification from one photo after the first request, over class orders: by method {"known", "known_std", "signs"
+    (of its verdicts, one where all agree)}, and the columns of KNOWN."""
     found = _first_request(name)
-    rows = found[found["metric"] == "enrolment_1"].sort_values("class_order").groupby("method")
+    found = found[found["metric"] == "enrolment_1"].sort_values("class_order")
+    rows = found.groupby("method")
     signs = rows["verdict"].agg(lambda verdicts: "".join(dict.fromkeys(SIGNS[verdict] for verdict in verdicts)))
-    columns = rows[[*KNOWN.values()]].mean()
-    return columns.assign(value=rows["value"].mean(), std=rows["value"].std(), signs=signs)
-
-
-def _overview(method: str, mean: pd.DataFrame, std: pd.DataFrame, identified: pd.DataFrame) -> list[str]:
-    if method not in mean.index:
-        return [""] * 3
-    own = identified.loc[method]
-    lost = mean["acc_remain", 1][PRETRAINED] - mean["acc_remain", 1][method]
-    cells = [number(mean["h_mean", 1][method], std=std["h_mean", 1][method]), number(lost)]
-    return [*cells, f"{number(own['value'], std=own['std'])} {own['signs']}"]
+    by_method = pd.DataFrame({"known": rows["value"].mean(), "known_std": rows["value"].std(), "signs": signs})
+    return by_method, found.drop_duplicates("class_order")[[*KNOWN.values()]].mean()
 
 
 def by_request(name: str) -> str:

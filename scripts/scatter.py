@@ -1,6 +1,7 @@
-"""Draw what forgetting cost the kept people against what is left of the forgotten, from the rows of an audit.
+"""Draw what forgetting cost kept people against what is left of forgotten people, from the rows of an audit.
 
-python scripts/scatter.py docs/results/casia100_defaults_audit.csv docs/scatter.png --title "CASIA-100, 20 of 100 people"
+python scripts/scatter.py docs/results/casia100_defaults_audit.csv docs/scatter.png \\
+    --title "CASIA-100: 20 of 100 people forgotten"
 The rows are those of audit.csv, which scripts/audit.py leaves in a comparison's folder: its first request.
 """
 

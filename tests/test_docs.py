@@ -17,7 +17,7 @@ def anchors(text: str) -> set[str]:
 def test_links_between_pages_lead_somewhere():
     broken = []
     for page in PAGES:
-        for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        for link in re.findall(r"(?:\]\(|src=\")(?!https?:)([^)\s\"]+)", page.read_text()):
             path, _, anchor = link.partition("#")
             target = page.parent / path if path else page
             if not target.exists() or (anchor and anchor not in anchors(target.read_text())):

@@ -109,3 +109,24 @@ def test_people_deleted_one_at_a_time_are_averaged_and_their_verdicts_counted(tm
         "| A | 45.0 | 4.5 | 2 still known |",
         "| B | 15.0 | 1.5 | 1 not enough, 1 fine |",
     ]
+
+
+def test_the_overview_averages_class_orders_and_takes_those_of_one_as_they_are(results, tmp_path):
+    rows = []
+    for order, (known, verdict) in {1337: (20, "still known"), 1: (30, "still known"), 2: (46, "inconclusive")}.items():
+        about = {"class_order": order, "request": 1, "after_task": 1, "never_seen": order / 10, "trained_with_them": 90}
+        for method, more in (("B", 0), ("C", 1), ("D", 2))[: 3 if order == 1337 else 2]:
+            shown = {"metric": "enrolment_1", "value": known + more, "verdict": verdict if method == "B" else "still known"}
+            rows += [about | {"method": method} | shown]
+            rows += [about | {"method": method, "metric": "acc_remain_lost", "value": 7.5, "verdict": None}]
+    pd.DataFrame(rows).to_csv(tmp_path / "faces_audit.csv", index=False)
+    lines = docs_tables.written("<!-- table: overview 65 faces -->\n<!-- end -->").splitlines()
+    assert lines[1:] == [
+        "| | faces: H | lost | re-id 1 |",
+        "| --- | --: | --: | --: |",
+        "| *never saw them* | | | 44.7 |",  # of three class orders, whatever their numbers of methods
+        "| *before* | | | 90.0 |",
+        "| D | 99.0 | 7.5 | 22.0 ▲ |",  # of one class order
+        "| B | 70.0 ± 1.2 | 0.0 | 32.0 ± 13.1 ▲? |",
+        "<!-- end -->",
+    ]
