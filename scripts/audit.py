@@ -227,9 +227,10 @@ def write_comparison_of(runs: list[AuditedRun], audits: dict[int, list[tuple]], 
     parts = [f"{TABLE_BEGINS}{seed}\n\n{comparison_markdown(group)}" for seed, group in audits.items()]
     write_text(table, "\n\n".join(parts) + "\n")
     pages = [os.path.relpath(run.output / "audit.html", table.parent) for run in runs]
+    look = ", a first look" if any(content["first_look"] for *_, content in chain(*audits.values())) else ""
     rows = [(*audit, page) for audit, page in zip(chain(*audits.values()), pages, strict=True)]
     return write_comparison(
-        rows, table.parent, f"{len(runs)} runs on {runs[0].data[0].name}, request {runs[0].requests[0].task}"
+        rows, table.parent, f"{len(runs)} runs on {runs[0].data[0].name}, request {runs[0].requests[0].task}{look}"
     )
 
 

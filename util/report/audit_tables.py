@@ -37,7 +37,7 @@ def _moments(audits: Sequence[Audited]) -> list[list[Audited]]:
     for label, results, content in audits:
         for request in content["requests"]:
             moment = request["task"], request["after_task"], bool(request.get("strangers")), *request["forget"]
-            found.setdefault(moment, []).append((label, results, request))
+            found.setdefault(moment, []).append((label, results, request | {"first_look": content["first_look"]}))
     return [*found.values()]
 
 
@@ -99,7 +99,8 @@ def _faces(request: dict) -> str:
 
 def _title(request: dict) -> str:
     later = "" if request["task"] == request["after_task"] else f", after task {request['after_task']}"
-    return f"Request {request['task']}{later}{strangers_note(request)}"
+    look = ", a first look" if request.get("first_look") else ""
+    return f"Request {request['task']}{later}{strangers_note(request)}{look}"
 
 
 def reference_label(request: dict) -> str:

@@ -103,6 +103,8 @@ def test_too_little_evidence_names_the_worst_undecided_figure():
 def test_a_first_look_is_called_one():
     content = audited("L2*", request(sign_flip=judged(0.0, 0.0, WITHIN)))[2] | {"first_look": ["3 models", "without cka"]}
     assert audit_markdown(content).split("\n\n")[1] == "**First look**: 3 models; without cka."
+    assert overview([("L2*", None, content)])[0].startswith("Request 1, a first look: ")
+    assert overview([("L2*", None, content | {"first_look": []})])[0].startswith("Request 1: ")
 
 
 def test_what_was_not_measured_is_a_dash():
