@@ -106,7 +106,8 @@ def choose_epochs(args: argparse.Namespace, train_images: int) -> None:
     if args.epochs is None:
         args.epochs = MIN_EPOCHS if args.rows != "random" else max(MIN_EPOCHS, round(IMAGES_SHOWN / train_images))
     if args.warmup_epochs is None:
-        args.warmup_epochs = args.epochs // 10
+        least = 0 if args.rows == "random" else min(1, args.epochs)  # whole steps at once ruin weights that others trained
+        args.warmup_epochs = max(least, args.epochs // 10)
     options.check_warmup(args)
 
 

@@ -22,6 +22,17 @@ def method_run(name: str, trained: Path, colours: Path, output: Path, *options: 
 RATES = {"scrub": "2e-3", "scrub_s": "2e-3", "lirf": "1e-3", "gs_lora": "2e-2", "gs_lora_pp": "2e-2", "lwf": "1e-3"}
 
 
+def test_a_rate_that_ruins_the_model_is_said_to(trained, colours, command, tmp_path):
+    code, _, err = command(*method_run("l2", trained, colours, tmp_path / "run", "--lr", 1, "--epochs", 1))
+    assert code == 0
+    after = results_of(tmp_path / "run")["tasks"][0]
+    lost = after["before"]["acc_remain"] - after["after"]["acc_remain"]
+    assert lost > 10
+    assert f"warning: task 1 cost kept people {lost:.0f} points of accuracy: try a lower --lr than 1" in err
+    code, _, err = command(*method_run("l2", trained, colours, tmp_path / "small", "--lr", "1e-5", "--epochs", 1))
+    assert (code, err) == (0, "")
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_three_epochs_of_any_method_forget(name, trained, colours, command, tmp_path):
     own = {"lwf": ("--lambda-remain", 1), "lirf": ("--replay-weight", 1), "ssd": ("--dampening", 0.1)}.get(name, ())

@@ -1,6 +1,7 @@
 """A run of forgetting tasks, one after another: train, evaluate, and write down what each of them left."""
 
 import argparse
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ from util.training.engine import Trainer
 from util.training.monitor import Monitor, log_scalars, open_writer
 from util.training.optim import derived_seed, epochs_for
 from util.training.resume import LastState
+
+MUCH_LOST = 10  # points of kept people's accuracy: the step was too large for this network
 
 
 @dataclass
@@ -133,6 +136,12 @@ class ContinualRun:
             f" · {costs['train_seconds']:.0f} s, {costs['images_per_second']:.0f} images/s",
             flush=True,
         )
+        self._warn_of_ruin(task, before["acc_remain"], after["acc_remain"])
+
+    def _warn_of_ruin(self, task: ForgettingTask, before: float | None, after: float | None) -> None:
+        if before is not None and before - after > MUCH_LOST:
+            message = f"warning: task {task.number} cost kept people {before - after:.0f} points of accuracy"
+            print(f"{message}: try a lower --lr than {self.args.lr:g}", file=sys.stderr)
 
     def _trainer(self, task: ForgettingTask) -> Trainer:
         """Begin a task, or go to where an interrupted run left it."""
