@@ -168,7 +168,7 @@ def assemble(args: argparse.Namespace, hardware: Hardware) -> ContinualRun:
     sets = [replace(split, digests=tuple(image_hashes(split))) for split in data] if by_pixels else data
     check_copies(sets, left, refuse)
     if named:
-        warn_of_few_photos(left, data[0].labels.cpu(), data[0].classes)
+        warn_of_few_photos(left, *(split.labels.cpu() for split in data), data[0].classes)
     method = METHODS[args.method](args, hardware)
     method.check(model, left, data[0])
     pairs = load_pairs(args.pairs or [], a.image_size, args.cache_dir, a.crop_pct)

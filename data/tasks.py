@@ -15,6 +15,7 @@ from torch import Tensor
 from util.runtime.errors import UsageError
 
 FEW_PHOTOS = 9  # with fewer photos of a person more of the person stays (docs/unseen.md)
+FEW_TESTED = 5  # with fewer the audit of one person has hardly a metric with power
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,17 @@ def forgetting_tasks(
     return tasks
 
 
-def warn_of_few_photos(tasks: Sequence[ForgettingTask], labels: Tensor, classes: Sequence[str]) -> None:
-    """Say of whom a method sees too few photos to forget them well."""
-    counts = {c: int((labels[task.forget_indices] == c).sum()) for task in tasks for c in task.forget}
-    few = [f"{classes[c]} ({count})" for c, count in counts.items() if count < FEW_PHOTOS]
-    if few:
-        message = f"fewer than {FEW_PHOTOS} training photos of {name_list(range(len(few)), few)}"
-        print(f"warning: {message}: the model may still know them afterwards", file=sys.stderr)
+def warn_of_few_photos(tasks: Sequence[ForgettingTask], labels: Tensor, test_labels: Tensor, classes: Sequence[str]) -> None:
+    """Say of whom a method sees too few photos to forget them well, or an audit too few to decide."""
+    seen = {c: int((labels[task.forget_indices] == c).sum()) for task in tasks for c in task.forget}
+    tested = {c: int((test_labels == c).sum()) for c in seen}
+    for counts, least, kind, then in (
+        (seen, FEW_PHOTOS, "training", "the model may still know them afterwards"),
+        (tested, FEW_TESTED, "test", "an audit will hardly decide"),
+    ):
+        if few := [f"{classes[c]} ({count})" for c, count in counts.items() if count < least]:
+            message = f"fewer than {least} {kind} photos of {name_list(range(len(few)), few)}"
+            print(f"warning: {message}: {then}", file=sys.stderr)
 
 
 def pretraining_task(labels: Tensor, num_classes: int, without: Sequence[int] = ()) -> ForgettingTask:

@@ -19,12 +19,13 @@ from data.image_set import ImageSet
 from methods.base import Option, TaskOutput
 from methods.replay import REPLAY, Replaying
 from util.evaluation.evaluate import embed_images, map_images
-from util.runtime.errors import UsageError
+from util.runtime.errors import RunError, UsageError
 from util.storage.hashes import check_strangers
 
 SHRINKAGE = 0.1  # of the within-class covariance: a class may have few images
 COMPONENTS = 100  # most discriminant directions
 PENALTY = 1 / 170  # of the ridge regression, per image that it is fitted on
+SAMPLE, RUINED = 256, 0.5  # kept photos looked at after an epoch; their mean cosine to before in a ruined network
 CHUNK = 256  # forgotten photos that are compared with all kept ones at once
 NOTHING = 1e-5  # a length, of 1, that is rounding
 CARRIED = 0.5  # of how much more alike trained photos of a person are than their targets, what carries over to new ones
@@ -165,6 +166,11 @@ class Unseen(Replaying):
         return {"total": total} | losses
 
     def end_epoch(self, model, epoch):
+        kept = self.task.remain_indices[:: max(1, len(self.task.remain_indices) // SAMPLE)]
+        now = F.cosine_similarity(embed_images(model, self.train_set, self.hardware, kept), self.targets[kept]).mean().item()
+        if now < RUINED:
+            message = f"task {self.task.number} has ruined the network (kept photos' mean cosine to before: {now:.2f})"
+            raise RunError(f"{message}: lower --lr, now {self.args.lr:g}")
         indices = self.task.forget_indices
         reached = F.normalize(embed_images(model, self.train_set, self.hardware, indices))
         self._aim(CARRIED * (coherence(reached, self.people) - coherence(self.targets[indices], self.people)))

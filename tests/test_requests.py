@@ -355,6 +355,23 @@ def test_few_photos_of_a_person_are_told(trained, colours, command, tmp_path):
     words = ("--checkpoint", trained, "--data", colours, "--epochs", 1, "--output-dir", tmp_path)
     code, out, err = command("train_forget.py", *words, "--forget-classes", "c1,c4", "--data-ratio", 0.5)
     assert code == 0 and out.startswith("Unseen on colours: 1 × 2 of 10 classes")
-    assert "warning: fewer than 9 training photos of c1 (6), c4 (6)" in err
+    assert "warning: fewer than 9 training photos of c1 (6), c4 (6): the model may still know them" in err
+    count = len([*(colours / "test" / "c1").iterdir()])
+    assert count < 5 and f"warning: fewer than 5 test photos of c1 ({count}), c4 ({count}): an audit will hardly" in err
     code, _, err = command("train_forget.py", *words, "--overwrite", "--forget-classes", "c1")
     assert code == 0 and "training photos" not in err
+
+
+def test_unseen_stops_after_the_epoch_that_ruins_the_network(trained, colours, command, tmp_path):
+    words = ("--checkpoint", trained, "--data", colours, "--output-dir", tmp_path, "--forget-classes", "c1")
+    code, _, err = command("train_forget.py", *words, "--lr", 10)
+    assert code == 1
+    assert "task 1 has ruined the network" in err and "lower --lr, now 10" in err
+    assert not (tmp_path / "checkpoints" / "task_1.pth").exists()
+
+
+def test_an_onnx_file_is_no_checkpoint(colours, command, tmp_path):
+    (tmp_path / "face.onnx").write_bytes(b"graph")
+    code, _, err = command("train_forget.py", "--checkpoint", tmp_path / "face.onnx", "--data", colours)
+    assert code == 2
+    assert f"make one of it with train_pretrain.py --model {tmp_path / 'face.onnx'}" in err

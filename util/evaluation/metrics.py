@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+MUCH_LOST = 10  # points of kept people's accuracy: what is left may be a network in ruins
+
 
 class Metric(NamedTuple):
     title: str

@@ -19,7 +19,7 @@ from util.audit import title_of
 from util.audit.base import FAMILIES
 from util.audit.statistics import INCONCLUSIVE, MARGIN, POWER, WITHIN
 from util.audit.verdict import BORROWED_SCALE, MIN_FAMILIES, counts, significantly_off
-from util.report.audit_tables import OFF, never_seen_utility, strangers_note, summary, utility_titles
+from util.report.audit_tables import OFF, never_seen_utility, ruin, strangers_note, summary, utility_titles
 
 TEMPLATE = Path(__file__).with_suffix(".html.j2")
 MODELS = {"before": "the pre-trained model", "after": "this model", "never seen": "a model that never saw them"}
@@ -52,7 +52,7 @@ def audit_page(audit: dict, pictures: list[dict | None], title: str) -> str:
     """
     spaces = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, **spaces)
-    environment.filters |= {"number": _number, "never_seen": never_seen_utility, "titles": utility_titles}
+    environment.filters |= {"number": _number, "never_seen": never_seen_utility, "ruin": ruin, "titles": utility_titles}
     environment.filters |= {"summary": summary, "strangers_note": strangers_note, "shown": shown}
     environment.filters["name"] = lambda name: Markup("_<wbr>").join(name.split("_"))
     environment.filters["file"] = lambda path: "/".join(PurePath(path).parts[-3:])

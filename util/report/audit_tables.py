@@ -10,6 +10,7 @@ from util.audit import title_of
 from util.audit.statistics import INCONCLUSIVE, MARGIN, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.utility import PAIRS_OF
 from util.audit.verdict import AS_IF_NEVER_SEEN, LIKE_STRANGERS, NOT_ENOUGH, VERDICTS, calibration, significantly_off
+from util.evaluation.metrics import MUCH_LOST
 from util.report.tables import PRETRAINED, percent
 
 NEVER_SEEN, STRANGERS = "Never seen", "Strangers"
@@ -90,7 +91,16 @@ def overview(audits: Sequence[Audited], width: int = 0) -> list[str]:
         people = f"is {names[0]}" if len(names) == 1 else f"are its {len(names)} people"
         lines += [f"{_title(request)}: {people} still known? {_faces(request)}, %", ""]
         lines += table.to_string(col_space=7).splitlines()
+        lines += [f"{label}: {words}" for label, _, other in models if (words := ruin(other))]
     return lines
+
+
+def ruin(request: dict) -> str:
+    """A sentence on a model that has lost much of what it knew of kept people; else nothing."""
+    before, after = (useful["acc_remain"] for useful in (request["utility"]["before"], request["utility"]))
+    if before - after <= MUCH_LOST:
+        return ""
+    return f"kept people's accuracy fell from {before:.0f} to {after:.0f}%: a ruined model looks forgetful"
 
 
 def _faces(request: dict) -> str:

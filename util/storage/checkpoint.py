@@ -54,6 +54,8 @@ def load_checkpoint(path: Path, head: str | None = None, adapters: str | None = 
     where the head has a bias). Nor does one with adapters say whether its weights contain them: `adapters` ("merged" or
     "apart") does. Raises UsageError if it is needed and not given.
     """
+    if path.suffix == ".onnx":
+        raise UsageError(f"{path} is no checkpoint: make one of it with train_pretrain.py --model {path}")
     data = torch_load(path)
     with readable(path):
         if isinstance(data, dict) and data.get("format") == FORMAT:

@@ -16,6 +16,7 @@ from data.pairs import FacePairs
 from data.tasks import ForgettingTask
 from methods.base import Method, TaskOutput
 from util.evaluation.evaluate import accuracies_after, accuracies_before, predict
+from util.evaluation.metrics import MUCH_LOST
 from util.evaluation.verification import pair_benchmark
 from util.report.results import load_results, new_results, task_entry
 from util.report.tables import Comparison, percent
@@ -28,8 +29,6 @@ from util.training.engine import Trainer
 from util.training.monitor import Monitor, log_scalars, open_writer
 from util.training.optim import derived_seed, epochs_for
 from util.training.resume import LastState
-
-MUCH_LOST = 10  # points of kept people's accuracy: the step was too large for this network
 
 
 @dataclass

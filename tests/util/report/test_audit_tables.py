@@ -100,6 +100,14 @@ def test_too_little_evidence_names_the_worst_undecided_figure():
     assert "By family: no metric judged" in summary(request())
 
 
+def test_a_model_in_ruins_is_said_to_be_one():
+    one = audited("L2*", request(sign_flip=judged(0.0, 0.0, WITHIN)))
+    assert "ruined" not in "\n".join(overview([one]))
+    useful = one[2]["requests"][0]["utility"]
+    useful["before"], useful["acc_remain"] = useful["before"] | {"acc_remain": 96.9}, 2.1
+    assert overview([one])[-1] == "L2*: kept people's accuracy fell from 97 to 2%: a ruined model looks forgetful"
+
+
 def test_a_first_look_is_called_one():
     content = audited("L2*", request(sign_flip=judged(0.0, 0.0, WITHIN)))[2] | {"first_look": ["3 models", "without cka"]}
     assert audit_markdown(content).split("\n\n")[1] == "**First look**: 3 models; without cka."
