@@ -4,7 +4,6 @@ import csv
 import difflib
 import io
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.image_files import warn
 from util.runtime.errors import UsageError
 
 FEW_PHOTOS = 9  # with fewer photos of a person more of the person stays (docs/unseen.md)
@@ -160,8 +160,7 @@ def warn_of_few_photos(tasks: Sequence[ForgettingTask], labels: Tensor, test_lab
         (tested, FEW_TESTED, "test", "an audit will hardly decide"),
     ):
         if few := [f"{classes[c]} ({count})" for c, count in counts.items() if count < least]:
-            message = f"fewer than {least} {kind} photos of {name_list(range(len(few)), few)}"
-            print(f"warning: {message}: {then}", file=sys.stderr)
+            warn(f"warning: fewer than {least} {kind} photos of {name_list(range(len(few)), few)}: {then}")
 
 
 def pretraining_task(labels: Tensor, num_classes: int, without: Sequence[int] = ()) -> ForgettingTask:

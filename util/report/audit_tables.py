@@ -91,7 +91,6 @@ def overview(audits: Sequence[Audited], width: int = 0) -> list[str]:
         people = f"is {names[0]}" if len(names) == 1 else f"are its {len(names)} people"
         lines += [f"{_title(request)}: {people} still known? {_faces(request)}, %", ""]
         lines += table.to_string(col_space=7).splitlines()
-        lines += [f"{label}: {words}" for label, _, other in models if (words := ruin(other))]
     return lines
 
 
@@ -155,8 +154,8 @@ def _sign(key: str, entry: dict) -> str:
 
 
 def verdicts(audits: Sequence[Audited]) -> list[str]:
-    """Lines: of several requests how often each verdict fell on each method; and what it would say of models of which the
-    truth is known."""
+    """Lines: which models are ruined; of several requests how often each verdict fell on each method; and what it would say
+    of models of which the truth is known."""
     requests = [request for *_, content in audits for request in content["requests"]]
     counts: dict[str, Counter] = defaultdict(Counter)
     for label, _, content in audits:
@@ -165,7 +164,8 @@ def verdicts(audits: Sequence[Audited]) -> list[str]:
     truth = calibration(requests)
     counts |= {"never-seen models, each by the others": truth["references"], "models that know them": truth["originals"]}
     counts |= {"groups of strangers, each by the others": truth["strangers"]}
-    return [f"{label}: {_counted(found)}" for label, found in counts.items() if found]
+    ruined = [f"{label}: {words}" for label, _, content in audits for r in content["requests"] if (words := ruin(r))]
+    return [*dict.fromkeys(ruined), *(f"{label}: {_counted(found)}" for label, found in counts.items() if found)]
 
 
 def _counted(found: Counter) -> str:

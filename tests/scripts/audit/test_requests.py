@@ -37,7 +37,7 @@ def test_all_requests_each_after_its_task_and_after_the_last(whole, run, here, c
         after = run / "checkpoints" / f"task_{request['after_task']}.pth"
         assert request["after_sha256"] == sha256(after)
     heads = [line.split(":")[0] for line in out.splitlines() if line.startswith("Request")]
-    assert heads == ["Request 1", "Request 2", "Request 1, after task 2"]
+    assert heads == [f"{name}, a first look" for name in ("Request 1", "Request 2", "Request 1, after task 2")]
 
 
 def test_requests_by_number_are_audited_after_their_tasks(run, here, command, tmp_path):
@@ -62,7 +62,7 @@ def test_a_first_look_is_four_figures_beside_three_references(whole, run, here, 
     assert not here
     assert (tmp_path / "audit.html").exists()
     lines = out.splitlines()
-    assert lines[0] == "Request 1: are its 5 people still known? 20 test faces, %"
+    assert lines[0] == "Request 1, a first look: are its 5 people still known? 20 test faces, %"
     assert [line[:12].rstrip() for line in lines[3:6]] == ["Never seen", "Pre-train", "L2*"]
     figures = request["figures"]
     shown = [figures[key] for key in ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")]

@@ -6,7 +6,7 @@ from methods import METHODS
 from util.audit import AUDIT_METRICS
 from util.audit.statistics import INCONCLUSIVE, OVER_FORGOTTEN, STILL_KNOWN, WITHIN
 from util.audit.verdict import NOT_ENOUGH, VERDICTS, judge
-from util.report.audit_tables import audit_markdown, comparison_markdown, overview, summary
+from util.report.audit_tables import audit_markdown, comparison_markdown, overview, summary, verdicts
 
 FAMILY = {key: figure.family for figure in AUDIT_METRICS.values() for key in figure.titles}
 NAMES = ("sign_flip", "enrolment_1", "enrolment_5", "verification_auc")
@@ -102,10 +102,10 @@ def test_too_little_evidence_names_the_worst_undecided_figure():
 
 def test_a_model_in_ruins_is_said_to_be_one():
     one = audited("L2*", request(sign_flip=judged(0.0, 0.0, WITHIN)))
-    assert "ruined" not in "\n".join(overview([one]))
+    assert "ruined" not in "\n".join(verdicts([one]))
     useful = one[2]["requests"][0]["utility"]
     useful["before"], useful["acc_remain"] = useful["before"] | {"acc_remain": 96.9}, 2.1
-    assert overview([one])[-1] == "L2*: kept people's accuracy fell from 97 to 2%: a ruined model looks forgetful"
+    assert verdicts([one])[0] == "L2*: kept people's accuracy fell from 97 to 2%: a ruined model looks forgetful"
 
 
 def test_a_first_look_is_called_one():
