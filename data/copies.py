@@ -1,9 +1,9 @@
 """Photos of one person under another person's name: whoever is forgotten stays known there."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
+from data.image_files import warn
 from data.image_set import ImageSet
 from data.tasks import ForgettingTask
 from util.runtime.errors import UsageError
@@ -67,4 +67,4 @@ def _warn_or_raise(name: str, findings: list[str], refuse: bool) -> None:
     if findings and refuse:
         raise UsageError(f"{message}: remove them there, name both people, or add --allow-copies")
     if findings:
-        print(f"warning: {message}", file=sys.stderr)
+        warn(f"warning: {message}")
